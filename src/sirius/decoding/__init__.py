@@ -1,0 +1,1 @@
+"""Pure control: rounds of draft and check over any `LanguageModel`; nothing here imports a model."""

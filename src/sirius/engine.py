@@ -1,0 +1,234 @@
+"""The public way to decode: `Engine.load`, then `generate` or `stream`. Stop rules, counting and text live here."""
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from time import perf_counter
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from sirius import sparsity
+from sirius.core import CorrectionConfig, FinishReason, Mode, Request, Round, SparsityConfig
+from sirius.decoding.accept import make_rule
+from sirius.decoding.loop import Plan, decode
+from sirius.errors import RequestError
+from sirius.model.loading import Source, load_model, load_tokenizer
+from sirius.model.prepare import context_limit, count_parameters, prepare, sliding_window
+from sirius.model.session import Session
+from sirius.stats import DENSE, Setting, Stats, summarise
+from sirius.text import Ending
+
+Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
+
+DEFAULT_NEW_TOKENS = 256
+PLAIN = CorrectionConfig(period=1, accept="argmax")  # every round is one dense pass
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A finished text.
+
+    text           without special tokens and stop strings; "" where the model has no tokenizer
+    token_ids      the new tokens, an end-of-text token or the tokens of a stop string included
+    finish_reason  "stop" (end of text or stop string) or "length" (the budget is used up)
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    stats: Stats
+
+
+@dataclass(frozen=True)
+class Update:
+    """One step of a stream: the round, the text it made certain, and with the last one the completion."""
+
+    text: str
+    round: Round
+    completion: Completion | None = None
+
+
+class Generation:
+    """A request at work on a prepared model: the session, the plan and, after the rounds, the figures."""
+
+    def __init__(self, model: PreTrainedModel, request: Request, plan: Plan) -> None:
+        """Set a request up; `plan` brings what the request does not say (ends, processor, scores)."""
+        mlps = prepare(model)
+        self.model = model
+        self.request = request
+        self.method = sparsity.create(request.sparsity, tuple(mlp.size for mlp in mlps))
+        self.session = Session(model, mlps, self.method, slots=len(request.prompt) + request.max_new_tokens)
+        self.correction = PLAIN if self.method is None else request.correction
+        self.plan = _planned(plan, self.correction)
+
+    def rounds(self) -> Iterator[Round]:
+        """Yield the rounds until the budget is used up."""
+        return decode(self.session, torch.tensor([self.request.prompt], device=self.model.device), self.plan)
+
+    def stats(self, rounds: Sequence[Round], seconds: float) -> Stats:
+        """Work out the figures of the rounds that were used."""
+        touched = self.method.touched() if self.method else DENSE
+        exact = touched == DENSE or (self.correction is not None and self.correction.lossless)
+        return summarise(rounds, Setting(count_parameters(self.model), touched, self.correction, exact), seconds)
+
+
+def _planned(plan: Plan, correction: CorrectionConfig | None) -> Plan:
+    if correction is None:
+        return replace(plan, period=1, judge=Mode.SPARSE)
+    return replace(plan, period=correction.period, rule=make_rule(correction))
+
+
+class Engine:
+    """A model made sparse, with its tokenizer, ready to decode; greedy, one prompt at a time, not thread-safe."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+        """Prepare a transformers model that is already loaded; its MLPs are replaced (`sirius.restore` undoes it)."""
+        prepare(model)
+        self.model, self.tokenizer = model.eval(), tokenizer
+        self.ends = end_tokens(model)
+
+    @classmethod
+    def load(
+        cls,
+        path: str,
+        *,
+        dtype: str = "auto",
+        device: str = "auto",
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+    ) -> "Engine":
+        """Load a model folder or a hub id.
+
+        dtype   "auto" (the checkpoint's), "float32", "bfloat16", "float16" or "float64"
+        device  "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1", ...
+
+        Raises ModelError where it cannot be loaded, UnsupportedModelError where its structure does not fit.
+        """
+        source = Source(path, revision, trust_remote_code)
+        return cls(load_model(source, dtype, device), load_tokenizer(source))
+
+    def generate(
+        self,
+        prompt: Prompt,
+        *,
+        max_new_tokens: int | None = None,
+        stop: Sequence[str] = (),
+        sparsity: SparsityConfig | str = "coarse",
+        correction: CorrectionConfig | None = CorrectionConfig(),  # noqa: B008 - frozen
+    ) -> Completion:
+        """Decode one prompt to its end; the arguments are those of `stream`."""
+        options = {"max_new_tokens": max_new_tokens, "stop": stop, "sparsity": sparsity, "correction": correction}
+        *_, last = self.stream(prompt, **options)
+        assert last.completion is not None
+        return last.completion
+
+    def stream(
+        self,
+        prompt: Prompt,
+        *,
+        max_new_tokens: int | None = None,
+        stop: Sequence[str] = (),
+        sparsity: SparsityConfig | str = "coarse",
+        correction: CorrectionConfig | None = CorrectionConfig(),  # noqa: B008 - frozen
+    ) -> Iterator[Update]:
+        """Decode one prompt round by round.
+
+        prompt          a text, token ids, or chat messages ({"role": ..., "content": ...})
+        max_new_tokens  None: 256, or as many as the model's context has room for
+        stop            strings that end the text
+        sparsity        a method's name at keep 0.5, or a SparsityConfig
+        correction      None decodes with the sparse model alone (lossy)
+
+        Raises RequestError of a prompt that cannot be decoded, ConfigError of options that do not fit.
+        """
+        chosen = SparsityConfig(sparsity) if isinstance(sparsity, str) else sparsity
+        tokens = self.encode(prompt)
+        room = self.room(tokens)
+        budget = min(DEFAULT_NEW_TOKENS, room) if max_new_tokens is None else max_new_tokens
+        if budget > room:
+            raise RequestError(
+                f"prompt {len(tokens)} + max_new_tokens {budget} = {len(tokens) + budget} tokens pass the model's limit "
+                f"of {len(tokens) + room}; set max_new_tokens to at most {room}"
+            )
+        request = Request(tokens, budget, (stop,) if isinstance(stop, str) else tuple(stop), chosen, correction)
+        if request.stop and self.tokenizer is None:
+            raise RequestError("stop strings need a tokenizer, and this model has none; stop at token ids instead")
+        return self._run(Generation(self.model, request, Plan(budget, ends=self.ends)))
+
+    def encode(self, prompt: Prompt) -> tuple[int, ...]:
+        """Return the token ids of a prompt, chat messages by the model's template; raise RequestError of bad ones."""
+        if len(prompt) == 0:
+            raise RequestError("the prompt is empty; give it at least one token")
+        if isinstance(prompt, str):
+            tokens = self._needed_tokenizer()(prompt)["input_ids"]
+        elif isinstance(prompt[0], Mapping):
+            tokens = self._templated(prompt)
+        else:
+            tokens = prompt
+        vocabulary = self.model.config.get_text_config().vocab_size
+        for token in tokens:
+            if type(token) is not int or not 0 <= token < vocabulary:
+                raise RequestError(f"a prompt's token ids are whole numbers from 0 to {vocabulary - 1}; got {token!r}")
+        if not tokens:
+            raise RequestError("the prompt holds no token; give it at least one")
+        return tuple(token for token in tokens if isinstance(token, int))
+
+    def _run(self, generation: Generation) -> Iterator[Update]:
+        began = perf_counter()
+        ending = Ending(self.tokenizer, self.ends, generation.request.stop)
+        rounds: list[Round] = []
+        left = generation.request.max_new_tokens
+        for step in generation.rounds():
+            shown = len(ending.text)
+            used = step.until(ending.push(step.tokens))
+            rounds.append(used)
+            left -= len(used.tokens)
+            if not ending.stopped and left:
+                yield Update(ending.text[shown:], used)
+                continue
+            ending.finish()
+            stats = generation.stats(rounds, perf_counter() - began)
+            tokens = tuple(token for r in rounds for token in r.tokens)
+            reason: FinishReason = "stop" if ending.stopped else "length"
+            yield Update(ending.text[shown:], used, Completion(ending.text, tokens, reason, stats))
+            return
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Return the text of token ids, special tokens shown."""
+        return str(self._needed_tokenizer().decode(list(tokens), clean_up_tokenization_spaces=False))
+
+    def room(self, prompt: Prompt) -> int:
+        """Return how many new tokens the model's context has room for after a prompt; raise RequestError of none."""
+        tokens = self.encode(prompt)
+        limits = {"context": context_limit(self.model.config), "sliding window": sliding_window(self.model.config)}
+        left = {name: limit - len(tokens) for name, limit in limits.items() if limit is not None}
+        name = min(left, key=left.__getitem__, default=None)
+        if name is None:
+            return sys.maxsize
+        if left[name] < 1:
+            raise RequestError(
+                f"the prompt has {len(tokens)} tokens and the model's {name} holds {limits[name]}, "
+                "at least one of them new; shorten the prompt"
+            )
+        return left[name]
+
+    def _templated(self, messages: Any) -> list[int]:
+        tokenizer = self._needed_tokenizer()
+        if not tokenizer.chat_template:
+            raise RequestError("this model's tokenizer has no chat template; give the prompt as a text")
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        return tokenizer.encode(str(text), add_special_tokens=False)  # the template writes them itself
+
+    def _needed_tokenizer(self) -> PreTrainedTokenizerBase:
+        if self.tokenizer is None:
+            raise RequestError("this model has no tokenizer; give the prompt as token ids")
+        return self.tokenizer
+
+
+def end_tokens(model: PreTrainedModel) -> frozenset[int]:
+    """Return the token ids that end a text, from the model's generation config."""
+    ids = model.generation_config.eos_token_id if model.generation_config else None
+    ids = model.config.get_text_config().eos_token_id if ids is None else ids
+    return frozenset([ids] if isinstance(ids, int) else ids or ())

@@ -1,0 +1,222 @@
+"""The door of transformers: `model.generate(**inputs, custom_generate=sirius.decode)` decodes our way.
+
+transformers does not hand `streamer`, `tokenizer` and `stop_strings` on to a custom function, so bind those first
+(`functools.partial(sirius.decode, streamer=...)`), or call `sirius.generate`, which does.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import partial
+from time import perf_counter
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
+from transformers.generation.streamers import BaseStreamer
+from transformers.generation.utils import GenerateDecoderOnlyOutput
+
+from sirius.core import CorrectionConfig, Request, Round, SparsityConfig
+from sirius.decoding.loop import Plan
+from sirius.engine import Generation
+from sirius.errors import ConfigError, RequestError
+from sirius.model.prepare import sliding_window
+from sirius.stats import Stats
+
+
+@dataclass
+class SiriusOutput(GenerateDecoderOnlyOutput):
+    """transformers' output of a decoder-only model, and our figures of each row."""
+
+    stats: tuple[Stats, ...] | None = None
+
+
+def generate(
+    model: Any,
+    *args: Any,
+    streamer: BaseStreamer | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    stop_strings: str | Sequence[str] | None = None,
+    **kwargs: Any,
+) -> Any:
+    """Call `model.generate(..., custom_generate=sirius.decode)` with streamer and stop strings handed on."""
+    bound = partial(decode, streamer=streamer, tokenizer=tokenizer, stop=stop_strings)
+    return model.generate(*args, custom_generate=bound, **kwargs)
+
+
+@torch.inference_mode()
+def decode(  # noqa: PLR0913 - transformers' own arguments, and ours
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    *,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    sparsity: SparsityConfig | Mapping[str, Any] | str = "coarse",
+    correction: CorrectionConfig | Mapping[str, Any] | None = CorrectionConfig(),  # noqa: B008 - frozen
+    streamer: BaseStreamer | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    stop: str | Sequence[str] | None = None,
+    **model_kwargs: Any,
+) -> Tensor | SiriusOutput:
+    """Decode a batch for transformers' `generate`; row by row, since rows advance on their own.
+
+    input_ids   [B, P] int64, left-padded; `attention_mask` says which tokens count
+    sparsity    a method's name at keep 0.5, a SparsityConfig or a mapping of its fields; a keyword of `generate`
+    correction  a CorrectionConfig or a mapping of its fields, None to decode with the sparse model alone; likewise
+    streamer, tokenizer, stop   bind these with functools.partial, or use `sirius.generate`
+
+    Returns [B, P + new] int64 padded on the right, or a `SiriusOutput` where `return_dict_in_generate` is set. The
+    model is left prepared (it computes what it did before); `sirius.restore(model)` undoes it. Raises ConfigError of
+    sampling, beams and outputs that a draft cannot give, RequestError of a cache or embeddings as the prompt.
+    """
+    _check(generation_config, model_kwargs, streamer, input_ids)
+    criteria = StoppingCriteriaList(stopping_criteria)
+    if stop:
+        if tokenizer is None:
+            raise ConfigError("stop strings need the tokenizer beside them: tokenizer=...")
+        criteria.append(StopStringCriteria(tokenizer, stop_strings=[stop] if isinstance(stop, str) else list(stop)))
+    mask = model_kwargs.get("attention_mask")
+    job = _Job(
+        model,
+        (_config(SparsityConfig, sparsity), None if correction is None else _config(CorrectionConfig, correction)),
+        generation_config,
+        LogitsProcessorList(logits_processor),
+        criteria,
+        streamer,
+    )
+    if streamer is not None:
+        streamer.put(input_ids.cpu())
+    rows = [job.run(row, None if mask is None else mask[i]) for i, row in enumerate(input_ids)]
+    if streamer is not None:
+        streamer.end()
+    return job.packed(input_ids, rows)
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A decoded row: its new tokens, their scores where asked for, and its figures."""
+
+    tokens: list[int]
+    scores: list[Tensor]
+    stats: Stats
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What the rows of one call share."""
+
+    model: PreTrainedModel
+    configs: tuple[SparsityConfig, CorrectionConfig | None]
+    generation: GenerationConfig
+    processors: LogitsProcessorList
+    criteria: StoppingCriteriaList
+    streamer: BaseStreamer | None
+
+    @property
+    def wants_scores(self) -> bool:
+        asked = self.generation.output_scores or self.generation.output_logits
+        return bool(self.generation.return_dict_in_generate and asked)
+
+    def run(self, row: Tensor, mask: Tensor | None) -> _Row:
+        """Decode one row [P] int64, of which `mask` [P] marks the tokens that are no padding."""
+        real = row if mask is None else row[mask.bool()]
+        pads = row[: len(row) - len(real)]
+        if len(real) == 0:
+            raise RequestError("a prompt of the batch is all padding; give it at least one token")
+        budget = self.generation.max_length - len(row)
+        window = sliding_window(self.model.config)
+        if window is not None and len(real) + budget > window:
+            raise RequestError(
+                f"prompt {len(real)} + {budget} new tokens pass the model's sliding window of {window}; "
+                f"set max_new_tokens to at most {max(window - len(real), 0)}"
+            )
+        request = Request(tuple(real.tolist()), budget, (), *self.configs)
+        process = self._padded_processor(pads) if self.processors else None
+        plan = Plan(budget, ends=self._ends(), process=process, keep_scores=self.wants_scores)
+        return self._collect(Generation(self.model, request, plan), row)
+
+    def packed(self, input_ids: Tensor, rows: list[_Row]) -> Tensor | SiriusOutput:
+        """Return the rows in transformers' form, the shorter ones padded on the right."""
+        pad = self.generation.pad_token_id
+        pad = min(self._ends(), default=0) if pad is None else pad
+        longest = max(len(row.tokens) for row in rows)
+        new = [row.tokens + [pad] * (longest - len(row.tokens)) for row in rows]
+        sequences = torch.cat([input_ids, torch.tensor(new, dtype=input_ids.dtype, device=input_ids.device)], dim=1)
+        if not self.generation.return_dict_in_generate:
+            return sequences
+        scores = self._stacked(rows, longest) if self.wants_scores else None
+        return SiriusOutput(
+            sequences=cast("torch.LongTensor", sequences),
+            scores=scores if self.generation.output_scores else None,
+            logits=scores if self.generation.output_logits else None,
+            stats=tuple(row.stats for row in rows),
+        )
+
+    def _collect(self, generation: Generation, row: Tensor) -> _Row:
+        """Run the rounds, asking the stopping criteria after every token."""
+        began = perf_counter()
+        used: list[Round] = []
+        ids, ask = row[None], cast("Callable[[Tensor, None], Tensor]", self.criteria)
+        for step in generation.rounds():
+            stopped = False
+            for count, token in enumerate(step.tokens, start=1):
+                ids = torch.cat([ids, ids.new_tensor([[token]])], dim=1)
+                if stopped := bool(ask(ids, None).all()):  # no scores, as in assisted decoding
+                    step = step.until(count)
+                    break
+            used.append(step)
+            if self.streamer is not None:
+                self.streamer.put(torch.tensor(step.tokens))
+            if stopped:
+                break
+        scores = [line for step in used if step.scores is not None for line in step.scores]
+        return _Row(ids[0, len(row) :].tolist(), scores, generation.stats(used, perf_counter() - began))
+
+    def _padded_processor(self, pads: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+        """Show the processors what transformers shows them: the row with its padding."""
+        return lambda tokens, scores: self.processors(torch.cat([pads[None].to(tokens), tokens], dim=1), scores)
+
+    def _stacked(self, rows: list[_Row], longest: int) -> Any:
+        """Return one [B, V] tensor a step; a row that has ended shows zeros."""
+        filled = [row.scores + [torch.zeros_like(row.scores[0])] * (longest - len(row.scores)) for row in rows]
+        return tuple(torch.stack(step) for step in zip(*filled, strict=True))
+
+    def _ends(self) -> frozenset[int]:
+        ids = self.generation.eos_token_id
+        return frozenset([ids] if isinstance(ids, int) else ids or ())
+
+
+def _config(kind: Any, value: Any) -> Any:
+    """Accept a config, a mapping of its fields, or (of a sparsity) a method's name."""
+    if isinstance(value, kind):
+        return value
+    try:
+        return kind(**value) if isinstance(value, Mapping) else kind(value)
+    except TypeError as error:
+        fields_known = ", ".join(field.name for field in fields(kind))
+        raise ConfigError(f"{kind.__name__} takes {fields_known}; got {value!r}") from error
+
+
+def _check(
+    generation: GenerationConfig, model_kwargs: Mapping[str, Any], streamer: BaseStreamer | None, input_ids: Tensor
+) -> None:
+    if generation.do_sample or generation.num_beams not in (None, 1):
+        raise ConfigError("sirius decodes greedily; set do_sample=False and num_beams=1")
+    for name in ("output_attentions", "output_hidden_states"):
+        if generation.return_dict_in_generate and getattr(generation, name):
+            raise ConfigError(f"{name} would be the draft's as often as the full model's; leave it out")
+    if model_kwargs.get("inputs_embeds") is not None:
+        raise RequestError("sirius reads token ids, not inputs_embeds")
+    cache = model_kwargs.get("past_key_values")
+    if cache is not None and cache.get_seq_length() > 0:
+        raise RequestError("sirius fills a cache of its own; give the whole prompt as input_ids and no past_key_values")
+    if streamer is not None and len(input_ids) > 1:
+        raise ConfigError(f"a streamer takes one prompt at a time; got {len(input_ids)}")

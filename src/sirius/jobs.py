@@ -1,0 +1,134 @@
+"""Files of prompts in, files of completions out: line by line, saved as it goes, resumed where it stopped."""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from sirius.engine import Completion, Prompt
+from sirius.errors import FileError
+
+Identity = str | int
+
+
+@dataclass(frozen=True)
+class Job:
+    """One line of an input file: its number from 1, its id (the number where it gives none) and its prompt."""
+
+    line: int
+    id: Identity
+    prompt: Prompt
+
+
+@dataclass(frozen=True)
+class BadLine:
+    """A line that is no job, and why."""
+
+    line: int
+    reason: str
+
+
+def read_jobs(path: Path) -> Iterator[Job | BadLine]:
+    """Read a JSONL file; a line has `prompt` (text or chat messages) or `prompt_ids`, and may have `id`.
+
+    Blank lines are passed over, broken ones are yielded as `BadLine`. Raises FileError where it cannot be read.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise FileError(f"cannot read {path}: {_reason(error)}") from error
+    first: dict[Identity, int] = {}
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        job = _parse(number, line)
+        if isinstance(job, Job) and job.id in first:
+            job = BadLine(number, f"id {job.id!r} already stands on line {first[job.id]}")
+        elif isinstance(job, Job):
+            first[job.id] = number
+        yield job
+
+
+def _parse(number: int, line: str) -> Job | BadLine:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        return BadLine(number, f"not JSON: {error}")
+    if not isinstance(record, dict):
+        return BadLine(number, f"not an object: {line.strip()[:40]}")
+    given = [name for name in ("prompt", "prompt_ids") if name in record]
+    if len(given) != 1:
+        return BadLine(number, f"give one of prompt and prompt_ids; got {' and '.join(given) or 'neither'}")
+    prompt, identity = record[given[0]], record.get("id", number)
+    if not isinstance(identity, str | int) or isinstance(identity, bool):
+        return BadLine(number, f"id must be a string or a whole number; got {identity!r}")
+    if given == ["prompt_ids"] and not (isinstance(prompt, list) and all(isinstance(t, int) for t in prompt)):
+        return BadLine(number, "prompt_ids must be a list of whole numbers")
+    if given == ["prompt"] and not (isinstance(prompt, str) or _is_chat(prompt)):
+        return BadLine(number, 'prompt must be a string or a list of {"role": ..., "content": ...}')
+    return Job(number, identity, prompt)
+
+
+def _is_chat(prompt: Any) -> bool:
+    return isinstance(prompt, list) and all(
+        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in prompt
+    )
+
+
+def to_record(job_id: Identity | None, done: Completion, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a completion as the JSON object that sirius writes."""
+    identity = {} if job_id is None else {"id": job_id}
+    return {**identity, **asdict(done), "settings": dict(settings)}
+
+
+class Output:
+    """A JSONL file that grows by a line for each finished job.
+
+    Opening one that is there takes up where it stopped: `done` holds the ids of its whole lines, and an unfinished last
+    line is cut off. Raises FileError where it cannot be written, or was made with other settings.
+    """
+
+    def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
+        """Open or create the file at `path` for results of `settings`."""
+        self.path, self.settings = path, dict(settings)
+        self.done: set[Identity] = set()
+        try:
+            self._file: TextIO = path.open("a+", encoding="utf-8")
+            self._take_up()
+        except (OSError, UnicodeDecodeError) as error:
+            raise FileError(f"cannot write {path}: {_reason(error)}") from error
+
+    def write(self, job: Job, done: Completion) -> None:
+        """Add a line and see it to the disk."""
+        self._file.write(json.dumps(to_record(job.id, done, self.settings), ensure_ascii=False) + "\n")
+        self._file.flush()
+        self.done.add(job.id)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def _take_up(self) -> None:
+        self._file.seek(0)
+        text = self._file.read()
+        whole = text[: text.rfind("\n") + 1]
+        for number, line in enumerate(whole.splitlines(), start=1):
+            try:
+                record = json.loads(line)
+                identity, settings = record["id"], record["settings"]
+            except (json.JSONDecodeError, KeyError, TypeError) as error:
+                raise FileError(f"{self.path} line {number} is no result of sirius; choose another output") from error
+            if settings != self.settings:
+                differ = sorted(k for k in {*settings, *self.settings} if settings.get(k) != self.settings.get(k))
+                raise FileError(
+                    f"{self.path} was made with other settings ({', '.join(differ)}); "
+                    "choose another output, or delete it"
+                )
+            self.done.add(identity)
+        if whole != text:
+            self._file.truncate(len(whole.encode("utf-8")))
+
+
+def _reason(error: Exception) -> str:
+    return str(getattr(error, "strerror", None) or error)

@@ -1,0 +1,135 @@
+"""Load a causal language model and its tokenizer from a folder or a hub, and refuse clearly what cannot be used."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from sirius.errors import ConfigError, ModelError, UnsupportedModelError
+from sirius.model.prepare import check_config
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+BROKEN = (
+    OSError,
+    ValueError,
+    KeyError,
+    RuntimeError,
+    SafetensorError,
+)  # what transformers raises of a broken checkpoint
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model comes from: a folder or a hub id, at a revision, with its own code only if trusted."""
+
+    path: str
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The arguments that all of transformers' loaders take."""
+        return {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
+
+
+def load_model(source: Source, dtype: str = "auto", device: str = "auto") -> PreTrainedModel:
+    """Load a causal model from safetensors; "auto" is the checkpoint's dtype, and a GPU if there is one.
+
+    Raises ModelError where the checkpoint is missing, broken, incomplete or pickled, UnsupportedModelError where it is
+    no causal language model that can be rolled back.
+    """
+    wanted = dtype if dtype == "auto" else find_dtype(dtype)
+    place = find_device(device)
+    _check_folder(source.path)
+    config = _attempt(source, "config.json", AutoConfig.from_pretrained, **source.options)
+    check_config(config)
+    remote = source.trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not remote:
+        raise UnsupportedModelError(f"{source.path} is a {config.model_type} model, not a causal language model")
+    model, report = _attempt(
+        source,
+        "weights",
+        AutoModelForCausalLM.from_pretrained,
+        config=config,
+        dtype=wanted,
+        use_safetensors=True,
+        output_loading_info=True,
+        **source.options,
+    )
+    _check_complete(source, report)
+    return model.to(place).eval()
+
+
+def load_tokenizer(source: Source) -> PreTrainedTokenizerBase | None:
+    """Load the tokenizer, or return None of a folder that has none: such a model takes token ids."""
+    folder = Path(source.path)
+    if folder.is_dir() and not any(folder.glob("tokenizer*")) and not any(folder.glob("vocab*")):
+        return None
+    return _attempt(source, "tokenizer", AutoTokenizer.from_pretrained, **source.options)
+
+
+def find_dtype(name: str) -> torch.dtype:
+    """Return the dtype of a name, or raise ConfigError with the known ones."""
+    if name not in DTYPES:
+        raise ConfigError(f"dtype is auto, {', '.join(DTYPES)}; got {name!r}")
+    return DTYPES[name]
+
+
+def find_device(name: str) -> torch.device:
+    """Return the device of a name, "auto" being a GPU if there is one, or raise ConfigError."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device {name!r} cannot be used here: {_first_line(error)}; 'cpu' always can") from error
+    return device
+
+
+def _check_folder(path: str) -> None:
+    folder = Path(path).expanduser()
+    if not folder.exists():
+        if path.count("/") > 1 or path.startswith((".", "~", "/")):
+            raise ModelError(f"there is no model folder {path}")
+        return  # a hub id
+    if not folder.is_dir():
+        raise ModelError(f"{path} is a file; name the model's folder, which holds config.json and *.safetensors")
+    if not (folder / "config.json").exists():
+        raise ModelError(f"{path} holds no config.json; name a folder that save_pretrained wrote")
+    if not any(folder.glob("*.safetensors")):
+        pickles = sorted(f.name for f in folder.iterdir() if f.suffix in PICKLES)
+        raise ModelError(
+            f"{path} holds only pickled weights ({', '.join(pickles)}), which can run code when loaded; convert them "
+            "with model.save_pretrained(...) in transformers"
+            if pickles
+            else f"{path} holds no *.safetensors weights"
+        )
+
+
+def _attempt(source: Source, what: str, load: Any, **options: Any) -> Any:
+    """Call one of transformers' loaders and turn what it raises of a bad checkpoint into one line."""
+    try:
+        return load(str(Path(source.path).expanduser()), **options)
+    except BROKEN as error:
+        raise ModelError(f"cannot load the {what} of {source.path}: {_first_line(error)}") from error
+
+
+def _check_complete(source: Source, report: dict[str, Any]) -> None:
+    """Refuse what transformers would fill with random numbers."""
+    for problem in ("missing_keys", "mismatched_keys", "error_msgs"):
+        if found := sorted(str(key) for key in report.get(problem) or ()):
+            raise ModelError(
+                f"the weights of {source.path} do not fit its config.json: {len(found)} {problem.replace('_', ' ')}, "
+                f"first {found[0]}"
+            )
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,132 @@
+"""The gated MLP that takes the place of a model's own: the same weights, neuron by neuron."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from sirius.kernels import reference as kernel
+from sirius.kernels.reference import Neurons
+from sirius.sparsity.base import PromptSparsity, Sparsity, TokenSparsity
+
+Route = Callable[["SparseMLP", Tensor], Tensor]
+
+
+class SparseMLP(nn.Module):
+    """A gated MLP that computes what it did before, or by another route while `route` is set.
+
+    Its linear layers keep their names and places, so checkpoints look as before. `down`'s weight becomes a transposed
+    view of neuron-major memory; nothing is stored twice.
+    """
+
+    def __init__(self, original: nn.Module, names: dict[str, str], activation: Callable[[Tensor], Tensor]) -> None:
+        """Take over the linear layers of `original`; `names` maps gate, up (or gate_up) and down to its attributes."""
+        super().__init__()
+        self.__dict__["original"] = original  # not a child: its parameters are ours
+        self.names = names
+        self.activation = activation
+        for name in names.values():
+            self.add_module(name, getattr(original, name))
+        self.route: Route | None = None
+        down = self._linear("down").weight
+        down.data = down.data.t().contiguous().t()
+        self.training = original.training
+
+    @property
+    def size(self) -> int:
+        """The number of neurons F."""
+        return self._linear("down").in_features
+
+    @property
+    def neurons(self) -> Neurons:
+        """All neurons, as views of the linear layers' own memory."""
+        down = self._linear("down")
+        if "gate_up" in self.names:
+            both = self._linear("gate_up")
+            gate, up = both.weight.chunk(2)
+            gate_bias, up_bias = (None, None) if both.bias is None else both.bias.chunk(2)
+        else:
+            gate, up = self._linear("gate").weight, self._linear("up").weight
+            gate_bias, up_bias = self._linear("gate").bias, self._linear("up").bias
+        return Neurons(gate, up, down.weight.t(), gate_bias, up_bias, down.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the MLP of x [..., H], by the route that is set."""
+        if self.route is not None:
+            return self.route(self, x)
+        return kernel.gated_mlp(x, self.neurons, self.activation)
+
+    def restore(self) -> nn.Module:
+        """Return the module that stood here before, its memory laid out as before."""
+        down = self._linear("down").weight
+        down.data = down.data.contiguous()
+        return self.__dict__["original"]
+
+    def _linear(self, role: str) -> nn.Linear:
+        linear = getattr(self, self.names[role])
+        assert isinstance(linear, nn.Linear)
+        return linear
+
+
+class Observe:
+    """The dense route that shows a prompt method what each neuron sends on."""
+
+    def __init__(self, method: PromptSparsity, layer: int) -> None:
+        self.method, self.layer = method, layer
+
+    def __call__(self, mlp: SparseMLP, x: Tensor) -> Tensor:
+        neurons = mlp.neurons
+        z = kernel.combine(kernel.gate(x, neurons, mlp.activation), x, neurons)
+        self.method.observe(self.layer, z.flatten(0, -2))
+        return kernel.project(z, neurons)
+
+
+class Packed:
+    """The sparse route of a fixed set: the kept neurons, copied once into memory of their own."""
+
+    def __init__(self, mlp: SparseMLP, index: Tensor) -> None:
+        self.neurons = mlp.neurons.rows(index)
+
+    def __call__(self, mlp: SparseMLP, x: Tensor) -> Tensor:
+        return kernel.gated_mlp(x, self.neurons, mlp.activation)
+
+
+class Chosen:
+    """The sparse route of a set per token: the gate in full, then up and down of the neurons it opens."""
+
+    def __init__(self, method: TokenSparsity, layer: int) -> None:
+        self.method, self.layer = method, layer
+
+    def __call__(self, mlp: SparseMLP, x: Tensor) -> Tensor:
+        neurons = mlp.neurons
+        gated = kernel.gate(x, neurons, mlp.activation)
+        kept = self.method.choose(self.layer, gated)
+        if x.shape[:-1].numel() > 1:  # several tokens keep several sets
+            return kernel.project(kernel.combine(gated * kept, x, neurons), neurons)
+        return kernel.gated_mlp_rows(gated, x, neurons, kept.flatten().nonzero()[:, 0])
+
+
+def observing(method: Sparsity | None, layer: int) -> Route | None:
+    """Return the route of a prompt pass: dense, with a prompt method looking on."""
+    return Observe(method, layer) if isinstance(method, PromptSparsity) else None
+
+
+def sparse(method: Sparsity | None, layer: int, mlp: SparseMLP) -> Route | None:
+    """Return the route of a draft pass; without a method it is the dense one."""
+    if isinstance(method, PromptSparsity):
+        index = method.select(layer)
+        return None if len(index) == mlp.size else Packed(mlp, index)
+    return Chosen(method, layer) if isinstance(method, TokenSparsity) else None
+
+
+@torch.no_grad()
+def agrees(mlp: SparseMLP, original: nn.Module) -> bool:
+    """Tell whether both compute the same of a random input, up to the rounding of their dtype."""
+    weight = mlp.neurons.gate
+    x = torch.randn(2, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight)
+    want, got = original(x), mlp(x)
+    if not isinstance(want, Tensor) or want.shape != got.shape:
+        return False
+    return bool(
+        (want - got).norm() <= 20 * torch.finfo(weight.dtype).eps * want.norm() + torch.finfo(weight.dtype).tiny
+    )

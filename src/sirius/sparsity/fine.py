@@ -1,0 +1,41 @@
+"""FSparse, known as CATS: a set of neurons for each token."""
+
+import torch
+from torch import Tensor
+
+from sirius.core import SparsityConfig
+from sirius.sparsity.base import TokenSparsity, register
+from sirius.stats import Touched
+
+
+@register("fine", "cats")
+class FineSparsity(TokenSparsity):
+    """Keep, token by token, the neurons whose gate is furthest from zero.
+
+    The gate is computed in full; the int((1 - keep) * F) smallest |act(gate(x))| are dropped, or with a threshold every
+    one not above it. Source: CATS (arXiv 2404.08763), section 4; top-k in place of its threshold as Sirius uses it.
+    """
+
+    def __init__(self, config: SparsityConfig, neurons: tuple[int, ...]) -> None:
+        super().__init__(config, neurons)
+        self.counts = tuple(n - int((1 - config.keep) * n) for n in neurons)
+        self.seen = 0
+        self.passed: Tensor | int = 0
+
+    def touched(self) -> Touched:
+        """Return a whole gate and the kept fraction of up and down, measured so far where a threshold decides."""
+        kept = sum(self.counts) / sum(self.neurons)
+        if self.config.threshold is not None:
+            kept = int(self.passed) / self.seen if self.seen else 1.0
+        return Touched(1.0, kept, kept)
+
+    def choose(self, layer: int, gated: Tensor) -> Tensor:
+        """Return which neurons to keep, [..., F] bool."""
+        size = gated.abs()
+        if self.config.threshold is None:
+            top = size.topk(self.counts[layer]).indices
+            return torch.zeros_like(size, dtype=torch.bool).scatter_(-1, top, True)
+        kept = size > self.config.threshold
+        self.seen += kept.numel()
+        self.passed = self.passed + kept.sum()
+        return kept

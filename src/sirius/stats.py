@@ -1,0 +1,199 @@
+"""Every figure that sirius reports, defined once.
+
+Formulas: Sirius (arXiv 2409.03856), section 5; which parameters count is not said there, and was worked out from its
+tables: embedding and output head both count, attention is dense, and the prefill is left out.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from sirius.core import CorrectionConfig, Round
+
+Convention = Literal["published", "streamed"]
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """How many parameters a model has, in numbers of parameters.
+
+    total      all of them, each counted once (a tied embedding is the output head)
+    embedding  the input embedding, where it is not tied: one row of it is looked up per token, the rest is never read
+    gate, up, down  the gated MLPs' three matrices, over all layers
+    """
+
+    total: int
+    embedding: int
+    gate: int
+    up: int
+    down: int
+
+    def counted(self, convention: Convention) -> int:
+        """Return the parameters that a dense token counts: all ("published"), or those it reads ("streamed")."""
+        return self.total if convention == "published" else self.total - self.embedding
+
+
+@dataclass(frozen=True)
+class Touched:
+    """The fractions of the rows of gate, up and down that one sparse token reads, each 0 to 1."""
+
+    gate: float
+    up: float
+    down: float
+
+
+DENSE = Touched(1.0, 1.0, 1.0)
+
+
+def density(parameters: Parameters, touched: Touched, convention: Convention = "published") -> float:
+    """Return the share of the parameters that a sparse token touches, 0 to 1."""
+    skipped = (
+        (1 - touched.gate) * parameters.gate + (1 - touched.up) * parameters.up + (1 - touched.down) * parameters.down
+    )
+    return 1 - skipped / parameters.counted(convention)
+
+
+def effective_density(period: int, density: float, aal: float) -> float:
+    """Return the share of the parameters read per token when every window is whole: ((K-1) d + 1) / AAL."""
+    return ((period - 1) * density + 1) / aal
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What a generation did.
+
+    rounds               windows checked (without correction: sparse steps); the prompt's pass is not one
+    rounds_complete      those drafted in full and not cut by a stop
+    drafted, accepted    guesses made, and those that stand in the text
+    corrections          windows in which the full model replaced a guess
+    tokens               new tokens, the prompt's first one included
+    aal                  average advance length, tokens per window over all windows; None without correction
+    aal_complete         the same over complete windows; None where there is none
+    period               K
+    density              share of the parameters that a draft token touches ("published" convention)
+    effective_density    share of the parameters read per token: drafts at `density`, each check at 1
+    density_streamed, effective_density_streamed   the same without the untied input embedding
+    parameters_per_token effective_density times the parameters
+    acceptance_histogram entry i counts the windows that kept i guesses
+    seconds              wall time of the whole generation, prompt included
+    tokens_per_second    tokens / seconds
+    lossless             whether the text is the full model's greedy text by construction
+    """
+
+    rounds: int
+    rounds_complete: int
+    drafted: int
+    accepted: int
+    corrections: int
+    tokens: int
+    aal: float | None
+    aal_complete: float | None
+    period: int
+    density: float
+    effective_density: float
+    density_streamed: float
+    effective_density_streamed: float
+    parameters_per_token: float
+    acceptance_histogram: tuple[int, ...]
+    seconds: float
+    tokens_per_second: float
+    lossless: bool
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What the figures of a generation depend on besides its rounds.
+
+    correction  None where the sparse model decodes alone
+    touched     what a sparse token read; DENSE where nothing is sparse
+    """
+
+    parameters: Parameters
+    touched: Touched
+    correction: CorrectionConfig | None
+    lossless: bool
+
+
+def average_advance(rounds: Sequence[Round]) -> float | None:
+    """Return the tokens per window (AAL: accepted + 1), or None of no windows."""
+    return sum(len(r.tokens) for r in rounds) / len(rounds) if rounds else None
+
+
+def summarise(rounds: Sequence[Round], setting: Setting, seconds: float) -> Stats:
+    """Work out the figures of one generation; rounds[0] is the prompt's pass and counts as no window."""
+    windows = rounds[1:]
+    corrected = setting.correction is not None
+    period = setting.correction.period if setting.correction else 1
+    complete = [w for w in windows if not w.cut and len(w.draft) == period - 1]
+    tokens = sum(len(r.tokens) for r in rounds)
+    accepted = [w.accepted for w in windows]
+    published = density(setting.parameters, setting.touched)
+    streamed = density(setting.parameters, setting.touched, "streamed")
+    effective = _read_per_token(windows, published, corrected)
+    return Stats(
+        rounds=len(windows),
+        rounds_complete=len(complete),
+        drafted=sum(len(w.draft) for w in windows),
+        accepted=sum(accepted),
+        corrections=sum(not w.cut and w.accepted < len(w.draft) for w in windows),
+        tokens=tokens,
+        aal=average_advance(windows) if corrected else None,
+        aal_complete=average_advance(complete) if corrected else None,
+        period=period,
+        density=published,
+        effective_density=effective,
+        density_streamed=streamed,
+        effective_density_streamed=_read_per_token(windows, streamed, corrected),
+        parameters_per_token=effective * setting.parameters.total,
+        acceptance_histogram=tuple(accepted.count(i) for i in range(period)),
+        seconds=seconds,
+        tokens_per_second=tokens / seconds if seconds > 0 else 0.0,
+        lossless=setting.lossless,
+    )
+
+
+def _read_per_token(windows: Sequence[Round], density: float, corrected: bool) -> float:
+    """Charge each guess `density` and each check 1 (a sparse step: `density`); equals `effective_density` where every
+    window is whole."""
+    check = 1.0 if corrected else density
+    cost = sum(len(w.draft) * density + check for w in windows)
+    tokens = sum(len(w.tokens) for w in windows)
+    return cost / tokens if tokens else check
+
+
+def combine(parts: Sequence[Stats]) -> Stats:
+    """Return the figures of several generations of one setting taken together: sums, and means per window or token."""
+    if not parts or len({(p.period, p.lossless) for p in parts}) > 1:
+        raise ValueError("figures are combined over at least one generation, all of one setting")
+    rounds = [p.rounds for p in parts]
+    after_first = [p.tokens - 1 for p in parts]  # a prompt's first token belongs to no window
+    tokens, seconds = sum(p.tokens for p in parts), sum(p.seconds for p in parts)
+    return Stats(
+        rounds=sum(rounds),
+        rounds_complete=sum(p.rounds_complete for p in parts),
+        drafted=sum(p.drafted for p in parts),
+        accepted=sum(p.accepted for p in parts),
+        corrections=sum(p.corrections for p in parts),
+        tokens=tokens,
+        aal=_mean([p.aal for p in parts], rounds),
+        aal_complete=_mean([p.aal_complete for p in parts], [p.rounds_complete for p in parts]),
+        period=parts[0].period,
+        density=_mean([p.density for p in parts], after_first) or parts[0].density,
+        effective_density=_mean([p.effective_density for p in parts], after_first) or parts[0].effective_density,
+        density_streamed=_mean([p.density_streamed for p in parts], after_first) or parts[0].density_streamed,
+        effective_density_streamed=_mean([p.effective_density_streamed for p in parts], after_first)
+        or parts[0].effective_density_streamed,
+        parameters_per_token=_mean([p.parameters_per_token for p in parts], after_first)
+        or parts[0].parameters_per_token,
+        acceptance_histogram=tuple(sum(bar) for bar in zip(*(p.acceptance_histogram for p in parts), strict=True)),
+        seconds=seconds,
+        tokens_per_second=tokens / seconds if seconds > 0 else 0.0,
+        lossless=parts[0].lossless,
+    )
+
+
+def _mean(values: Sequence[float | None], weights: Sequence[int]) -> float | None:
+    """Return the weighted mean of the values that are there, None of no weight."""
+    pairs = [(value, weight) for value, weight in zip(values, weights, strict=True) if value is not None and weight]
+    total = sum(weight for _, weight in pairs)
+    return sum(value * weight for value, weight in pairs) / total if total else None
