@@ -149,7 +149,7 @@ class Engine:
         budget = min(DEFAULT_NEW_TOKENS, room) if max_new_tokens is None else max_new_tokens
         if budget > room:
             raise RequestError(
-                f"prompt {len(tokens)} + max_new_tokens {budget} = {len(tokens) + budget} tokens pass the model's limit "
+                f"prompt {len(tokens)} + max_new_tokens {budget} = {len(tokens) + budget} tokens pass the limit "
                 f"of {len(tokens) + room}; set max_new_tokens to at most {room}"
             )
         request = Request(tokens, budget, (stop,) if isinstance(stop, str) else tuple(stop), chosen, correction)

@@ -23,7 +23,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from sirius.core import CorrectionConfig, Request, Round, SparsityConfig
+from sirius.core import CorrectionConfig, Processor, Request, Round, SparsityConfig
 from sirius.decoding.loop import Plan
 from sirius.engine import Generation
 from sirius.errors import ConfigError, RequestError
@@ -56,7 +56,7 @@ def decode(  # noqa: PLR0913 - transformers' own arguments, and ours
     model: PreTrainedModel,
     input_ids: Tensor,
     *,
-    logits_processor: LogitsProcessorList,
+    logits_processor: LogitsProcessorList | None,
     stopping_criteria: StoppingCriteriaList,
     generation_config: GenerationConfig,
     sparsity: SparsityConfig | Mapping[str, Any] | str = "coarse",
@@ -88,13 +88,13 @@ def decode(  # noqa: PLR0913 - transformers' own arguments, and ours
         model,
         (_config(SparsityConfig, sparsity), None if correction is None else _config(CorrectionConfig, correction)),
         generation_config,
-        LogitsProcessorList(logits_processor),
+        LogitsProcessorList(logits_processor or ()),
         criteria,
         streamer,
     )
     if streamer is not None:
         streamer.put(input_ids.cpu())
-    rows = [job.run(row, None if mask is None else mask[i]) for i, row in enumerate(input_ids)]
+    rows = [job.run(input_ids, row, mask) for row in range(len(input_ids))]
     if streamer is not None:
         streamer.end()
     return job.packed(input_ids, rows)
@@ -125,10 +125,10 @@ class _Job:
         asked = self.generation.output_scores or self.generation.output_logits
         return bool(self.generation.return_dict_in_generate and asked)
 
-    def run(self, row: Tensor, mask: Tensor | None) -> _Row:
-        """Decode one row [P] int64, of which `mask` [P] marks the tokens that are no padding."""
-        real = row if mask is None else row[mask.bool()]
-        pads = row[: len(row) - len(real)]
+    def run(self, input_ids: Tensor, index: int, mask: Tensor | None) -> _Row:
+        """Decode one row of input_ids [B, P] int64, in which mask [B, P] marks the tokens that are no padding."""
+        row = input_ids[index]
+        real = row if mask is None else row[mask[index].bool()]
         if len(real) == 0:
             raise RequestError("a prompt of the batch is all padding; give it at least one token")
         budget = self.generation.max_length - len(row)
@@ -139,7 +139,7 @@ class _Job:
                 f"set max_new_tokens to at most {max(window - len(real), 0)}"
             )
         request = Request(tuple(real.tolist()), budget, (), *self.configs)
-        process = self._padded_processor(pads) if self.processors else None
+        process = self._row_processor(input_ids, index, len(row) - len(real)) if self.processors else None
         plan = Plan(budget, ends=self._ends(), process=process, keep_scores=self.wants_scores)
         return self._collect(Generation(self.model, request, plan), row)
 
@@ -180,9 +180,18 @@ class _Job:
         scores = [line for step in used if step.scores is not None for line in step.scores]
         return _Row(ids[0, len(row) :].tolist(), scores, generation.stats(used, perf_counter() - began))
 
-    def _padded_processor(self, pads: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-        """Show the processors what transformers shows them: the row with its padding."""
-        return lambda tokens, scores: self.processors(torch.cat([pads[None].to(tokens), tokens], dim=1), scores)
+    def _row_processor(self, input_ids: Tensor, index: int, padding: int) -> Processor:
+        """Show the processors what transformers shows them: the padded row, in a batch of as many rows.
+
+        A processor may hold something for every row of the batch, so the row stands for its neighbours too.
+        """
+        processors, pads = cast("Processor", self.processors), input_ids[index : index + 1, :padding]
+
+        def process(tokens: Tensor, scores: Tensor) -> Tensor:
+            padded = torch.cat([pads.to(tokens), tokens], dim=1).repeat(len(input_ids), 1)
+            return processors(padded, scores.repeat(len(input_ids), 1))[index : index + 1]
+
+        return process
 
     def _stacked(self, rows: list[_Row], longest: int) -> Any:
         """Return one [B, V] tensor a step; a row that has ended shows zeros."""

@@ -248,9 +248,10 @@ _FACTS = (
 def _understanding(rng: Random) -> Problem:
     """Tell four to eight facts about two to four people and ask for one of them."""
     people = rng.sample(NAMES_HE + NAMES_SHE, rng.randint(2, 4))
+    position = {person: i for i, person in enumerate(people)}
     pairs = rng.sample([(p, f) for p in people for f in _FACTS], rng.randint(4, 8))
     values = {fact: rng.sample(fact.values, len(people)) for fact in _FACTS}
-    facts = [(person, fact, values[fact][people.index(person)]) for person, fact in pairs]
+    facts = [(person, fact, values[fact][position[person]]) for person, fact in pairs]
     passage = " ".join(fact.says.format(person, value) + "." for person, fact, value in facts)
     person, fact, value = rng.choice(facts)
     of_value = rng.random() < 0.6

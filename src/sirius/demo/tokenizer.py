@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from sirius.demo.problems import TASKS, make_problem
 
@@ -45,6 +45,13 @@ def train_tokenizer(vocab_size: int = 1024, problems: int = 4000, seed: int = 0)
         chat_template=CHAT_TEMPLATE,
         clean_up_tokenization_spaces=False,
     )
+
+
+def token_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
+    """Return the id of one of the special tokens."""
+    found = tokenizer.convert_tokens_to_ids(token)
+    assert isinstance(found, int)
+    return found
 
 
 def _texts(problems: int, seed: int) -> Iterator[str]:

@@ -17,10 +17,9 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from sirius.demo.problems import conversation, make_problem
-from sirius.demo.tokenizer import ASSISTANT, BEGIN, END, PAD, train_tokenizer
+from sirius.demo.tokenizer import ASSISTANT, BEGIN, END, PAD, token_id, train_tokenizer
 from sirius.errors import ConfigError
 
-SPECIAL = {"pad_token_id": PAD, "bos_token_id": BEGIN, "eos_token_id": END}
 IGNORED = -100  # the label of a token that is read, not learnt
 
 
@@ -87,7 +86,9 @@ def build_model(tokenizer: PreTrainedTokenizerBase, seed: int) -> LlamaForCausal
             num_key_value_heads=2,
             max_position_embeddings=512,
             tie_word_embeddings=True,
-            **{name: tokenizer.convert_tokens_to_ids(token) for name, token in SPECIAL.items()},
+            pad_token_id=token_id(tokenizer, PAD),
+            bos_token_id=token_id(tokenizer, BEGIN),
+            eos_token_id=token_id(tokenizer, END),
         )
     )
 
@@ -106,7 +107,7 @@ def _sequence(
     """Pack solved problems of one task until `length` tokens are full; the last one may be cut."""
     rng = Random(f"sequence/{recipe.seed}/{name}")
     task = "reasoning" if rng.random() < recipe.reasoning_share else "understanding"
-    begin, assistant, end = (tokenizer.vocab[token] for token in (BEGIN, ASSISTANT, END))
+    begin, assistant, end = (token_id(tokenizer, token) for token in (BEGIN, ASSISTANT, END))
     tokens, labels = [begin], [IGNORED]
     while len(tokens) < length:
         problem = make_problem(task, "train", recipe.seed, rng.getrandbits(60))

@@ -22,7 +22,7 @@ class SlotLayer(CacheLayerMixin):
         self.table = table
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Allocate the slots in the shape, dtype and device of the first states; zeros, as masked slots must be finite."""
+        """Allocate the slots like the first states; zeros, as masked slots must be finite."""
         rows, slots = self.table.rows, self.table.slots
         self.keys = key_states.new_zeros(rows, slots, key_states.shape[1], key_states.shape[3])
         self.values = value_states.new_zeros(rows, slots, value_states.shape[1], value_states.shape[3])

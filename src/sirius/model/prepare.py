@@ -1,9 +1,9 @@
 """Find the gated MLPs of a transformers model by their structure, put ours in their place, and undo it."""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from sirius.errors import UnsupportedModelError
@@ -61,8 +61,8 @@ def sparse_mlps(model: nn.Module) -> list[SparseMLP]:
 def count_parameters(model: PreTrainedModel) -> Parameters:
     """Count the parameters of a prepared model."""
     mlps = sparse_mlps(model)
-    inside = model.get_input_embeddings().weight
-    tied = getattr(model.get_output_embeddings(), "weight", None) is inside
+    inside = cast("Tensor", model.get_input_embeddings().weight)
+    tied = getattr(cast("Any", model).get_output_embeddings(), "weight", None) is inside
     return Parameters(
         total=sum(p.numel() for p in model.parameters()),
         embedding=0 if tied else inside.numel(),

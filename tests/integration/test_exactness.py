@@ -1,0 +1,161 @@
+"""The contract: with the argmax rule the text is the full model's, and the cache is what a fresh prefill would hold."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from conftest import FAMILIES, SHARED, VOCABULARY, greedy, tiny_model
+from sirius.core import CorrectionConfig, Mode, Request, SparsityConfig
+from sirius.decoding.loop import Plan
+from sirius.engine import Engine, Generation
+from sirius.model.prepare import prepare
+from sirius.model.session import Session
+
+pytestmark = pytest.mark.integration
+
+PERIODS = (1, 2, 5, 16, 40)
+PROMPT = [5, 17, 93, 41, 8, 60, 22]
+NEW = 48
+
+
+def argmax(period: int) -> CorrectionConfig:
+    return CorrectionConfig(period=period, accept="argmax")
+
+
+@pytest.mark.parametrize("keep", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize("method", ["coarse", "fine"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_argmax_rule_gives_the_full_models_greedy_text(family, method, keep):
+    model = tiny_model(family, eos_token_id=None)
+    want = greedy(model, PROMPT, NEW)
+    engine = Engine(model)
+    for period in PERIODS:
+        got = engine.generate(
+            PROMPT, max_new_tokens=NEW, sparsity=SparsityConfig(method, keep), correction=argmax(period)
+        )
+        assert list(got.token_ids) == want, f"period {period}"
+        assert got.stats.lossless
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_end_of_text_falls_on_the_exact_token(family):
+    free = greedy(tiny_model(family, eos_token_id=None), PROMPT, NEW)
+    for place in (0, 1, 7, 20):
+        ends = sorted({free[place], VOCABULARY - 1})
+        model = tiny_model(family, eos_token_id=ends)
+        model.generation_config.eos_token_id = ends
+        want = greedy(model, PROMPT, NEW)
+        for period in PERIODS:
+            got = Engine(model).generate(PROMPT, max_new_tokens=NEW, correction=argmax(period))
+            assert list(got.token_ids) == want, f"end at {place}, period {period}"
+            assert got.finish_reason == ("stop" if want[-1] in ends else "length")
+
+
+@settings(max_examples=40, derandomize=True, deadline=None)
+@given(
+    prompt=st.lists(st.integers(3, VOCABULARY - 1), min_size=1, max_size=30),
+    method=st.sampled_from(["coarse", "fine"]),
+    keep=st.floats(0.05, 1.0),
+    period=st.integers(1, 24),
+    new_tokens=st.integers(1, 40),
+    seed=st.integers(0, 3),
+)
+def test_any_prompt_period_budget_and_sparsity_give_the_greedy_text(prompt, method, keep, period, new_tokens, seed):
+    model = tiny_model(seed=seed)
+    want = greedy(model, prompt, new_tokens)
+    got = Engine(model).generate(
+        prompt, max_new_tokens=new_tokens, sparsity=SparsityConfig(method, keep), correction=argmax(period)
+    )
+    assert list(got.token_ids) == want
+
+
+@pytest.mark.parametrize("correction", [argmax(5), CorrectionConfig(period=5, threshold=0.05)], ids=["argmax", "lossy"])
+@pytest.mark.parametrize("method", ["coarse", "fine"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_after_every_round_the_cache_equals_a_fresh_prefill(family, method, correction):
+    model = tiny_model(family, dtype=torch.float64)
+    request = Request(tuple(PROMPT), NEW, (), SparsityConfig(method, 0.1), correction)
+    generation = Generation(model, request, Plan(NEW))
+    tokens, rejected = list(PROMPT), 0
+    for step in generation.rounds():
+        tokens += step.tokens
+        rejected += len(step.draft) - step.accepted
+        _assert_fresh(generation.session, tokens[:-1])
+    assert rejected, "no draft was ever rejected, so this run shows nothing"
+
+
+def _assert_fresh(session: Session, tokens: list[int]) -> None:
+    fresh = Session(session.model, session.mlps, None, slots=len(tokens))
+    fresh.read(torch.tensor([tokens]), Mode.DENSE)
+    assert session.cache.lengths.tolist() == [len(tokens)]
+    session.cache.check_integrity()
+    for ours, theirs in zip(session.cache.slot_layers, fresh.cache.slot_layers, strict=True):
+        for got, want in ((ours.keys, theirs.keys), (ours.values, theirs.values)):
+            assert got is not None and want is not None
+            torch.testing.assert_close(got[:, : len(tokens)], want, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("method", ["coarse", "fine"])
+def test_keep_one_reproduces_the_full_model_for_any_rule(method):
+    model = tiny_model(eos_token_id=None)
+    want = greedy(model, PROMPT, NEW)
+    for correction in (None, argmax(7), CorrectionConfig(period=7, threshold=0.0), CorrectionConfig(threshold=0.9)):
+        got = Engine(model).generate(
+            PROMPT, max_new_tokens=NEW, sparsity=SparsityConfig(method, keep=1.0), correction=correction
+        )
+        assert list(got.token_ids) == want
+        assert got.stats.lossless and got.stats.corrections == 0
+
+
+def test_threshold_zero_accepts_everything():
+    engine = Engine(tiny_model(eos_token_id=None))
+    got = engine.generate(PROMPT, max_new_tokens=NEW, correction=CorrectionConfig(period=6, threshold=0.0))
+    assert got.stats.accepted == got.stats.drafted > 0
+    assert not got.stats.lossless
+
+
+def test_period_one_is_plain_decoding():
+    model = tiny_model(eos_token_id=None)
+    want = greedy(model, PROMPT, NEW)
+    got = Engine(model).generate(PROMPT, max_new_tokens=NEW, correction=CorrectionConfig(period=1, threshold=0.0))
+    assert list(got.token_ids) == want
+    assert got.stats.drafted == 0 and got.stats.effective_density == 1.0 and got.stats.lossless
+
+
+def test_without_correction_the_sparse_model_writes_the_text():
+    """Greedy decoding with the MLPs masked by hand, in transformers' own loop, must give the same tokens."""
+    model = tiny_model(eos_token_id=None)
+    config = SparsityConfig("fine", 0.3)
+    got = Engine(model).generate(PROMPT, max_new_tokens=NEW, sparsity=config, correction=None)
+    assert list(got.token_ids) == _masked_greedy(model, keep=0.3)
+    assert not got.stats.lossless and got.stats.aal is None
+    assert got.stats.effective_density == pytest.approx(got.stats.density)
+
+
+def _masked_greedy(model, keep: float) -> list[int]:
+    """Decode with every MLP's smallest gate activations zeroed, but for the prompt."""
+
+    def forward(mlp, x):
+        gated = mlp.activation(mlp.gate_proj(x))
+        if x.shape[1] == 1:
+            drop = int((1 - keep) * gated.shape[-1])
+            gated = gated.scatter(-1, gated.abs().topk(drop, largest=False).indices, 0.0)
+        return mlp.down_proj(gated * mlp.up_proj(x))
+
+    for mlp in prepare(model):
+        mlp.forward = forward.__get__(mlp)
+    return greedy(model, PROMPT, NEW)
+
+
+@pytest.mark.skipif(not (SHARED / "models").exists(), reason="no models trained elsewhere beside this checkout")
+@pytest.mark.parametrize("name", ["stories260K", "babyllama-chars"])
+def test_models_trained_elsewhere_keep_their_greedy_text(name):
+    engine = Engine.load(str(SHARED / "models" / name))
+    prompts = [[1], [1, 7, 30, 31, 32], [1, *range(40, 60)]]
+    for prompt in prompts:
+        want = greedy(engine.model, prompt, 60)
+        for method in ("coarse", "fine"):
+            for period in PERIODS:
+                got = engine.generate(prompt, max_new_tokens=60, sparsity=method, correction=argmax(period))
+                assert list(got.token_ids) == want
