@@ -4,7 +4,8 @@ import hashlib
 import os
 from pathlib import Path
 
-import pytest
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported
+
 import torch
 from torch import Tensor
 from transformers import (
@@ -25,7 +26,7 @@ from transformers import (
 
 from sirius.core import Mode
 
-os.environ["HF_HUB_OFFLINE"] = "1"
+torch.set_num_threads(1)  # the models here are too small to share out
 
 SHARED = Path(__file__).parents[2] / "shared"
 VOCABULARY, NEURONS = 131, 45
@@ -112,12 +113,3 @@ class Toy:
     def truncate(self, lengths: Tensor) -> None:
         assert int(lengths) <= len(self.slots), "a cache cannot be cut to more than it holds"
         del self.slots[int(lengths) :]
-
-
-@pytest.fixture
-def one_thread():
-    """Run with one thread: the order of sums is then fixed."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)

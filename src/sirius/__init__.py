@@ -1,14 +1,44 @@
 """Faster decoding of large language models by contextual sparsity, with a full model that corrects the sparse one."""
 
-from sirius.core import CorrectionConfig, Round, SparsityConfig
-from sirius.engine import Completion, Engine, Update
-from sirius.errors import ConfigError, FileError, ModelError, RequestError, SiriusError, UnsupportedModelError
-from sirius.hf import SiriusOutput, decode, generate
-from sirius.model.prepare import prepare, restore
-from sirius.sparsity import PromptSparsity, TokenSparsity, register
-from sirius.stats import Stats, Touched
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sirius.core import CorrectionConfig, Round, SparsityConfig
+    from sirius.engine import Completion, Engine, Update
+    from sirius.errors import ConfigError, FileError, ModelError, RequestError, SiriusError, UnsupportedModelError
+    from sirius.hf import SiriusOutput, decode, generate
+    from sirius.model.prepare import prepare, restore
+    from sirius.sparsity import PromptSparsity, TokenSparsity, register
+    from sirius.stats import Stats, Touched
 
 __version__ = "0.1.0"
+
+# Where each public name lives. Looked up at first use, so that `sirius --help` need not wait for torch.
+_HOME = {
+    "Completion": "engine",
+    "ConfigError": "errors",
+    "CorrectionConfig": "core",
+    "Engine": "engine",
+    "FileError": "errors",
+    "ModelError": "errors",
+    "PromptSparsity": "sparsity",
+    "RequestError": "errors",
+    "Round": "core",
+    "SiriusError": "errors",
+    "SiriusOutput": "hf",
+    "SparsityConfig": "core",
+    "Stats": "stats",
+    "TokenSparsity": "sparsity",
+    "Touched": "stats",
+    "UnsupportedModelError": "errors",
+    "Update": "engine",
+    "decode": "hf",
+    "generate": "hf",
+    "prepare": "model.prepare",
+    "register": "sparsity",
+    "restore": "model.prepare",
+}
 
 __all__ = [
     "Completion",
@@ -35,3 +65,9 @@ __all__ = [
     "register",
     "restore",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'sirius' has no attribute {name!r}")
+    return getattr(import_module(f"sirius.{_HOME[name]}"), name)

@@ -27,7 +27,7 @@ app = typer.Typer(
 demo_app = typer.Typer(help="See the method at work on the embedded model.")
 app.add_typer(demo_app, name="demo")
 
-out, err = Console(soft_wrap=True), Console(stderr=True, soft_wrap=True)
+out, err = Console(soft_wrap=True, emoji=False), Console(stderr=True, soft_wrap=True, emoji=False)
 
 WRONG_INPUT, INTERRUPTED = 2, 130
 
@@ -39,9 +39,10 @@ def main() -> None:
     except SiriusError as error:
         _complain(str(error))
         sys.exit(WRONG_INPUT)
-    except KeyboardInterrupt:
-        _complain("interrupted; what was finished is saved")
-        sys.exit(INTERRUPTED)
+    except SystemExit as end:
+        if end.code == INTERRUPTED:  # typer's exit code of Ctrl-C
+            _complain("interrupted; what was finished is saved")
+        raise
 
 
 def _complain(message: str) -> None:
@@ -113,7 +114,8 @@ def generate(
         "sparsity": SparsityConfig(sparsity, keep, sparsity_threshold),
         "correction": corrected if correct else None,
     }
-    settings = {"model": model or "embedded", "dtype": dtype, "chat": _chats(chat, model), **_flat(options)}
+    source = {"model": model or "embedded", "revision": revision, "dtype": dtype}
+    settings = {**source, "chat": _chats(chat, model), **_flat(options)}
 
     def load() -> "Engine":
         return _load(model, dtype, device, revision, trust_remote_code)
@@ -168,7 +170,7 @@ Show = Callable[["Engine", "Job | None", "Prompt", dict[str, Any]], "Completion"
 def _print_text(engine: "Engine", job: "Job | None", prompt: "Prompt", options: dict[str, Any]) -> "Completion":
     """Stream a completion's text to the terminal."""
     if job is not None:
-        out.rule(str(job.id), align="left")
+        out.rule(escape(str(job.id)), align="left")
     last = None
     for last in engine.stream(prompt, **options):
         sys.stdout.write(last.text)
@@ -209,19 +211,20 @@ def _decode_file(
 
     jobs = list(read_jobs(files.input))
     output = Output(files.output, settings) if files.output else None
-    engine = load()
-
-    def decode(job: "Job") -> None:
-        prompt = _asked(job.prompt, settings["chat"])
-        if output is None:
-            show(engine, job, prompt, options)
-        elif job.id not in output.done:
-            output.write(job, engine.generate(prompt, **options))
 
     with closing(output) if output else nullcontext():
+        engine = load()
+
+        def decode(job: "Job") -> None:
+            prompt = _asked(job.prompt, settings["chat"])
+            if output is None:
+                show(engine, job, prompt, options)
+            elif job.id not in output.done:
+                output.write(job, engine.generate(prompt, **options))
+
         bad = _each_line(files.input, jobs, decode, shown=output is not None)
     if output is not None:
-        err.print(f"{len(output.done)} completions in {output.path}", highlight=False)
+        err.print(f"{len(output.done)} completions in {output.path}", highlight=False, markup=False)
     if bad:
         _complain(f"{bad} of {len(jobs)} lines of {files.input} could not be decoded")
         raise typer.Exit(WRONG_INPUT)

@@ -7,6 +7,7 @@ from time import perf_counter
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sirius import sparsity
@@ -162,7 +163,7 @@ class Engine:
         if len(prompt) == 0:
             raise RequestError("the prompt is empty; give it at least one token")
         if isinstance(prompt, str):
-            tokens = self._needed_tokenizer()(prompt)["input_ids"]
+            tokens = self._tokenized(prompt)
         elif isinstance(prompt[0], Mapping):
             tokens = self._templated(prompt)
         else:
@@ -214,11 +215,20 @@ class Engine:
             )
         return left[name]
 
+    def _tokenized(self, text: str) -> list[int]:
+        try:
+            return self._needed_tokenizer().encode(text)
+        except (TypeError, UnicodeEncodeError) as error:  # half of a surrogate pair
+            raise RequestError(f"the prompt is not text that can be encoded: {text!r:.60}") from error
+
     def _templated(self, messages: Any) -> list[int]:
         tokenizer = self._needed_tokenizer()
         if not tokenizer.chat_template:
             raise RequestError("this model's tokenizer has no chat template; give the prompt as a text")
-        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        try:
+            text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        except TemplateError as error:
+            raise RequestError(f"the model's chat template refuses these messages: {error}") from error
         return tokenizer.encode(str(text), add_special_tokens=False)  # the template writes them itself
 
     def _needed_tokenizer(self) -> PreTrainedTokenizerBase:

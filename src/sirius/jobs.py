@@ -1,15 +1,19 @@
 """Files of prompts in, files of completions out: line by line, saved as it goes, resumed where it stopped."""
 
 import json
+import os
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO
 
 from sirius.engine import Completion, Prompt
 from sirius.errors import FileError
 
 Identity = str | int
+
+OPENING = b'{"id": '  # how every line that `Output` writes begins
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,7 @@ def read_jobs(path: Path) -> Iterator[Job | BadLine]:
     Blank lines are passed over, broken ones are yielded as `BadLine`. Raises FileError where it cannot be read.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # a text may hold the other line breaks
     except (OSError, UnicodeDecodeError) as error:
         raise FileError(f"cannot read {path}: {_reason(error)}") from error
     first: dict[Identity, int] = {}
@@ -53,7 +57,12 @@ def read_jobs(path: Path) -> Iterator[Job | BadLine]:
 def _parse(number: int, line: str) -> Job | BadLine:
     try:
         record = json.loads(line)
+        json.dumps(record, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return BadLine(number, "half of a surrogate pair (\\ud800 to \\udfff alone), which is no character")
     except json.JSONDecodeError as error:
+        return BadLine(number, f"not JSON: {error.msg} at column {error.colno}")
+    except (ValueError, RecursionError) as error:
         return BadLine(number, f"not JSON: {error}")
     if not isinstance(record, dict):
         return BadLine(number, f"not an object: {line.strip()[:40]}")
@@ -61,13 +70,17 @@ def _parse(number: int, line: str) -> Job | BadLine:
     if len(given) != 1:
         return BadLine(number, f"give one of prompt and prompt_ids; got {' and '.join(given) or 'neither'}")
     prompt, identity = record[given[0]], record.get("id", number)
-    if not isinstance(identity, str | int) or isinstance(identity, bool):
+    if not _is_identity(identity):
         return BadLine(number, f"id must be a string or a whole number; got {identity!r}")
     if given == ["prompt_ids"] and not (isinstance(prompt, list) and all(isinstance(t, int) for t in prompt)):
         return BadLine(number, "prompt_ids must be a list of whole numbers")
     if given == ["prompt"] and not (isinstance(prompt, str) or _is_chat(prompt)):
         return BadLine(number, 'prompt must be a string or a list of {"role": ..., "content": ...}')
     return Job(number, identity, prompt)
+
+
+def _is_identity(value: Any) -> bool:
+    return isinstance(value, str | int) and not isinstance(value, bool)
 
 
 def _is_chat(prompt: Any) -> bool:
@@ -93,41 +106,53 @@ class Output:
         """Open or create the file at `path` for results of `settings`."""
         self.path, self.settings = path, dict(settings)
         self.done: set[Identity] = set()
-        try:
-            self._file: TextIO = path.open("a+", encoding="utf-8")
-            self._take_up()
-        except (OSError, UnicodeDecodeError) as error:
-            raise FileError(f"cannot write {path}: {_reason(error)}") from error
+        with self._writing():
+            there = path.read_bytes() if path.is_file() else b""
+        whole = there[: there.rfind(b"\n") + 1]
+        if not there[len(whole) :].startswith(OPENING[: len(there) - len(whole)]):
+            raise FileError(f"{path} ends in a line that is no result of sirius; choose another output")
+        for number, line in enumerate(whole.split(b"\n")[:-1], start=1):
+            self.done.add(self._result(number, line))
+        with self._writing():
+            if whole != there:
+                os.truncate(path, len(whole))
+            self._file: BinaryIO = path.open("ab")
 
     def write(self, job: Job, done: Completion) -> None:
         """Add a line and see it to the disk."""
-        self._file.write(json.dumps(to_record(job.id, done, self.settings), ensure_ascii=False) + "\n")
-        self._file.flush()
+        record = to_record(job.id, done, self.settings)
+        with self._writing():
+            self._file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+            self._file.flush()
         self.done.add(job.id)
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        with suppress(OSError):  # a line that could not be written was told of by `write`
+            self._file.close()
 
-    def _take_up(self) -> None:
-        self._file.seek(0)
-        text = self._file.read()
-        whole = text[: text.rfind("\n") + 1]
-        for number, line in enumerate(whole.splitlines(), start=1):
-            try:
-                record = json.loads(line)
-                identity, settings = record["id"], record["settings"]
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
-                raise FileError(f"{self.path} line {number} is no result of sirius; choose another output") from error
-            if settings != self.settings:
-                differ = sorted(k for k in {*settings, *self.settings} if settings.get(k) != self.settings.get(k))
-                raise FileError(
-                    f"{self.path} was made with other settings ({', '.join(differ)}); "
-                    "choose another output, or delete it"
-                )
-            self.done.add(identity)
-        if whole != text:
-            self._file.truncate(len(whole.encode("utf-8")))
+    def _result(self, number: int, line: bytes) -> Identity:
+        """Return the id of a line that stands in the file, or raise FileError where it is no result of `settings`."""
+        try:
+            record = json.loads(line)
+            identity, settings = record["id"], dict(record["settings"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise FileError(f"{self.path} line {number} is no result of sirius; choose another output") from error
+        if not _is_identity(identity):
+            raise FileError(f"{self.path} line {number} is no result of sirius; choose another output")
+        if settings != self.settings:
+            differ = sorted(k for k in {*settings, *self.settings} if settings.get(k) != self.settings.get(k))
+            raise FileError(
+                f"{self.path} was made with other settings ({', '.join(differ)}); choose another output, or delete it"
+            )
+        return identity
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise FileError(f"cannot write {self.path}: {_reason(error)}") from error
 
 
 def _reason(error: Exception) -> str:

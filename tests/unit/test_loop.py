@@ -9,6 +9,7 @@ from conftest import Toy
 from sirius.core import Mode
 from sirius.decoding.accept import accept_argmax
 from sirius.decoding.loop import Plan, decode
+from sirius.errors import ModelError
 
 PROMPT = [3, 1, 4]
 
@@ -117,3 +118,10 @@ def test_the_rule_decides_what_is_kept():
 
     windows = run(Toy(noise=0.0), Plan(12, period=5, rule=nothing))[1:]
     assert [len(w.tokens) for w in windows] == [1] * 11
+
+
+def test_scores_that_are_not_numbers_end_in_an_error_of_ours():
+    toy = Toy()
+    toy.scores = lambda tokens, mode: torch.full((11,), float("nan"))
+    with pytest.raises(ModelError, match="not numbers"):
+        run(toy, Plan(3))

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from sirius.core import LanguageModel, Mode, Processor, Round, Verdict
 from sirius.decoding.accept import Rule, accept_argmax
+from sirius.errors import ModelError
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,8 @@ def next_round(model: LanguageModel, state: State, plan: Plan) -> Round:
 def start(model: LanguageModel, state: State, plan: Plan) -> Round:
     """Read the prompt with the full model, let the sparse one choose its neurons, and give the first token."""
     scores = model.read(state.tokens, Mode.OBSERVE, last=1)[0]
+    if bool(scores.isnan().any()):
+        raise ModelError("the model's scores are not numbers; its weights are damaged, or dtype is too narrow for it")
     model.select()
     scores = _processed(plan, state.tokens, scores)
     first = Verdict(0, next=int(scores[0].argmax()))

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
@@ -14,13 +15,18 @@ from sirius.model.prepare import check_config
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
-BROKEN = (
+BROKEN = (  # what transformers raises of a broken checkpoint
     OSError,
     ValueError,
     KeyError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    ImportError,
     RuntimeError,
     SafetensorError,
-)  # what transformers raises of a broken checkpoint
+    StrictDataclassError,
+)
 
 
 @dataclass(frozen=True)
@@ -58,10 +64,12 @@ def load_model(source: Source, dtype: str = "auto", device: str = "auto") -> Pre
         config=config,
         dtype=wanted,
         use_safetensors=True,
+        ignore_mismatched_sizes=True,  # `_check_complete` refuses them by name
         output_loading_info=True,
         **source.options,
     )
     _check_complete(source, report)
+    _check_depth(source, report)
     return model.to(place).eval()
 
 
@@ -123,13 +131,29 @@ def _attempt(source: Source, what: str, load: Any, **options: Any) -> Any:
 def _check_complete(source: Source, report: dict[str, Any]) -> None:
     """Refuse what transformers would fill with random numbers."""
     for problem in ("missing_keys", "mismatched_keys", "error_msgs"):
-        if found := sorted(str(key) for key in report.get(problem) or ()):
+        if found := sorted(_named(key) for key in report.get(problem) or ()):
             raise ModelError(
                 f"the weights of {source.path} do not fit its config.json: {len(found)} {problem.replace('_', ' ')}, "
                 f"first {found[0]}"
             )
 
 
+def _check_depth(source: Source, report: dict[str, Any]) -> None:
+    """Refuse a checkpoint with blocks that its configuration leaves out: it would run as a shorter model."""
+    if left := sorted(key for key in report.get("unexpected_keys") or () if ".layers." in key):
+        raise ModelError(f"config.json of {source.path} has no place for {len(left)} of its weights, first {left[0]}")
+
+
+def _named(key: Any) -> str:
+    """Return the name of a weight; one of a wrong shape comes as (name, shape in the file, shape in the model)."""
+    if isinstance(key, str):
+        return key
+    name, stored, wanted = key
+    return f"{name} ({tuple(stored)} stored, {tuple(wanted)} wanted)"
+
+
 def _first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    if isinstance(error, KeyError | ArithmeticError) or not lines:
+        return f"{type(error).__name__} {' '.join(lines)}".strip()
+    return f"{lines[0]} {lines[1].strip()}" if lines[0].endswith(":") and len(lines) > 1 else lines[0]

@@ -1,6 +1,7 @@
 """Find the gated MLPs of a transformers model by their structure, put ours in their place, and undo it."""
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -29,17 +30,14 @@ def prepare(model: PreTrainedModel) -> list[SparseMLP]:
     _check_weights(model)
     found = [_gated_mlp(name, block) for name, block in _blocks(model)]
     mlps: list[SparseMLP] = []
-    try:
+    with ExitStack() as undo:
         for parent, name, path in found:
             original = getattr(parent, name)
             mlp = SparseMLP(original, _roles(original), _activation(path, original))
+            undo.callback(mlp.restore)
             mlps.append(mlp)
-            if not agrees(mlp, original):
-                raise UnsupportedModelError(f"{path} computes something else than down(act(gate(x)) * up(x))")
-    except UnsupportedModelError:
-        for mlp in mlps:
-            mlp.restore()
-        raise
+            _check_agrees(path, mlp, original)
+        undo.pop_all()
     for (parent, name, _), mlp in zip(found, mlps, strict=True):
         setattr(parent, name, mlp)
     return mlps
@@ -113,6 +111,15 @@ def _check_weights(model: PreTrainedModel) -> None:
     if len(devices) > 1 or any(d.type == "meta" for d in devices):
         names = ", ".join(sorted(str(d) for d in devices))
         raise UnsupportedModelError(f"the model is spread over {names}; load it whole on one device")
+
+
+def _check_agrees(path: str, mlp: SparseMLP, original: nn.Module) -> None:
+    try:
+        same = agrees(mlp, original)
+    except (TypeError, RuntimeError) as error:
+        raise UnsupportedModelError(f"{path} cannot be called as down(act(gate(x)) * up(x)): {error}") from error
+    if not same:
+        raise UnsupportedModelError(f"{path} computes something else than down(act(gate(x)) * up(x))")
 
 
 def _blocks(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:

@@ -1,0 +1,325 @@
+"""The command: what it prints, what it writes, and how it tells a user's mistake in one line."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from conftest import tiny_model
+from sirius import __version__, cli
+from sirius.engine import Engine
+
+pytestmark = pytest.mark.integration
+
+WORDS = ["<s>", "</s>", "<user>", "<bot>", *(f"w{i}" for i in range(96))]
+CONTEXT = 64
+TEMPLATE = "<s>{% for m in messages %}<user>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<bot>{% endif %}"
+SHORT = ("--max-new-tokens", "6")
+
+
+class Printed(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+    @property
+    def records(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.out.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> str:
+    """A random model whose tokens are words, with its tokenizer."""
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="w0"))
+    words.pre_tokenizer, words.decoder = pre_tokenizers.WhitespaceSplit(), decoders.Fuse()
+    words.add_special_tokens(WORDS[:4])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words, bos_token="<s>", eos_token="</s>", chat_template=TEMPLATE
+    )
+    path = tmp_path_factory.mktemp("model")
+    sizes = {"vocab_size": len(WORDS), "max_position_embeddings": CONTEXT, "bos_token_id": 0, "eos_token_id": 1}
+    tiny_model(**sizes, pad_token_id=None).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture
+def sirius(monkeypatch, capsys):
+    """Run the command with these arguments."""
+
+    def run(*arguments: object) -> Printed:
+        monkeypatch.setattr(sys, "argv", ["sirius", *map(str, arguments)])
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as end:
+            code = end.code or 0
+        return Printed(code, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def generate(sirius, folder):
+    return lambda *arguments: sirius("generate", "--model", folder, *arguments)
+
+
+def write_jobs(path: Path, *jobs: object) -> Path:
+    path.write_text("".join((job if isinstance(job, str) else json.dumps(job)) + "\n" for job in jobs))
+    return path
+
+
+def read_results(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def same(record: dict[str, Any]) -> dict[str, Any]:
+    """Return a result without the figures of time, which no two runs share."""
+    stats = {name: value for name, value in record["stats"].items() if name not in ("seconds", "tokens_per_second")}
+    return {**record, "stats": stats}
+
+
+# --- one prompt
+
+
+def test_a_prompts_text_goes_to_stdout_and_nothing_else(generate, folder):
+    printed = generate("w5 w6", *SHORT)
+    want = Engine.load(folder).generate("w5 w6", max_new_tokens=6)
+    assert printed.out == want.text + "\n"
+    assert printed.code == 0
+    assert "error" not in printed.err
+
+
+def test_json_holds_the_fields_that_are_promised(generate, folder):
+    [record] = generate("w5 w6", *SHORT, "--json", "--period", "4").records
+    assert list(record) == ["text", "token_ids", "finish_reason", "stats", "settings"]
+    assert len(record["token_ids"]) == record["stats"]["tokens"] == 6
+    assert record["finish_reason"] == "length"
+    assert record["stats"].keys() >= set(
+        "rounds drafted accepted corrections tokens aal aal_complete period density effective_density "
+        "acceptance_histogram seconds tokens_per_second lossless".split()
+    )
+    assert len(record["stats"]["acceptance_histogram"]) == record["stats"]["period"] == 4
+    assert record["settings"]["model"] == folder
+    assert record["settings"]["correction"]["period"] == 4
+    assert record["settings"]["sparsity"] == {"method": "coarse", "keep": 0.5, "threshold": None}
+
+
+@pytest.mark.parametrize("method", ["coarse", "griffin", "fine", "cats"])
+def test_argmax_gives_the_text_of_the_full_model(generate, method):
+    full = generate("w5 w6", "--max-new-tokens", "24", "--sparsity", "none", "--json").records[0]
+    corrected = generate(
+        "w5 w6", "--max-new-tokens", "24", "--sparsity", method, "--keep", "0.2", "--accept", "argmax", "--json"
+    ).records[0]
+    assert corrected["token_ids"] == full["token_ids"]
+    assert corrected["stats"]["lossless"] and full["stats"]["lossless"]
+    assert corrected["stats"]["density"] < full["stats"]["density"] == 1
+    assert corrected["stats"]["corrections"] > 0
+
+
+def test_without_correction_the_sparse_model_writes_alone(generate):
+    full = generate("w5 w6", *SHORT, "--sparsity", "none", "--json").records[0]
+    alone = generate("w5 w6", *SHORT, "--keep", "0.1", "--no-correct", "--json").records[0]
+    assert alone["token_ids"] != full["token_ids"]
+    assert alone["settings"]["correction"] is None
+    assert (alone["stats"]["drafted"], alone["stats"]["aal"], alone["stats"]["lossless"]) == (0, None, False)
+
+
+def test_a_stop_string_ends_the_text_before_it(generate):
+    free = generate("w5 w6", *SHORT, "--json").records[0]
+    third = WORDS[free["token_ids"][2]]
+    assert third not in [WORDS[token] for token in free["token_ids"][:2]]
+    stopped = generate("w5 w6", *SHORT, "--stop", "never", "--stop", third, "--json").records[0]
+    assert stopped["text"] == free["text"].partition(third)[0]
+    assert stopped["token_ids"] == free["token_ids"][:3]
+    assert stopped["finish_reason"] == "stop"
+
+
+def test_chat_puts_the_prompt_in_the_template(generate, folder):
+    want = Engine.load(folder).generate([{"role": "user", "content": " w5 w6 "}], max_new_tokens=6)
+    chat = generate(" w5 w6 ", *SHORT, "--chat", "--json").records[0]
+    plain = generate(" w5 w6 ", *SHORT, "--json").records[0]
+    assert tuple(chat["token_ids"]) == want.token_ids != tuple(plain["token_ids"])
+    assert (chat["settings"]["chat"], plain["settings"]["chat"]) == (True, False)
+
+
+def test_the_budget_is_the_room_left_where_none_is_given(generate):
+    record = generate("w5 " * 50, "--json").records[0]
+    assert (len(record["token_ids"]), record["finish_reason"]) == (CONTEXT - 50, "length")
+
+
+def test_version_and_help_are_printed(sirius):
+    assert sirius("--version") == Printed(0, f"sirius {__version__}\n", "")
+    printed = sirius("generate", "--help")
+    assert printed.code == 0
+    for option in ("--sparsity", "--keep", "--period", "--accept", "--stop"):
+        assert option in printed.out
+
+
+# --- files
+
+
+def test_every_line_of_a_file_is_decoded_as_it_would_be_alone(generate, tmp_path):
+    jobs = write_jobs(tmp_path / "in.jsonl", {"prompt": "w5 w6"}, {"id": "b", "prompt_ids": [9, 10]})
+    out = tmp_path / "out.jsonl"
+    printed = generate("--input", jobs, "--output", out, *SHORT)
+    assert (printed.code, printed.out) == (0, "")
+    assert f"2 completions in {out}" in printed.err
+    first, second = read_results(out)
+    alone = generate("w5 w6", *SHORT, "--json").records[0]
+    assert same(first) == {"id": 1, **same(alone)}
+    assert list(first) == ["id", "text", "token_ids", "finish_reason", "stats", "settings"]
+    assert second["id"] == "b"
+
+
+def test_without_an_output_completions_are_printed(generate, tmp_path):
+    jobs = write_jobs(tmp_path / "in.jsonl", {"id": "[/b]:x:", "prompt": "w5 w6"}, {"prompt": "w7"})
+    records = generate("--input", jobs, *SHORT, "--json").records
+    assert [record["id"] for record in records] == ["[/b]:x:", 2]
+    shown = generate("--input", jobs, *SHORT).out
+    assert "[/b]:x:" in shown
+    assert all(record["text"] in shown for record in records)
+
+
+def test_a_second_run_adds_nothing_and_a_longer_input_only_what_is_new(generate, tmp_path):
+    out, lines = tmp_path / "out.jsonl", [{"prompt": "w5"}, {"prompt": "w6"}]
+    jobs = write_jobs(tmp_path / "in.jsonl", *lines)
+    assert generate("--input", jobs, "--output", out, *SHORT).code == 0
+    before = out.read_bytes()
+    assert generate("--input", jobs, "--output", out, *SHORT).code == 0
+    assert out.read_bytes() == before
+    write_jobs(jobs, *lines, {"prompt": "w7"})
+    assert "3 completions" in generate("--input", jobs, "--output", out, *SHORT).err
+    assert out.read_bytes().startswith(before)
+    assert [record["id"] for record in read_results(out)] == [1, 2, 3]
+
+
+def test_an_interrupted_run_keeps_what_is_finished_and_is_gone_on_with(generate, tmp_path, monkeypatch):
+    jobs = write_jobs(tmp_path / "in.jsonl", {"prompt": "w5"}, {"prompt": "w6"}, {"prompt": "w7"})
+    out, whole, decode = tmp_path / "out.jsonl", tmp_path / "whole.jsonl", Engine.generate
+    generate("--input", jobs, "--output", whole, *SHORT)
+
+    def interrupted(self, prompt, **options):
+        if prompt == "w6":
+            raise KeyboardInterrupt
+        return decode(self, prompt, **options)
+
+    monkeypatch.setattr(Engine, "generate", interrupted)
+    printed = generate("--input", jobs, "--output", out, *SHORT)
+    assert printed.code == 130
+    assert "error: interrupted; what was finished is saved" in printed.err
+    assert [record["id"] for record in read_results(out)] == [1]
+    out.write_bytes(out.read_bytes() + b'{"id": 2, "text": "w')
+    monkeypatch.setattr(Engine, "generate", decode)
+    assert generate("--input", jobs, "--output", out, *SHORT).code == 0
+    assert [same(r) for r in read_results(out)] == [same(r) for r in read_results(whole)]
+
+
+def test_other_settings_do_not_go_on_with_an_output(generate, tmp_path):
+    jobs, out = write_jobs(tmp_path / "in.jsonl", {"prompt": "w5"}), tmp_path / "out.jsonl"
+    generate("--input", jobs, "--output", out, *SHORT)
+    before = out.read_bytes()
+    for changed in (("--keep", "0.4"), ("--period", "3"), ("--dtype", "float64"), ("--chat",), ("--revision", "v2")):
+        message = mistake(generate("--input", jobs, "--output", out, *SHORT, *changed))
+        assert "was made with other settings (" in message
+    assert out.read_bytes() == before
+
+
+def test_broken_lines_are_named_and_the_others_decoded(generate, tmp_path):
+    jobs = write_jobs(
+        tmp_path / "in[1].jsonl",
+        {"prompt": "w5"},
+        '{"prompt": ',
+        {"prompt": "w6 " * CONTEXT},
+        {"prompt_ids": [5, len(WORDS)]},
+        {"prompt": ""},
+        {"prompt": "w7"},
+    )
+    out = tmp_path / "out[b].jsonl"
+    printed = generate("--input", jobs, "--output", out, *SHORT)
+    assert printed.code == 2
+    assert [record["id"] for record in read_results(out)] == [1, 6]
+    *told, done, total = [line for line in printed.err.splitlines() if "error: " in line or "completions" in line]
+    for line, (number, reason) in zip(
+        told,
+        [(2, "not JSON"), (3, f"{CONTEXT} tokens"), (4, f"from 0 to {len(WORDS) - 1}; got {len(WORDS)}"), (5, "empty")],
+        strict=True,
+    ):
+        assert f"error: {jobs} line {number}: " in line
+        assert reason in line
+    assert done == f"2 completions in {out}"
+    assert total == f"error: 4 of 6 lines of {jobs} could not be decoded"
+
+
+# --- mistakes
+
+
+def mistake(printed: Printed) -> str:
+    """Return the one line on stderr that a mistake is told in."""
+    assert printed.code == 2
+    assert printed.out == ""
+    lines = printed.err.splitlines()
+    assert len(lines) == 1, printed.err
+    assert lines[0].startswith("error: ")
+    return lines[0].removeprefix("error: ")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--sparsity", "wool"], "no sparsity method 'wool'; known are cats, coarse, fine, griffin, none"),
+        (["--keep", "0"], "keep is the fraction of neurons kept, above 0 and at most 1; got 0.0"),
+        (["--keep", "1.5"], "got 1.5"),
+        (["--keep", "nan"], "got nan"),
+        (["--keep", "0.01"], "keep 0.01 of 45 neurons keeps none"),
+        (["--sparsity-threshold", "0.1"], "coarse keeps a fixed fraction and knows no threshold"),
+        (["--sparsity", "fine", "--sparsity-threshold", "-1"], "at least 0; got -1.0"),
+        (["--threshold", "-1"], "threshold is a probability, from 0 to 1; got -1.0"),
+        (["--threshold", "2"], "threshold is a probability, from 0 to 1; got 2.0"),
+        (["--accept-temperature", "0"], "accept_temperature must be a positive number; got 0.0"),
+        (["--period", "0"], "period counts the tokens of a check, at least 1 (plain decoding); got 0"),
+        (["--accept", "anything"], "accept is 'threshold' or 'argmax'; got 'anything'"),
+        (["--max-new-tokens", "-3"], "max_new_tokens must be at least 1; got -3"),
+        (["--max-new-tokens", "0"], "max_new_tokens must be at least 1; got 0"),
+        (["--max-new-tokens", "63"], "prompt 2 + max_new_tokens 63 = 65 tokens pass the limit of 64; set"),
+        (["--stop", ""], "a stop string is empty"),
+        (["--dtype", "int3"], "dtype is auto, float32, float64, bfloat16, float16; got 'int3'"),
+        (["--device", "abacus"], "device 'abacus' cannot be used here"),
+        (["--input", "in.jsonl"], "give one of a prompt and --input FILE.jsonl"),
+        (["--output", "out.jsonl"], "--output goes with --input"),
+    ],
+)
+def test_a_wrong_option_is_one_line(generate, options, words):
+    assert words in mistake(generate("w5 w6", *options))
+
+
+def test_a_prompt_that_cannot_be_decoded_is_one_line(generate):
+    assert "the prompt is empty" in mistake(generate(""))
+    assert "the prompt is empty" in mistake(generate("", "--chat"))
+    assert "the prompt holds no token" in mistake(generate("  "))
+    message = mistake(generate("w5 " * CONTEXT))
+    assert f"the prompt has {CONTEXT} tokens and the model's context holds {CONTEXT}" in message
+
+
+def test_neither_prompt_nor_input_is_one_line(generate):
+    assert mistake(generate()) == "give one of a prompt and --input FILE.jsonl"
+
+
+def test_a_missing_model_is_one_line(sirius, tmp_path):
+    path = tmp_path / "[b]no:x:model"
+    assert mistake(sirius("generate", "w5", "--model", path)) == f"there is no model folder {path}"
+
+
+def test_files_that_cannot_be_used_are_one_line(generate, tmp_path):
+    jobs = write_jobs(tmp_path / "in.jsonl", {"prompt": "w5"})
+    assert "cannot read nowhere.jsonl: No such file" in mistake(generate("--input", "nowhere.jsonl"))
+    out = tmp_path / "missing" / "out.jsonl"
+    assert f"cannot write {out}: No such file" in mistake(generate("--input", jobs, "--output", out))
+    assert f"cannot write {tmp_path}: Is a directory" in mistake(generate("--input", jobs, "--output", tmp_path))
+    message = mistake(generate("--input", jobs, "--output", jobs))
+    assert message == f"{jobs} line 1 is no result of sirius; choose another output"
+    assert jobs.read_text() == '{"prompt": "w5"}\n'

@@ -1,0 +1,160 @@
+"""Preparing a model: what does not fit is refused, and nothing that others see of the model changes."""
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaMLP
+
+from conftest import tiny_model
+from sirius.engine import Engine
+from sirius.errors import RequestError, UnsupportedModelError
+from sirius.model.prepare import prepare, restore, sparse_mlps
+
+pytestmark = pytest.mark.integration
+
+
+def snapshot(model: PreTrainedModel) -> dict[str, tuple[torch.Tensor, tuple[int, ...]]]:
+    """Return every weight with its layout in memory."""
+    return {name: (w.clone(), w.stride()) for name, w in model.state_dict().items()}
+
+
+def assert_as_before(model: PreTrainedModel, before: dict[str, tuple[torch.Tensor, tuple[int, ...]]]) -> None:
+    now = model.state_dict()
+    assert list(now) == list(before)
+    for name, (weight, stride) in before.items():
+        assert torch.equal(now[name], weight), name
+        assert now[name].stride() == stride, name
+
+
+def test_attention_that_takes_no_mask_of_ours_is_refused():
+    model = tiny_model()
+    model.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(UnsupportedModelError, match=r"'flash_attention_2'.*attn_implementation='sdpa'"):
+        prepare(model)
+
+
+def test_a_model_that_is_not_whole_on_one_device_is_refused():
+    model = tiny_model()
+    model.lm_head.to("meta")
+    with pytest.raises(UnsupportedModelError, match="spread over cpu, meta; load it whole"):
+        prepare(model)
+
+
+class AdaptedLinear(nn.Linear):
+    """What adapters put in the place of a linear layer."""
+
+
+class Doubled(LlamaMLP):
+    """An MLP with the right parts and another formula."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Picky(LlamaMLP):
+    """An MLP with the right parts that wants more than its input."""
+
+    def forward(self, x, more):
+        return super().forward(x) + more
+
+
+def test_a_replaced_linear_layer_is_refused_by_name():
+    model = tiny_model()
+    model.model.layers[1].mlp.up_proj = AdaptedLinear(36, 45, bias=False)
+    with pytest.raises(UnsupportedModelError) as caught:
+        prepare(model)
+    message = str(caught.value)
+    assert message.startswith("model.layers.1.mlp.up_proj (up) is a AdaptedLinear, not a plain linear layer")
+    assert "without adapters" in message
+
+
+def test_an_mlp_without_an_activation_is_refused():
+    model = tiny_model()
+    del model.model.layers[0].mlp.act_fn
+    with pytest.raises(UnsupportedModelError, match=r"model\.layers\.0\.mlp names no activation"):
+        prepare(model)
+
+
+@pytest.mark.parametrize(("kind", "words"), [(Doubled, "computes something else"), (Picky, "cannot be called")])
+def test_an_mlp_of_another_formula_is_refused_and_the_model_left_as_it_was(kind, words):
+    model = tiny_model()
+    odd = kind(model.config)
+    odd.load_state_dict(model.model.layers[1].mlp.state_dict())
+    model.model.layers[1].mlp = odd
+    before, modules = snapshot(model), dict(model.named_modules())
+    with pytest.raises(UnsupportedModelError, match=rf"model\.layers\.1\.mlp {words}.*down\(act\(gate\(x\)\) \* up"):
+        prepare(model)
+    assert_as_before(model, before)
+    assert dict(model.named_modules()) == modules
+
+
+# --- lengths
+
+
+def test_a_window_that_slides_is_never_passed():
+    engine = Engine(tiny_model("mistral", sliding_window=16, eos_token_id=None))
+    assert len(engine.generate([3] * 10, max_new_tokens=6).token_ids) == 6
+    assert len(engine.generate([3] * 10).token_ids) == 6
+    with pytest.raises(RequestError, match=r"prompt 10 \+ max_new_tokens 7 = 17 .* limit of 16; .* at most 6$"):
+        engine.generate([3] * 10, max_new_tokens=7)
+    with pytest.raises(RequestError, match=r"the prompt has 16 tokens and the model's sliding window holds 16"):
+        engine.generate([3] * 16)
+
+
+def test_a_context_is_never_passed():
+    engine = Engine(tiny_model(max_position_embeddings=20, eos_token_id=None))
+    assert len(engine.generate([3] * 10).token_ids) == 10
+    with pytest.raises(RequestError, match=r"prompt 10 \+ max_new_tokens 11 = 21 .* limit of 20; .* at most 10$"):
+        engine.generate([3] * 10, max_new_tokens=11)
+    with pytest.raises(RequestError, match=r"the prompt has 20 tokens and the model's context holds 20"):
+        engine.generate([3] * 20)
+
+
+# --- prepare, restore, save
+
+
+def test_preparing_twice_changes_nothing():
+    model = tiny_model()
+    first, before = prepare(model), snapshot(model)
+    assert len(first) == 2
+    assert all(mlp.neurons.down.is_contiguous() for mlp in first), "a neuron's weights stand together"
+    assert all(now is then for now, then in zip(prepare(model), first, strict=True))
+    assert_as_before(model, before)
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "gemma2"])
+def test_restore_gives_the_model_back_to_the_bit(family):
+    model = tiny_model(family)
+    before, modules = snapshot(model), dict(model.named_modules())
+    assert prepare(model)
+    assert dict(model.named_modules()) != modules
+    restore(model)
+    assert dict(model.named_modules()) == modules
+    assert sparse_mlps(model) == []
+    assert_as_before(model, before)
+    assert all(weight.is_contiguous() for weight in model.parameters())
+
+
+def test_a_model_cast_while_prepared_is_restored_whole():
+    model = tiny_model()
+    want = {name: weight.double() for name, weight in tiny_model().state_dict().items()}
+    prepare(model)
+    model.double()
+    restore(model)
+    assert all(torch.equal(weight, want[name]) for name, weight in model.state_dict().items())
+    assert all(weight.is_contiguous() for weight in model.parameters())
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3"])
+def test_a_prepared_model_saves_an_ordinary_checkpoint(family, tmp_path):
+    want = tiny_model(family).state_dict()
+    model = tiny_model(family)
+    prepare(model)
+    model.save_pretrained(tmp_path / "prepared")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "prepared")
+    assert list(plain.state_dict()) == list(want)
+    assert all(torch.equal(weight, want[name]) for name, weight in plain.state_dict().items())
+    tiny_model(family).save_pretrained(tmp_path / "plain")
+    for file in ("config.json", "model.safetensors"):
+        assert (tmp_path / "prepared" / file).read_bytes() == (tmp_path / "plain" / file).read_bytes()
