@@ -1,0 +1,136 @@
+"""What an engine takes for a prompt, and what it refuses."""
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from conftest import greedy, tiny_model
+from sirius.core import CorrectionConfig, SparsityConfig
+from sirius.engine import Engine, end_tokens
+from sirius.errors import ConfigError, ModelError, RequestError
+
+pytestmark = pytest.mark.integration
+
+TEMPLATE = (
+    "{% if messages[0].role != 'user' %}{{ raise_exception('begin with the user') }}{% endif %}"
+    "{{ messages[0].content }}"
+)
+
+
+@pytest.fixture(scope="module")
+def engine():
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(60)}, unk_token="w0"))
+    words.pre_tokenizer, words.decoder = pre_tokenizers.WhitespaceSplit(), decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, chat_template=TEMPLATE)
+    return Engine(tiny_model(eos_token_id=None, max_position_embeddings=40), tokenizer)
+
+
+def test_a_prompt_is_a_text_token_ids_or_a_chat(engine):
+    want = (5, 9, 7)
+    for prompt in ("w5 w9 w7", [5, 9, 7], (5, 9, 7), [{"role": "user", "content": "w5 w9 w7"}]):
+        assert engine.encode(prompt) == want
+
+
+@pytest.mark.parametrize(
+    ("prompt", "says"),
+    [
+        ("", "empty"),
+        ([], "empty"),
+        ("   ", "no token"),
+        ([5, 131], "from 0 to 130; got 131"),
+        ([5, -1], "got -1"),
+        ([5, "w5"], "got 'w5'"),
+        ([True], "got True"),
+        ("w5 \udcff", "not text that can be encoded"),
+        ([{"role": "system", "content": "w5"}], "begin with the user"),
+        (list(range(3, 43)), "the prompt has 40 tokens and the model's context holds 40"),
+    ],
+    ids=lambda value: str(value)[:20].encode("ascii", "replace").decode(),
+)
+def test_a_prompt_that_cannot_be_decoded_is_refused(engine, prompt, says):
+    with pytest.raises(RequestError, match=says):
+        engine.generate(prompt)
+
+
+def test_the_room_is_exact_by_one_token(engine):
+    prompt = list(range(3, 13))
+    assert engine.room(prompt) == 30
+    assert len(engine.generate(prompt, max_new_tokens=30).token_ids) == 30
+    assert len(engine.generate(prompt).token_ids) == 30
+    with pytest.raises(
+        RequestError, match=r"10 \+ max_new_tokens 31 = 41 tokens .* 40; set max_new_tokens to at most 30"
+    ):
+        engine.generate(prompt, max_new_tokens=31)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"max_new_tokens": 0}, "at least 1; got 0"),
+        ({"stop": ["w1", ""]}, "stop string is empty"),
+        ({"sparsity": "dense"}, "known are cats, coarse, fine, griffin, none"),
+        ({"sparsity": SparsityConfig("coarse", keep=0.001)}, "keeps none"),
+    ],
+    ids=str,
+)
+def test_options_out_of_range_are_refused_before_anything_is_decoded(engine, options, says):
+    with pytest.raises(ConfigError, match=says):
+        engine.stream([5, 6], **options)  # not iterated
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"period": 0}, {"threshold": -0.1}, {"threshold": 1.1}, {"accept_temperature": 0.0}, {"accept": "sampling"}],
+    ids=str,
+)
+def test_a_correction_out_of_range_is_refused(change):
+    with pytest.raises(ConfigError, match=str(next(iter(change.values())))):
+        CorrectionConfig(**change)
+
+
+def test_an_unknown_option_is_refused(engine):
+    with pytest.raises(TypeError, match="perod"):
+        engine.generate([5], perod=3)
+
+
+def test_a_model_without_a_tokenizer_takes_ids_and_gives_ids():
+    bare = Engine(tiny_model(eos_token_id=None))
+    done = bare.generate([5, 6, 7], max_new_tokens=9, sparsity="none")
+    assert list(done.token_ids) == greedy(bare.model, [5, 6, 7], 9) and done.text == ""
+    for options, says in (({"prompt": "w5"}, "no tokenizer"), ({"prompt": [5], "stop": ["x"]}, "no tokenizer|none")):
+        with pytest.raises(RequestError, match=says):
+            bare.generate(**options)
+
+
+def test_a_damaged_model_ends_in_an_error_of_ours():
+    model = tiny_model()
+    torch.nn.init.constant_(model.get_input_embeddings().weight, float("nan"))
+    with pytest.raises(ModelError, match="not numbers"):
+        Engine(model).generate([5, 6, 7])
+
+
+@pytest.mark.parametrize(("given", "ends"), [(2, {2}), ([2, 9], {2, 9}), (None, {2})])
+def test_end_tokens_come_from_the_generation_config_then_from_the_model(given, ends):
+    model = tiny_model(eos_token_id=2)
+    model.generation_config.eos_token_id = given
+    assert end_tokens(model) == ends
+
+
+def test_a_closed_stream_leaves_the_model_ordinary(engine):
+    want = greedy(engine.model, [5, 6, 7], 20)
+    stream = engine.stream([5, 6, 7], max_new_tokens=30)
+    next(stream), next(stream)
+    stream.close()
+    assert greedy(engine.model, [5, 6, 7], 20) == want
+
+
+def test_figures_name_what_is_lossy(engine):
+    def lossless(**options):
+        return engine.generate([5, 6, 7], max_new_tokens=12, **options).stats.lossless
+
+    assert lossless(sparsity="none") and lossless(sparsity="none", correction=None)
+    assert lossless(correction=CorrectionConfig(accept="argmax")) and lossless(
+        correction=CorrectionConfig(threshold=0.51)
+    )
+    assert not lossless() and not lossless(correction=None)
