@@ -4,6 +4,7 @@ import hashlib
 import os
 from pathlib import Path
 
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # one device for both sides of a comparison
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported
 
 import torch
@@ -61,6 +62,7 @@ def tiny_config(family: str, **changes: object) -> PreTrainedConfig:
         "pad_token_id": 0,
         "bos_token_id": 1,
         "eos_token_id": 2,
+        "tie_word_embeddings": False,  # a tied random model says the same token again and again
     }
     return CONFIGS[family](**{**sizes, **changes})
 

@@ -37,7 +37,7 @@ def imports_of(path: Path) -> set[str]:
         if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("sirius."):
             names.add(package(node.module))
         elif isinstance(node, ast.ImportFrom) and node.module == "sirius":
-            names |= {alias.name for alias in node.names}
+            names |= {alias.name for alias in node.names if alias.name != "__version__"}
     return names
 
 

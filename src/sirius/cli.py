@@ -4,6 +4,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from sirius import __version__
 from sirius.errors import ConfigError, SiriusError
 
 if TYPE_CHECKING:
@@ -22,9 +24,10 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # its boxes cut the options' names at 80 columns
     help="Faster decoding of large language models: a sparse model drafts, the full model corrects.",
 )
-demo_app = typer.Typer(help="See the method at work on the embedded model.")
+demo_app = typer.Typer(rich_markup_mode=None, help="See the method at work on the embedded model.")
 app.add_typer(demo_app, name="demo")
 
 out, err = Console(soft_wrap=True, emoji=False), Console(stderr=True, soft_wrap=True, emoji=False)
@@ -51,9 +54,7 @@ def _complain(message: str) -> None:
 
 def _version(wanted: bool) -> None:
     if wanted:
-        from importlib.metadata import version
-
-        out.print(f"sirius {version('sirius-llm')}", highlight=False)
+        out.print(f"sirius {__version__}", highlight=False)
         raise typer.Exit
 
 
@@ -117,6 +118,7 @@ def generate(
     source = {"model": model or "embedded", "revision": revision, "dtype": dtype}
     settings = {**source, "chat": _chats(chat, model), **_flat(options)}
 
+    @cache  # a file of which nothing is left to do loads no model
     def load() -> "Engine":
         return _load(model, dtype, device, revision, trust_remote_code)
 
@@ -187,7 +189,7 @@ def _print_json(settings: dict[str, Any]) -> Show:
         from sirius.jobs import to_record
 
         done = engine.generate(prompt, **options)
-        record = to_record(job.id if job else None, done, settings)
+        record = to_record(job, done, settings)
         sys.stdout.write(json.dumps(record, ensure_ascii=False) + "\n")
         sys.stdout.flush()
         return done
@@ -213,14 +215,13 @@ def _decode_file(
     output = Output(files.output, settings) if files.output else None
 
     with closing(output) if output else nullcontext():
-        engine = load()
 
         def decode(job: "Job") -> None:
             prompt = _asked(job.prompt, settings["chat"])
             if output is None:
-                show(engine, job, prompt, options)
-            elif job.id not in output.done:
-                output.write(job, engine.generate(prompt, **options))
+                show(load(), job, prompt, options)
+            elif not output.has(job):
+                output.write(job, load().generate(prompt, **options))
 
         bad = _each_line(files.input, jobs, decode, shown=output is not None)
     if output is not None:
@@ -250,8 +251,8 @@ def _each_line(path: Path, jobs: "list[Job | BadLine]", decode: Callable[["Job"]
 
 
 @contextmanager
-def _progress(what: str, total: int, shown: bool = True) -> Iterator[Callable[[], None]]:
-    """Show a progress bar on the terminal's error stream; yields the function that moves it on by one."""
+def _progress(what: str, total: int, shown: bool = True) -> Iterator[Callable[..., None]]:
+    """Show a progress bar on the terminal's error stream; yields what moves it on by one, or to a step."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -261,7 +262,12 @@ def _progress(what: str, total: int, shown: bool = True) -> Iterator[Callable[[]
     )
     with Progress(*columns, console=err, disable=not shown) as bar:
         task = bar.add_task(what, total=total)
-        yield lambda: bar.advance(task)
+
+        def advance(to: int | None = None, now: str = what) -> None:
+            done = bar.tasks[task].completed + 1 if to is None else to
+            bar.update(task, completed=done, description=now)
+
+        yield advance
 
 
 @demo_app.callback(invoke_without_command=True)
@@ -269,6 +275,7 @@ def demo(
     context: typer.Context,
     problems: Annotated[int, typer.Option(min=1, help="Problems of each task.")] = 60,
     seed: Annotated[int, typer.Option(help="Which problems.")] = 0,
+    keep: Annotated[float | None, typer.Option(help="Fraction of neurons that coarse keeps. [default: 0.4]")] = None,
     model: Annotated[Path | None, typer.Option(help="A folder that `sirius demo train` wrote.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the table as JSON, and no example.")] = False,
 ) -> None:
@@ -280,16 +287,17 @@ def demo(
     from sirius.demo import show, showcase
     from sirius.demo.problems import TASKS
 
+    settings = showcase.make_settings() if keep is None else showcase.make_settings(keep)
     engine = _load(None if model is None else str(model), "auto", "cpu", None, False)
-    with _progress("decoding", problems * len(TASKS) * len(showcase.SETTINGS)) as advance:
-        rows = showcase.run(engine, problems, seed, on_problem=advance)
+    with _progress("decoding", problems * len(TASKS) * len(settings)) as advance:
+        rows = showcase.run(engine, settings, problems, seed, on_problem=advance)
     if json:
         import json as encoder
 
         sys.stdout.write(encoder.dumps([asdict(row) for row in rows], indent=2) + "\n")
         return
     out.print(show.table(rows))
-    out.print(show.example(engine, seed))
+    out.print(show.example(engine, settings, seed))
 
 
 @demo_app.command()
@@ -302,5 +310,5 @@ def train(
 
     recipe = Recipe()
     with _progress("training", recipe.steps) as advance:
-        train(folder, recipe, on_step=lambda _: advance())
+        train(folder, recipe, on_step=lambda p: advance(p.step, f"training, loss {p.loss:.3f}"))
     out.print(f"the model is in {folder}; try it: sirius demo --model {folder}", highlight=False)

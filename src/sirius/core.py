@@ -6,16 +6,17 @@ Letters of shapes, the same everywhere:
     L layers with a gated MLP                F neurons of an MLP      H hidden size
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
 from enum import Enum
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 from torch import Tensor
 
 from sirius.errors import ConfigError
 
 AcceptName = Literal["threshold", "argmax"]
+Config = TypeVar("Config", "SparsityConfig", "CorrectionConfig")
 FinishReason = Literal["stop", "length"]
 
 # Turns the scores of the next token [1, V] into others, given all tokens before it [1, n], as transformers' do.
@@ -44,6 +45,7 @@ class SparsityConfig:
     threshold: float | None = None
 
     def __post_init__(self) -> None:
+        _check_kinds(self, method=str, keep=float, threshold=float | None)
         if not 0 < self.keep <= 1:
             raise ConfigError(f"keep is the fraction of neurons kept, above 0 and at most 1; got {self.keep}")
         if self.threshold is not None and not self.threshold >= 0:
@@ -66,6 +68,7 @@ class CorrectionConfig:
     accept_temperature: float = 0.6
 
     def __post_init__(self) -> None:
+        _check_kinds(self, period=int, accept=str, threshold=float, accept_temperature=float)
         if self.period < 1:
             raise ConfigError(f"period counts the tokens of a check, at least 1 (plain decoding); got {self.period}")
         if self.accept not in ("threshold", "argmax"):
@@ -79,6 +82,29 @@ class CorrectionConfig:
     def lossless(self) -> bool:
         """Whether only the full model's argmax can pass: above one half no other token has the probability."""
         return self.accept == "argmax" or self.threshold > 0.5 or self.period == 1
+
+
+def as_config(kind: type[Config], value: Any) -> Config:
+    """Return a SparsityConfig or CorrectionConfig given as itself, as a mapping of its fields, or as its first field.
+
+    So `{"method": "fine", "keep": 0.3}` and "fine" are sparsities; raises ConfigError of anything else.
+    """
+    if isinstance(value, kind):
+        return value
+    try:
+        return kind(**value) if isinstance(value, Mapping) else kind(value)
+    except TypeError as error:
+        known = ", ".join(field.name for field in fields(kind))
+        raise ConfigError(f"{kind.__name__} takes {known}; got {value!r}") from error
+
+
+def _check_kinds(config: object, **kinds: Any) -> None:
+    """Raise ConfigError where a field is of another kind than it says; a whole number is also a float."""
+    for name, kind in kinds.items():
+        value = getattr(config, name)
+        wide = kind if kind in (int, str) else kind | int
+        if isinstance(value, bool) or not isinstance(value, wide):
+            raise ConfigError(f"{name} must be {getattr(kind, '__name__', kind)}; got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -98,10 +124,11 @@ class Request:
     correction: CorrectionConfig | None = field(default_factory=CorrectionConfig)
 
     def __post_init__(self) -> None:
+        _check_kinds(self, max_new_tokens=int)
         if self.max_new_tokens < 1:
             raise ConfigError(f"max_new_tokens must be at least 1; got {self.max_new_tokens}")
-        if any(not text for text in self.stop):
-            raise ConfigError("a stop string is empty and would end every text at once; leave it out")
+        if any(not isinstance(text, str) or not text for text in self.stop):
+            raise ConfigError(f"stop takes strings, none of them empty; got {list(self.stop)}")
 
 
 @dataclass(frozen=True)

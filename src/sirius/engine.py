@@ -3,20 +3,21 @@
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jinja2 import TemplateError
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, RepetitionPenaltyLogitsProcessor
 
 from sirius import sparsity
-from sirius.core import CorrectionConfig, FinishReason, Mode, Request, Round, SparsityConfig
+from sirius.core import CorrectionConfig, FinishReason, Mode, Processor, Request, Round, SparsityConfig, as_config
 from sirius.decoding.accept import make_rule
 from sirius.decoding.loop import Plan, decode
 from sirius.errors import RequestError
 from sirius.model.loading import Source, load_model, load_tokenizer
-from sirius.model.prepare import context_limit, count_parameters, prepare, sliding_window
+from sirius.model.prepare import check_sliding, context_limit, count_parameters, prepare, sliding_window
 from sirius.model.session import Session
 from sirius.stats import DENSE, Setting, Stats, summarise
 from sirius.text import Ending
@@ -63,16 +64,29 @@ class Generation:
         self.session = Session(model, mlps, self.method, slots=len(request.prompt) + request.max_new_tokens)
         self.correction = PLAIN if self.method is None else request.correction
         self.plan = _planned(plan, self.correction)
+        self.seconds = 0.0
 
     def rounds(self) -> Iterator[Round]:
-        """Yield the rounds until the budget is used up."""
-        return decode(self.session, torch.tensor([self.request.prompt], device=self.model.device), self.plan)
+        """Yield the rounds until the budget is used up; what the caller does between them is not timed."""
+        rounds = decode(self.session, torch.tensor([self.request.prompt], device=self.model.device), self.plan)
+        while True:
+            began = perf_counter()
+            step = next(rounds, None)
+            self.seconds += perf_counter() - began
+            if step is None:
+                return
+            yield step
 
-    def stats(self, rounds: Sequence[Round], seconds: float) -> Stats:
+    def stats(self, rounds: Sequence[Round]) -> Stats:
         """Work out the figures of the rounds that were used."""
         touched = self.method.touched() if self.method else DENSE
-        exact = touched == DENSE or (self.correction is not None and self.correction.lossless)
-        return summarise(rounds, Setting(count_parameters(self.model), touched, self.correction, exact), seconds)
+        setting = Setting(count_parameters(self.model), touched, self.correction, self._lossless())
+        return summarise(rounds, setting, self.seconds)
+
+    def _lossless(self) -> bool:
+        chosen = self.request.sparsity
+        whole = chosen.keep == 1 and chosen.threshold is None
+        return self.method is None or whole or (self.correction is not None and self.correction.lossless)
 
 
 def _planned(plan: Plan, correction: CorrectionConfig | None) -> Plan:
@@ -88,26 +102,26 @@ class Engine:
         """Prepare a transformers model that is already loaded; its MLPs are replaced (`sirius.restore` undoes it)."""
         prepare(model)
         self.model, self.tokenizer = model.eval(), tokenizer
-        self.ends = end_tokens(model)
+        self.ends, self.process = end_tokens(model), repetition_penalty(model)
 
     @classmethod
     def load(
         cls,
-        path: str,
+        path: str | Path,
         *,
-        dtype: str = "auto",
+        dtype: str | torch.dtype = "auto",
         device: str = "auto",
         revision: str | None = None,
         trust_remote_code: bool = False,
     ) -> "Engine":
         """Load a model folder or a hub id.
 
-        dtype   "auto" (the checkpoint's), "float32", "bfloat16", "float16" or "float64"
+        dtype   "auto" (the checkpoint's), "float32", "bfloat16", "float16" or "float64", or torch's own
         device  "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1", ...
 
         Raises ModelError where it cannot be loaded, UnsupportedModelError where its structure does not fit.
         """
-        source = Source(path, revision, trust_remote_code)
+        source = Source(str(path), revision, trust_remote_code)
         return cls(load_model(source, dtype, device), load_tokenizer(source))
 
     def generate(
@@ -139,32 +153,34 @@ class Engine:
         prompt          a text, token ids, or chat messages ({"role": ..., "content": ...})
         max_new_tokens  None: 256, or as many as the model's context has room for
         stop            strings that end the text
-        sparsity        a method's name at keep 0.5, or a SparsityConfig
-        correction      None decodes with the sparse model alone (lossy)
+        sparsity        a method's name at keep 0.5, a SparsityConfig, or a mapping of its fields
+        correction      a CorrectionConfig or a mapping of its fields; None decodes with the sparse model alone (lossy)
 
         Raises RequestError of a prompt that cannot be decoded, ConfigError of options that do not fit.
         """
-        chosen = SparsityConfig(sparsity) if isinstance(sparsity, str) else sparsity
         tokens = self.encode(prompt)
-        room = self.room(tokens)
+        room = self._room(len(tokens))
         budget = min(DEFAULT_NEW_TOKENS, room) if max_new_tokens is None else max_new_tokens
+        configs = as_config(SparsityConfig, sparsity), correction and as_config(CorrectionConfig, correction)
+        stops = (stop,) if isinstance(stop, str) else tuple(stop)
+        request = Request(tokens, budget, stops, *configs)
         if budget > room:
+            check_sliding(self.model.config, len(tokens), budget)
             raise RequestError(
                 f"prompt {len(tokens)} + max_new_tokens {budget} = {len(tokens) + budget} tokens pass the limit "
                 f"of {len(tokens) + room}; set max_new_tokens to at most {room}"
             )
-        request = Request(tokens, budget, (stop,) if isinstance(stop, str) else tuple(stop), chosen, correction)
         if request.stop and self.tokenizer is None:
             raise RequestError("stop strings need a tokenizer, and this model has none; stop at token ids instead")
-        return self._run(Generation(self.model, request, Plan(budget, ends=self.ends)))
+        return self._run(Generation(self.model, request, Plan(budget, ends=self.ends, process=self.process)))
 
     def encode(self, prompt: Prompt) -> tuple[int, ...]:
         """Return the token ids of a prompt, chat messages by the model's template; raise RequestError of bad ones."""
-        if len(prompt) == 0:
-            raise RequestError("the prompt is empty; give it at least one token")
+        if not isinstance(prompt, Sequence) or len(prompt) == 0:
+            raise RequestError(f"the prompt is empty, or neither text, token ids nor messages: {prompt!r:.60}")
         if isinstance(prompt, str):
             tokens = self._tokenized(prompt)
-        elif isinstance(prompt[0], Mapping):
+        elif is_chat(prompt):
             tokens = self._templated(prompt)
         else:
             tokens = prompt
@@ -177,8 +193,7 @@ class Engine:
         return tuple(token for token in tokens if isinstance(token, int))
 
     def _run(self, generation: Generation) -> Iterator[Update]:
-        began = perf_counter()
-        ending = Ending(self.tokenizer, self.ends, generation.request.stop)
+        ending = Ending(self.tokenizer, generation.plan.ends, generation.request.stop)
         rounds: list[Round] = []
         left = generation.request.max_new_tokens
         for step in generation.rounds():
@@ -190,7 +205,7 @@ class Engine:
                 yield Update(ending.text[shown:], used)
                 continue
             ending.finish()
-            stats = generation.stats(rounds, perf_counter() - began)
+            stats = generation.stats(rounds)
             tokens = tuple(token for r in rounds for token in r.tokens)
             reason: FinishReason = "stop" if ending.stopped else "length"
             yield Update(ending.text[shown:], used, Completion(ending.text, tokens, reason, stats))
@@ -202,18 +217,19 @@ class Engine:
 
     def room(self, prompt: Prompt) -> int:
         """Return how many new tokens the model's context has room for after a prompt; raise RequestError of none."""
-        tokens = self.encode(prompt)
-        limits = {"context": context_limit(self.model.config), "sliding window": sliding_window(self.model.config)}
-        left = {name: limit - len(tokens) for name, limit in limits.items() if limit is not None}
-        name = min(left, key=left.__getitem__, default=None)
-        if name is None:
-            return sys.maxsize
-        if left[name] < 1:
+        return self._room(len(self.encode(prompt)))
+
+    def _room(self, prompt: int) -> int:
+        limit = context_limit(self.model.config)
+        check_sliding(self.model.config, prompt, 1)
+        if limit is not None and prompt >= limit:
             raise RequestError(
-                f"the prompt has {len(tokens)} tokens and the model's {name} holds {limits[name]}, "
-                "at least one of them new; shorten the prompt"
+                f"the prompt has {prompt} tokens and the model's context holds {limit}, at least one of them new; "
+                "shorten the prompt"
             )
-        return left[name]
+        sliding = sliding_window(self.model.config)
+        limits = [each for each in (limit, sliding and sliding[1]) if each is not None]
+        return min(limits, default=sys.maxsize) - prompt
 
     def _tokenized(self, text: str) -> list[int]:
         try:
@@ -227,7 +243,7 @@ class Engine:
             raise RequestError("this model's tokenizer has no chat template; give the prompt as a text")
         try:
             text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        except TemplateError as error:
+        except (TemplateError, TypeError, AttributeError, ValueError) as error:  # what templates raise of odd messages
             raise RequestError(f"the model's chat template refuses these messages: {error}") from error
         return tokenizer.encode(str(text), add_special_tokens=False)  # the template writes them itself
 
@@ -237,8 +253,21 @@ class Engine:
         return self.tokenizer
 
 
+def is_chat(prompt: Any) -> bool:
+    """Tell whether a prompt is a list of messages, each with a `role` and a `content` of text."""
+    return isinstance(prompt, Sequence) and all(
+        isinstance(m, Mapping) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in prompt
+    )
+
+
 def end_tokens(model: PreTrainedModel) -> frozenset[int]:
     """Return the token ids that end a text, from the model's generation config."""
     ids = model.generation_config.eos_token_id if model.generation_config else None
     ids = model.config.get_text_config().eos_token_id if ids is None else ids
     return frozenset([ids] if isinstance(ids, int) else ids or ())
+
+
+def repetition_penalty(model: PreTrainedModel) -> Processor | None:
+    """Return the penalty that a checkpoint's generation config asks for, as transformers' own `generate` applies it."""
+    penalty = getattr(model.generation_config, "repetition_penalty", None)
+    return None if penalty in (None, 1.0) else cast("Processor", RepetitionPenaltyLogitsProcessor(penalty))

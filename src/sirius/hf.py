@@ -5,9 +5,8 @@ transformers does not hand `streamer`, `tokenizer` and `stop_strings` on to a cu
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
-from time import perf_counter
 from typing import Any, cast
 
 import torch
@@ -23,11 +22,11 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from sirius.core import CorrectionConfig, Processor, Request, Round, SparsityConfig
+from sirius.core import CorrectionConfig, Processor, Request, Round, SparsityConfig, as_config
 from sirius.decoding.loop import Plan
 from sirius.engine import Generation
 from sirius.errors import ConfigError, RequestError
-from sirius.model.prepare import sliding_window
+from sirius.model.prepare import check_sliding
 from sirius.stats import Stats
 
 
@@ -51,7 +50,7 @@ def generate(
     return model.generate(*args, custom_generate=bound, **kwargs)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def decode(  # noqa: PLR0913 - transformers' own arguments, and ours
     model: PreTrainedModel,
     input_ids: Tensor,
@@ -77,7 +76,9 @@ def decode(  # noqa: PLR0913 - transformers' own arguments, and ours
     model is left prepared (it computes what it did before); `sirius.restore(model)` undoes it. Raises ConfigError of
     sampling, beams and outputs that a draft cannot give, RequestError of a cache or embeddings as the prompt.
     """
-    _check(generation_config, model_kwargs, streamer, input_ids)
+    _check(generation_config, model_kwargs, bool(logits_processor))
+    if streamer is not None and len(input_ids) > 1:
+        raise ConfigError(f"a streamer takes one prompt at a time; got {len(input_ids)}")
     criteria = StoppingCriteriaList(stopping_criteria)
     if stop:
         if tokenizer is None:
@@ -86,7 +87,7 @@ def decode(  # noqa: PLR0913 - transformers' own arguments, and ours
     mask = model_kwargs.get("attention_mask")
     job = _Job(
         model,
-        (_config(SparsityConfig, sparsity), None if correction is None else _config(CorrectionConfig, correction)),
+        (as_config(SparsityConfig, sparsity), None if correction is None else as_config(CorrectionConfig, correction)),
         generation_config,
         LogitsProcessorList(logits_processor or ()),
         criteria,
@@ -132,21 +133,16 @@ class _Job:
         if len(real) == 0:
             raise RequestError("a prompt of the batch is all padding; give it at least one token")
         budget = self.generation.max_length - len(row)
-        window = sliding_window(self.model.config)
-        if window is not None and len(real) + budget > window:
-            raise RequestError(
-                f"prompt {len(real)} + {budget} new tokens pass the model's sliding window of {window}; "
-                f"set max_new_tokens to at most {max(window - len(real), 0)}"
-            )
+        check_sliding(self.model.config, len(real), budget)
         request = Request(tuple(real.tolist()), budget, (), *self.configs)
         process = self._row_processor(input_ids, index, len(row) - len(real)) if self.processors else None
-        plan = Plan(budget, ends=self._ends(), process=process, keep_scores=self.wants_scores)
+        plan = Plan(budget, ends=frozenset(self._ends()), process=process, keep_scores=self.wants_scores)
         return self._collect(Generation(self.model, request, plan), row)
 
     def packed(self, input_ids: Tensor, rows: list[_Row]) -> Tensor | SiriusOutput:
         """Return the rows in transformers' form, the shorter ones padded on the right."""
         pad = self.generation.pad_token_id
-        pad = min(self._ends(), default=0) if pad is None else pad
+        pad = next(iter(self._ends()), 0) if pad is None else pad
         longest = max(len(row.tokens) for row in rows)
         new = [row.tokens + [pad] * (longest - len(row.tokens)) for row in rows]
         sequences = torch.cat([input_ids, torch.tensor(new, dtype=input_ids.dtype, device=input_ids.device)], dim=1)
@@ -162,7 +158,6 @@ class _Job:
 
     def _collect(self, generation: Generation, row: Tensor) -> _Row:
         """Run the rounds, asking the stopping criteria after every token."""
-        began = perf_counter()
         used: list[Round] = []
         ids, ask = row[None], cast("Callable[[Tensor, None], Tensor]", self.criteria)
         for step in generation.rounds():
@@ -178,7 +173,7 @@ class _Job:
             if stopped:
                 break
         scores = [line for step in used if step.scores is not None for line in step.scores]
-        return _Row(ids[0, len(row) :].tolist(), scores, generation.stats(used, perf_counter() - began))
+        return _Row(ids[0, len(row) :].tolist(), scores, generation.stats(used))
 
     def _row_processor(self, input_ids: Tensor, index: int, padding: int) -> Processor:
         """Show the processors what transformers shows them: the padded row, in a batch of as many rows.
@@ -198,34 +193,25 @@ class _Job:
         filled = [row.scores + [torch.zeros_like(row.scores[0])] * (longest - len(row.scores)) for row in rows]
         return tuple(torch.stack(step) for step in zip(*filled, strict=True))
 
-    def _ends(self) -> frozenset[int]:
+    def _ends(self) -> list[int]:
         ids = self.generation.eos_token_id
-        return frozenset([ids] if isinstance(ids, int) else ids or ())
+        return [ids] if isinstance(ids, int) else list(ids or ())
 
 
-def _config(kind: Any, value: Any) -> Any:
-    """Accept a config, a mapping of its fields, or (of a sparsity) a method's name."""
-    if isinstance(value, kind):
-        return value
-    try:
-        return kind(**value) if isinstance(value, Mapping) else kind(value)
-    except TypeError as error:
-        fields_known = ", ".join(field.name for field in fields(kind))
-        raise ConfigError(f"{kind.__name__} takes {fields_known}; got {value!r}") from error
-
-
-def _check(
-    generation: GenerationConfig, model_kwargs: Mapping[str, Any], streamer: BaseStreamer | None, input_ids: Tensor
-) -> None:
+def _check(generation: GenerationConfig, model_kwargs: Mapping[str, Any], processors: bool) -> None:
     if generation.do_sample or generation.num_beams not in (None, 1):
         raise ConfigError("sirius decodes greedily; set do_sample=False and num_beams=1")
+    if generation.guidance_scale not in (None, 1):
+        raise ConfigError(
+            "classifier-free guidance keeps a cache that a rejected draft would spoil; set guidance_scale=1"
+        )
     for name in ("output_attentions", "output_hidden_states"):
         if generation.return_dict_in_generate and getattr(generation, name):
             raise ConfigError(f"{name} would be the draft's as often as the full model's; leave it out")
     if model_kwargs.get("inputs_embeds") is not None:
         raise RequestError("sirius reads token ids, not inputs_embeds")
+    if generation.return_dict_in_generate and generation.output_logits and processors:
+        raise ConfigError("with logits processors only the processed scores are kept; ask for output_scores")
     cache = model_kwargs.get("past_key_values")
     if cache is not None and cache.get_seq_length() > 0:
         raise RequestError("sirius fills a cache of its own; give the whole prompt as input_ids and no past_key_values")
-    if streamer is not None and len(input_ids) > 1:
-        raise ConfigError(f"a streamer takes one prompt at a time; got {len(input_ids)}")

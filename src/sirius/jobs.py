@@ -5,10 +5,11 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from sirius.engine import Completion, Prompt
+from sirius.engine import Completion, Prompt, is_chat
 from sirius.errors import FileError
 
 Identity = str | int
@@ -23,6 +24,11 @@ class Job:
     line: int
     id: Identity
     prompt: Prompt
+
+    @property
+    def digest(self) -> str:
+        """A fingerprint of the prompt, so that a resumed file cannot give one prompt another's text."""
+        return sha256(json.dumps(self.prompt).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -74,7 +80,7 @@ def _parse(number: int, line: str) -> Job | BadLine:
         return BadLine(number, f"id must be a string or a whole number; got {identity!r}")
     if given == ["prompt_ids"] and not (isinstance(prompt, list) and all(isinstance(t, int) for t in prompt)):
         return BadLine(number, "prompt_ids must be a list of whole numbers")
-    if given == ["prompt"] and not (isinstance(prompt, str) or _is_chat(prompt)):
+    if given == ["prompt"] and not (isinstance(prompt, str) or is_chat(prompt)):
         return BadLine(number, 'prompt must be a string or a list of {"role": ..., "content": ...}')
     return Job(number, identity, prompt)
 
@@ -83,36 +89,32 @@ def _is_identity(value: Any) -> bool:
     return isinstance(value, str | int) and not isinstance(value, bool)
 
 
-def _is_chat(prompt: Any) -> bool:
-    return isinstance(prompt, list) and all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in prompt
-    )
-
-
-def to_record(job_id: Identity | None, done: Completion, settings: Mapping[str, Any]) -> dict[str, Any]:
+def to_record(job: Job | None, done: Completion, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return a completion as the JSON object that sirius writes."""
-    identity = {} if job_id is None else {"id": job_id}
-    return {**identity, **asdict(done), "settings": dict(settings)}
+    asked = {} if job is None else {"id": job.id}
+    digest = {} if job is None else {"prompt_sha256": job.digest}
+    return {**asked, **asdict(done), **digest, "settings": dict(settings)}
 
 
 class Output:
     """A JSONL file that grows by a line for each finished job.
 
-    Opening one that is there takes up where it stopped: `done` holds the ids of its whole lines, and an unfinished last
+    Opening one that is there takes up where it stopped: `done` knows its whole lines, and an unfinished last
     line is cut off. Raises FileError where it cannot be written, or was made with other settings.
     """
 
     def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
         """Open or create the file at `path` for results of `settings`."""
         self.path, self.settings = path, dict(settings)
-        self.done: set[Identity] = set()
+        self.done: dict[Identity, str] = {}  # ids of the file's lines, each with its prompt's digest
         with self._writing():
             there = path.read_bytes() if path.is_file() else b""
         whole = there[: there.rfind(b"\n") + 1]
         if not there[len(whole) :].startswith(OPENING[: len(there) - len(whole)]):
             raise FileError(f"{path} ends in a line that is no result of sirius; choose another output")
         for number, line in enumerate(whole.split(b"\n")[:-1], start=1):
-            self.done.add(self._result(number, line))
+            identity, digest = self._result(number, line)
+            self.done[identity] = digest
         with self._writing():
             if whole != there:
                 os.truncate(path, len(whole))
@@ -120,22 +122,32 @@ class Output:
 
     def write(self, job: Job, done: Completion) -> None:
         """Add a line and see it to the disk."""
-        record = to_record(job.id, done, self.settings)
+        record = to_record(job, done, self.settings)
         with self._writing():
             self._file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
             self._file.flush()
-        self.done.add(job.id)
+            os.fsync(self._file.fileno())
+        self.done[job.id] = job.digest
+
+    def has(self, job: Job) -> bool:
+        """Tell whether a job's line stands in the file; raise FileError where it was made from another prompt."""
+        if self.done.get(job.id, job.digest) != job.digest:
+            raise FileError(
+                f"{self.path} holds {job.id!r} with another prompt than line {job.line} of the input; "
+                "choose another output"
+            )
+        return job.id in self.done
 
     def close(self) -> None:
         """Close the file."""
         with suppress(OSError):  # a line that could not be written was told of by `write`
             self._file.close()
 
-    def _result(self, number: int, line: bytes) -> Identity:
-        """Return the id of a line that stands in the file, or raise FileError where it is no result of `settings`."""
+    def _result(self, number: int, line: bytes) -> tuple[Identity, str]:
+        """Return id and digest of a line of the file, or raise FileError where it is no result of `settings`."""
         try:
             record = json.loads(line)
-            identity, settings = record["id"], dict(record["settings"])
+            identity, digest, settings = record["id"], str(record["prompt_sha256"]), dict(record["settings"])
         except (ValueError, KeyError, TypeError) as error:
             raise FileError(f"{self.path} line {number} is no result of sirius; choose another output") from error
         if not _is_identity(identity):
@@ -145,7 +157,7 @@ class Output:
             raise FileError(
                 f"{self.path} was made with other settings ({', '.join(differ)}); choose another output, or delete it"
             )
-        return identity
+        return identity, digest
 
     @contextmanager
     def _writing(self) -> Iterator[None]:

@@ -41,6 +41,10 @@ class Touched:
     up: float
     down: float
 
+    def __post_init__(self) -> None:
+        if not all(0 <= share <= 1 for share in (self.gate, self.up, self.down)):
+            raise ValueError(f"the shares of rows that a token reads are 0 to 1; got {self}")
+
 
 DENSE = Touched(1.0, 1.0, 1.0)
 
@@ -65,9 +69,11 @@ class Stats:
     rounds               windows checked (without correction: sparse steps); the prompt's pass is not one
     rounds_complete      those drafted in full and not cut by a stop
     drafted, accepted    guesses made, and those that stand in the text
-    corrections          windows in which the full model replaced a guess
+    corrections          windows in which the full model replaced a guess, each a rollback of the cache
+    rolled_back          guesses that those windows threw away
+    corrections_per_token  corrections / tokens
     tokens               new tokens, the prompt's first one included
-    aal                  average advance length, tokens per window over all windows; None without correction
+    aal                  average advance length, tokens per window over all windows; None where nothing is drafted
     aal_complete         the same over complete windows; None where there is none
     period               K
     density              share of the parameters that a draft token touches ("published" convention)
@@ -85,6 +91,8 @@ class Stats:
     drafted: int
     accepted: int
     corrections: int
+    rolled_back: int
+    corrections_per_token: float
     tokens: int
     aal: float | None
     aal_complete: float | None
@@ -122,28 +130,30 @@ def average_advance(rounds: Sequence[Round]) -> float | None:
 def summarise(rounds: Sequence[Round], setting: Setting, seconds: float) -> Stats:
     """Work out the figures of one generation; rounds[0] is the prompt's pass and counts as no window."""
     windows = rounds[1:]
-    corrected = setting.correction is not None
     period = setting.correction.period if setting.correction else 1
     complete = [w for w in windows if not w.cut and len(w.draft) == period - 1]
     tokens = sum(len(r.tokens) for r in rounds)
     accepted = [w.accepted for w in windows]
+    corrected = [w for w in windows if not w.cut and w.accepted < len(w.draft)]
     published = density(setting.parameters, setting.touched)
     streamed = density(setting.parameters, setting.touched, "streamed")
-    effective = _read_per_token(windows, published, corrected)
+    effective = _read_per_token(windows, published, setting.correction is not None)
     return Stats(
         rounds=len(windows),
         rounds_complete=len(complete),
         drafted=sum(len(w.draft) for w in windows),
         accepted=sum(accepted),
-        corrections=sum(not w.cut and w.accepted < len(w.draft) for w in windows),
+        corrections=len(corrected),
+        rolled_back=sum(len(w.draft) - w.accepted for w in corrected),
+        corrections_per_token=len(corrected) / tokens,
         tokens=tokens,
-        aal=average_advance(windows) if corrected else None,
-        aal_complete=average_advance(complete) if corrected else None,
+        aal=average_advance(windows) if period > 1 else None,
+        aal_complete=average_advance(complete) if period > 1 else None,
         period=period,
         density=published,
         effective_density=effective,
         density_streamed=streamed,
-        effective_density_streamed=_read_per_token(windows, streamed, corrected),
+        effective_density_streamed=_read_per_token(windows, streamed, setting.correction is not None),
         parameters_per_token=effective * setting.parameters.total,
         acceptance_histogram=tuple(accepted.count(i) for i in range(period)),
         seconds=seconds,
@@ -167,6 +177,7 @@ def combine(parts: Sequence[Stats]) -> Stats:
         raise ValueError("figures are combined over at least one generation, all of one setting")
     rounds = [p.rounds for p in parts]
     after_first = [p.tokens - 1 for p in parts]  # a prompt's first token belongs to no window
+    sparse = [p.drafted or p.rounds for p in parts]  # passes that the density is of
     tokens, seconds = sum(p.tokens for p in parts), sum(p.seconds for p in parts)
     return Stats(
         rounds=sum(rounds),
@@ -174,13 +185,15 @@ def combine(parts: Sequence[Stats]) -> Stats:
         drafted=sum(p.drafted for p in parts),
         accepted=sum(p.accepted for p in parts),
         corrections=sum(p.corrections for p in parts),
+        rolled_back=sum(p.rolled_back for p in parts),
+        corrections_per_token=sum(p.corrections for p in parts) / tokens,
         tokens=tokens,
         aal=_mean([p.aal for p in parts], rounds),
         aal_complete=_mean([p.aal_complete for p in parts], [p.rounds_complete for p in parts]),
         period=parts[0].period,
-        density=_mean([p.density for p in parts], after_first) or parts[0].density,
+        density=_mean([p.density for p in parts], sparse) or parts[0].density,
         effective_density=_mean([p.effective_density for p in parts], after_first) or parts[0].effective_density,
-        density_streamed=_mean([p.density_streamed for p in parts], after_first) or parts[0].density_streamed,
+        density_streamed=_mean([p.density_streamed for p in parts], sparse) or parts[0].density_streamed,
         effective_density_streamed=_mean([p.effective_density_streamed for p in parts], after_first)
         or parts[0].effective_density_streamed,
         parameters_per_token=_mean([p.parameters_per_token for p in parts], after_first)

@@ -1,6 +1,7 @@
 """Text out of tokens, piece by piece, and where a stop string ends it."""
 
 from collections.abc import Sequence
+from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase
 
@@ -71,7 +72,9 @@ class Ending:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase | None, ends: frozenset[int], stops: Sequence[str]) -> None:
         """Take the token ids in `ends` and the strings in `stops` for the end; stop strings need the tokenizer."""
-        self.ends, self.stops = ends, tuple(stops)
+        special: dict[str, int] = cast("Any", tokenizer).get_added_vocab() if tokenizer else {}
+        self.ends = ends | {special[stop] for stop in stops if stop in special}  # such tokens have no text
+        self.stops = tuple(stop for stop in stops if stop not in special)
         self.stream = TextStream(tokenizer) if tokenizer else None
         self.text = ""
         self.stopped = False

@@ -1,5 +1,7 @@
 """What an engine takes for a prompt, and what it refuses."""
 
+import time
+
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -68,7 +70,7 @@ def test_the_room_is_exact_by_one_token(engine):
     ("options", "says"),
     [
         ({"max_new_tokens": 0}, "at least 1; got 0"),
-        ({"stop": ["w1", ""]}, "stop string is empty"),
+        ({"stop": ["w1", ""]}, "none of them empty"),
         ({"sparsity": "dense"}, "known are cats, coarse, fine, griffin, none"),
         ({"sparsity": SparsityConfig("coarse", keep=0.001)}, "keeps none"),
     ],
@@ -134,3 +136,50 @@ def test_figures_name_what_is_lossy(engine):
         correction=CorrectionConfig(threshold=0.51)
     )
     assert not lossless() and not lossless(correction=None)
+
+
+def test_a_checkpoints_repetition_penalty_is_applied_as_transformers_applies_it():
+    model = tiny_model(eos_token_id=None)
+    free = greedy(model, [5, 6, 7], 30)
+    model.generation_config.repetition_penalty = 1.8
+    want = greedy(model, [5, 6, 7], 30)
+    got = Engine(model).generate([5, 6, 7], max_new_tokens=30, correction=CorrectionConfig(5, accept="argmax"))
+    assert list(got.token_ids) == want != free
+
+
+def test_configs_may_be_mappings_of_their_fields(engine):
+    options = {"sparsity": {"method": "fine", "keep": 0.3}, "correction": {"period": 4}}
+    assert engine.generate([5, 6], max_new_tokens=9, **options).stats.period == 4
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_new_tokens": 2.5},
+        {"max_new_tokens": "5"},
+        {"sparsity": None},
+        {"sparsity": {"keeps": 1}},
+        {"sparsity": {"keep": "0.5"}},
+        {"correction": {"period": 2.5}},
+        {"correction": {"threshold": "x"}},
+        {"stop": [3]},
+    ],
+    ids=str,
+)
+def test_options_of_another_kind_are_refused(engine, options):
+    with pytest.raises(ConfigError):
+        engine.generate([5, 6], **options)
+
+
+@pytest.mark.parametrize("prompt", [None, 7, [{"role": "user", "content": 5}], [{"role": "user"}, 3]], ids=str)
+def test_prompts_of_another_kind_are_refused(engine, prompt):
+    with pytest.raises(RequestError):
+        engine.generate(prompt)
+
+
+def test_the_callers_pauses_are_not_timed(engine):
+    done = None
+    for update in engine.stream([5, 6], max_new_tokens=6, sparsity="none"):
+        time.sleep(0.2)
+        done = update.completion
+    assert done and done.stats.seconds < 0.2 * 5

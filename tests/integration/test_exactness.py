@@ -36,6 +36,7 @@ def test_argmax_rule_gives_the_full_models_greedy_text(family, method, keep):
         )
         assert list(got.token_ids) == want, f"period {period}"
         assert got.stats.lossless
+        assert keep > 0.1 or period == 1 or got.stats.corrections, "a draft that is never wrong shows nothing"
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -86,6 +87,8 @@ def test_after_every_round_the_cache_equals_a_fresh_prefill(family, method, corr
 
 
 def _assert_fresh(session: Session, tokens: list[int]) -> None:
+    eager = session.mask_dtype is not None
+    bound = 1e-5 if eager else 1e-9  # transformers' eager attention takes its softmax in float32
     fresh = Session(session.model, session.mlps, None, slots=len(tokens))
     fresh.read(torch.tensor([tokens]), Mode.DENSE)
     assert session.cache.lengths.tolist() == [len(tokens)]
@@ -93,7 +96,7 @@ def _assert_fresh(session: Session, tokens: list[int]) -> None:
     for ours, theirs in zip(session.cache.slot_layers, fresh.cache.slot_layers, strict=True):
         for got, want in ((ours.keys, theirs.keys), (ours.values, theirs.values)):
             assert got is not None and want is not None
-            torch.testing.assert_close(got[:, : len(tokens)], want, rtol=1e-9, atol=1e-11)
+            torch.testing.assert_close(got[:, : len(tokens)], want, rtol=bound, atol=bound / 100)
 
 
 @pytest.mark.parametrize("method", ["coarse", "fine"])

@@ -221,7 +221,30 @@ def test_a_row_of_padding_alone_is_refused(model):
 
 def test_a_sliding_window_shorter_than_the_text_is_refused():
     model = tiny_model("mistral", sliding_window=12)
-    with pytest.raises(
-        RequestError, match=r"prompt 5 \+ 30 new tokens pass the model's sliding window of 12.*at most 7"
-    ):
+    with pytest.raises(RequestError, match=r"prompt 5 \+ 30 new tokens pass layer 0's sliding window of 12.*at most 7"):
         sirius.generate(model, torch.tensor([PROMPTS[0]]), max_new_tokens=NEW, do_sample=False)
+
+
+def test_the_model_and_the_output_can_be_trained_with_afterwards(model):
+    out = sirius.generate(model, torch.tensor([PROMPTS[0]]), max_new_tokens=5, do_sample=False)
+    assert not out.is_inference()
+    model(out, labels=out).loss.backward()
+    gradients = [mlp.down_proj.weight.grad for mlp in sparse_mlps(model)]
+    assert all(g is not None and g.abs().sum() > 0 for g in gradients)
+
+
+def test_the_first_end_token_pads_where_no_pad_token_is_set():
+    free = greedy(tiny_model(eos_token_id=None), PROMPTS[0], NEW)
+    ends = [max(free[3], 3), 3]
+    model = tiny_model(eos_token_id=ends, pad_token_id=None)
+    own, ours = both(model, left_padded(PROMPTS))
+    assert torch.equal(own, ours) and (ours[0, -1] == ends[0])
+
+
+def test_logits_beside_processors_and_guidance_are_refused(model):
+    ids, options = torch.tensor([PROMPTS[0]]), {"max_new_tokens": 3, "do_sample": False}
+    with pytest.raises(ConfigError, match="output_scores"):
+        raw = {"return_dict_in_generate": True, "output_logits": True, "repetition_penalty": 1.3}
+        sirius.generate(model, ids, **raw, **options)
+    with pytest.raises(ConfigError, match="guidance_scale=1"):
+        sirius.generate(model, ids, guidance_scale=1.5, **options)

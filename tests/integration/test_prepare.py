@@ -96,9 +96,13 @@ def test_a_window_that_slides_is_never_passed():
     engine = Engine(tiny_model("mistral", sliding_window=16, eos_token_id=None))
     assert len(engine.generate([3] * 10, max_new_tokens=6).token_ids) == 6
     assert len(engine.generate([3] * 10).token_ids) == 6
-    with pytest.raises(RequestError, match=r"prompt 10 \+ max_new_tokens 7 = 17 .* limit of 16; .* at most 6$"):
+    with pytest.raises(
+        RequestError, match=r"prompt 10 \+ 7 new tokens pass layer 0's sliding window of 16; .* at most 6$"
+    ):
         engine.generate([3] * 10, max_new_tokens=7)
-    with pytest.raises(RequestError, match=r"the prompt has 16 tokens and the model's sliding window holds 16"):
+    with pytest.raises(
+        RequestError, match=r"prompt 16 \+ 1 new tokens pass layer 0's sliding window of 16; shorten the prompt"
+    ):
         engine.generate([3] * 16)
 
 

@@ -44,7 +44,7 @@ def write(path: Path, *jobs: Job) -> None:
 def resume(path: Path, **changes: object) -> set[str | int]:
     output = Output(path, {**SETTINGS, **changes})
     output.close()
-    return output.done
+    return set(output.done)
 
 
 def test_a_line_is_a_text_a_chat_or_token_ids(path):
@@ -128,6 +128,7 @@ def test_a_result_holds_the_completion_its_id_and_the_settings(path):
         "token_ids": [5, 6, 7],
         "finish_reason": "length",
         "stats": json.loads(json.dumps(STATS.__dict__)),
+        "prompt_sha256": Job(1, "first", "a").digest,
         "settings": SETTINGS,
     }
     assert record["stats"]["aal"] == 2.0
@@ -197,7 +198,7 @@ def test_a_full_disk_is_told_and_the_job_is_not_done():
     with pytest.raises(FileError, match=r"cannot write /dev/full: No space left"):
         output.write(Job(1, 1, "a"), DONE)
     output.close()
-    assert output.done == set()
+    assert not output.done
 
 
 def test_a_file_that_ends_in_something_else_is_left_alone(tmp_path):
@@ -206,3 +207,12 @@ def test_a_file_that_ends_in_something_else_is_left_alone(tmp_path):
     with pytest.raises(FileError, match="no result of sirius"):
         Output(notes, SETTINGS)
     assert notes.read_text() == "my notes, with no line break"
+
+
+def test_another_prompt_under_a_known_id_is_refused(path):
+    write(path, Job(1, 1, "a"))
+    output = Output(path, SETTINGS)
+    assert output.has(Job(1, 1, "a")) and not output.has(Job(2, 2, "b"))
+    with pytest.raises(FileError, match="holds 1 with another prompt than line 3"):
+        output.has(Job(3, 1, "b"))
+    output.close()

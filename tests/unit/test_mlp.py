@@ -6,6 +6,7 @@ from torch import nn
 
 from sirius import sparsity
 from sirius.core import SparsityConfig
+from sirius.errors import ConfigError
 from sirius.kernels.reference import Neurons, gated_mlp, gated_mlp_rows
 from sirius.model.mlp import SparseMLP, agrees, observing, sparse
 from sirius.sparsity import Sparsity
@@ -161,3 +162,15 @@ def test_a_difference_is_noticed(original):
     assert agrees(mlp, original)
     mlp.activation = nn.GELU()
     assert not agrees(mlp, original)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [torch.ones(F, dtype=torch.bool), torch.tensor([1, 1]), torch.tensor([F]), torch.tensor([-1]), torch.tensor([[1]])],
+    ids=["mask", "repeated", "too large", "negative", "not flat"],
+)
+def test_what_is_no_set_of_neurons_is_refused(original, answer):
+    method = sparsity.create(SparsityConfig("coarse"), (F,))
+    method.select = lambda layer: answer
+    with pytest.raises(ConfigError, match=r"CoarseSparsity.select must give distinct neurons of 45"):
+        sparse(method, 0, sparse_mlp(original))

@@ -105,7 +105,7 @@ def test_keep_outside_its_range_is_refused(keep):
 
 
 def test_coarse_refuses_to_keep_no_neuron_and_to_take_a_threshold():
-    with pytest.raises(ConfigError, match=r"keep 0.01 of 45 neurons keeps none; keep at least 0.0222"):
+    with pytest.raises(ConfigError, match=r"keep 0.01 of 45 neurons keeps none; keep at least 0.0223"):
         make("coarse", 0.01)
     with pytest.raises(ConfigError, match="no threshold"):
         make("coarse", threshold=0.1)

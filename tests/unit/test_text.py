@@ -153,3 +153,9 @@ def test_without_a_tokenizer_only_end_tokens_end_a_text():
     assert ending.push([4, 7, 5]) == 2
     ending.finish()
     assert (ending.text, ending.stopped) == ("", True)
+
+
+def test_a_stop_string_that_is_a_special_token_ends_the_text_though_it_has_none():
+    ending = Ending(TOKENIZER, frozenset(), ["<p>"])
+    assert ending.push([AB, TOKENIZER.pad_token_id, AB]) == 2
+    assert ending.stopped and ending.text == "ab"

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Group, RenderableType
 from rich.rule import Rule
 from rich.table import Table
@@ -9,7 +10,7 @@ from rich.text import Text
 
 from sirius.core import Round
 from sirius.demo.problems import TASKS, few_shot
-from sirius.demo.showcase import NEW_TOKENS, SETTINGS, Row
+from sirius.demo.showcase import NEW_TOKENS, Row, Setting
 from sirius.engine import Engine
 
 KEPT, REJECTED, CORRECTED, FULL = "green", "red strike", "bold yellow", "cyan"
@@ -20,9 +21,9 @@ def table(rows: Sequence[Row]) -> RenderableType:
     return Group(*(_table(task, [row for row in rows if row.task == task]) for task in TASKS))
 
 
-def example(engine: Engine, seed: int) -> RenderableType:
+def example(engine: Engine, settings: Sequence[Setting], seed: int) -> RenderableType:
     """Return one reasoning problem decoded by the corrected coarse method, every token marked by where it came from."""
-    setting = next(s for s in SETTINGS if s.correction and s.sparsity.method == "coarse")
+    setting = next(s for s in settings if s.correction)
     messages, problem = few_shot("reasoning", "test", seed, 0)
     budget = min(NEW_TOKENS, engine.room(messages))
     updates = engine.stream(messages, max_new_tokens=budget, sparsity=setting.sparsity, correction=setting.correction)
@@ -37,10 +38,16 @@ def example(engine: Engine, seed: int) -> RenderableType:
 
 
 def _table(task: str, rows: Sequence[Row]) -> Table:
-    shown = Table(title=f"{task} ({rows[0].problems} problems)", title_justify="left", title_style="bold")
-    shown.add_column("setting")
-    for name in ("keep", "accuracy", "AAL", "density", "effective density", "tokens/s", "text"):
-        shown.add_column(name, justify="right")
+    shown = Table(
+        title=f"{task} ({rows[0].problems} problems)",
+        title_justify="left",
+        title_style="bold",
+        box=SIMPLE_HEAD,
+        padding=0,
+    )
+    shown.add_column("setting", no_wrap=True)
+    for name in ("keep", "accuracy", "AAL", "density", "effective", "tok/s", "text"):
+        shown.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         shown.add_row(
             row.setting,

@@ -21,13 +21,16 @@ class Setting:
     correction: CorrectionConfig | None
 
 
-SETTINGS = (
-    Setting("full", SparsityConfig("none"), None),
-    Setting("coarse", SparsityConfig("coarse", keep=0.5), None),
-    Setting("fine", SparsityConfig("fine", keep=0.2), None),
-    Setting("coarse + correction", SparsityConfig("coarse", keep=0.5), CorrectionConfig()),
-    Setting("fine + correction", SparsityConfig("fine", keep=0.2), CorrectionConfig()),
-)
+def make_settings(coarse_keep: float = 0.4, fine_keep: float = 0.01) -> tuple[Setting, ...]:
+    """Return the five settings of the table: the full model, each sparse one alone, and each corrected."""
+    coarse, fine = SparsityConfig("coarse", coarse_keep), SparsityConfig("fine", fine_keep)
+    return (
+        Setting("full", SparsityConfig("none"), None),
+        Setting("coarse", coarse, None),
+        Setting("fine", fine, None),
+        Setting("coarse + correction", coarse, CorrectionConfig()),
+        Setting("fine + correction", fine, CorrectionConfig()),
+    )
 
 
 @dataclass(frozen=True)
@@ -49,10 +52,10 @@ class Row:
 
 def run(
     engine: Engine,
+    settings: Sequence[Setting],
     problems: int,
     seed: int,
     *,
-    settings: Sequence[Setting] = SETTINGS,
     on_problem: Callable[[], None] = lambda: None,
 ) -> list[Row]:
     """Decode `problems` test problems of each task in each setting; `on_problem` is called after each one."""

@@ -7,8 +7,10 @@ exactly where it stopped.
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from random import Random
 
 import torch
@@ -18,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from sirius.demo.problems import conversation, make_problem
 from sirius.demo.tokenizer import ASSISTANT, BEGIN, END, PAD, token_id, train_tokenizer
-from sirius.errors import ConfigError
+from sirius.errors import ConfigError, FileError
 
 IGNORED = -100  # the label of a token that is read, not learnt
 
@@ -74,7 +76,7 @@ class Progress:
 
 
 def build_model(tokenizer: PreTrainedTokenizerBase, seed: int) -> LlamaForCausalLM:
-    """Return the untrained model: six Llama blocks of 672 gated neurons, 2.9 M parameters."""
+    """Return the untrained model: six Llama blocks of 672 gated neurons, 3.1 M parameters."""
     torch.manual_seed(seed)
     return LlamaForCausalLM(
         LlamaConfig(
@@ -136,22 +138,48 @@ def train(
     folder: Path, recipe: Recipe, *, on_step: Callable[[Progress], None] = lambda _: None, save_every: int = 100
 ) -> None:
     """Train by `recipe` and write the model to `folder`; a run that was cut off goes on from `folder/training.pt`."""
-    torch.set_num_threads(recipe.threads)
-    folder.mkdir(parents=True, exist_ok=True)
-    saved = folder / "training.pt"
+    saved = _opened(folder)
     tokenizer = train_tokenizer(seed=recipe.seed)
     model = build_model(tokenizer, recipe.seed)
     optimizers = _optimizers(model, recipe)
     first = _resume(saved, model, optimizers, recipe) if saved.exists() else 0
-    for step, loss in _steps(model, tokenizer, optimizers, recipe, first):
-        on_step(Progress(step + 1, recipe.steps, loss))
-        if (step + 1) % save_every == 0:
-            _save(saved, model, optimizers, recipe, step + 1)
+    with _arithmetic(recipe.threads):
+        for step, loss in _steps(model, tokenizer, optimizers, recipe, first):
+            on_step(Progress(step + 1, recipe.steps, loss))
+            if (step + 1) % save_every == 0:
+                _save(saved, model, optimizers, recipe, step + 1)
     tokenizer.save_pretrained(folder)
     model.bfloat16().save_pretrained(folder)
     model.config.dtype = torch.float32  # stored in half the bytes, run in full precision
     model.config.save_pretrained(folder)
     saved.unlink(missing_ok=True)
+
+
+@contextmanager
+def _arithmetic(threads: int) -> Iterator[None]:
+    """Compute on `threads` threads; vanishing gradients count as zero, since denormals are six times slower."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(False)
+        torch.set_num_threads(before)
+
+
+def _opened(folder: Path) -> Path:
+    """Make the folder and return where the run's state goes; a finished model in it is not written over."""
+    saved = folder / "training.pt"
+    if (folder / "config.json").exists() and not saved.exists():
+        raise FileError(f"{folder} holds a finished model; train in another folder, or delete that one")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".writable").touch()
+        (folder / ".writable").unlink()
+    except OSError as error:
+        raise FileError(f"cannot write to {folder}: {error.strerror}") from error
+    return saved
 
 
 def _steps(
@@ -194,8 +222,12 @@ def _save(
 
 
 def _resume(path: Path, model: LlamaForCausalLM, optimizers: list[torch.optim.Optimizer], recipe: Recipe) -> int:
-    state = torch.load(path, weights_only=True)
-    if state["recipe"] != asdict(recipe):
+    try:
+        state = torch.load(path, weights_only=True)
+        saved_recipe = state["recipe"]
+    except (OSError, RuntimeError, KeyError, EOFError, UnpicklingError) as error:
+        raise FileError(f"{path} is no unfinished run of sirius; delete it, or train in another folder") from error
+    if saved_recipe != asdict(recipe):
         raise ConfigError(
             f"{path} holds step {state['step']} of another recipe; train in an empty folder, or delete that file"
         )

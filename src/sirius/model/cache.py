@@ -108,8 +108,13 @@ class SlotCache(Cache):
         """
         rows, count = path.shape
         to = lengths[:, None] + torch.arange(count)
-        if rows != self.table.rows or bool(((path < 0) | (path >= self.table.slots)).any()):
-            raise ValueError(f"path must hold slots below {self.table.slots} for {self.table.rows} rows")
+        slots = self.table.slots
+        if rows != self.table.rows or bool(((path < 0) | (path >= slots)).any()):
+            raise ValueError(f"path must hold slots below {slots} for {self.table.rows} rows")
+        if bool(((lengths > self.lengths) | (lengths + count > slots)).any()):
+            raise ValueError(
+                f"lengths {lengths.tolist()} + {count} do not fit {self.lengths.tolist()} of {slots} slots"
+            )
         device = self.table.row_index.device
         path_at, to_at = path.to(device), to.to(device)
         for layer in self.slot_layers:

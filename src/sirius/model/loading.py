@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -38,12 +38,17 @@ class Source:
     trust_remote_code: bool = False
 
     @property
+    def place(self) -> str:
+        """The folder with a leading ~ resolved, or the hub id."""
+        return str(Path(self.path).expanduser()) if self.path.startswith("~") else self.path
+
+    @property
     def options(self) -> dict[str, Any]:
         """The arguments that all of transformers' loaders take."""
         return {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
 
 
-def load_model(source: Source, dtype: str = "auto", device: str = "auto") -> PreTrainedModel:
+def load_model(source: Source, dtype: str | torch.dtype = "auto", device: str = "auto") -> PreTrainedModel:
     """Load a causal model from safetensors; "auto" is the checkpoint's dtype, and a GPU if there is one.
 
     Raises ModelError where the checkpoint is missing, broken, incomplete or pickled, UnsupportedModelError where it is
@@ -51,7 +56,7 @@ def load_model(source: Source, dtype: str = "auto", device: str = "auto") -> Pre
     """
     wanted = dtype if dtype == "auto" else find_dtype(dtype)
     place = find_device(device)
-    _check_folder(source.path)
+    _check_folder(source.place)
     config = _attempt(source, "config.json", AutoConfig.from_pretrained, **source.options)
     check_config(config)
     remote = source.trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
@@ -70,22 +75,24 @@ def load_model(source: Source, dtype: str = "auto", device: str = "auto") -> Pre
     )
     _check_complete(source, report)
     _check_depth(source, report)
-    return model.to(place).eval()
+    return _moved(model, place).eval()
 
 
 def load_tokenizer(source: Source) -> PreTrainedTokenizerBase | None:
     """Load the tokenizer, or return None of a folder that has none: such a model takes token ids."""
-    folder = Path(source.path)
+    folder = Path(source.place)
     if folder.is_dir() and not any(folder.glob("tokenizer*")) and not any(folder.glob("vocab*")):
         return None
     return _attempt(source, "tokenizer", AutoTokenizer.from_pretrained, **source.options)
 
 
-def find_dtype(name: str) -> torch.dtype:
+def find_dtype(name: str | torch.dtype) -> torch.dtype:
     """Return the dtype of a name, or raise ConfigError with the known ones."""
+    if name in DTYPES.values():
+        return name  # type: ignore[return-value] - torch's own
     if name not in DTYPES:
         raise ConfigError(f"dtype is auto, {', '.join(DTYPES)}; got {name!r}")
-    return DTYPES[name]
+    return DTYPES[str(name)]
 
 
 def find_device(name: str) -> torch.device:
@@ -100,10 +107,21 @@ def find_device(name: str) -> torch.device:
     return device
 
 
+def _moved(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    try:
+        return cast("Any", model).to(device)
+    except RuntimeError as error:  # out of memory among them
+        raise ModelError(
+            f"the model's {size / 2**30:.1f} GiB of weights do not go to {device}: {_first_line(error)}; "
+            "choose a narrower dtype or another device"
+        ) from error
+
+
 def _check_folder(path: str) -> None:
-    folder = Path(path).expanduser()
+    folder = Path(path)
     if not folder.exists():
-        if path.count("/") > 1 or path.startswith((".", "~", "/")):
+        if path.count("/") > 1 or path.startswith((".", "/")):
             raise ModelError(f"there is no model folder {path}")
         return  # a hub id
     if not folder.is_dir():
@@ -123,7 +141,7 @@ def _check_folder(path: str) -> None:
 def _attempt(source: Source, what: str, load: Any, **options: Any) -> Any:
     """Call one of transformers' loaders and turn what it raises of a bad checkpoint into one line."""
     try:
-        return load(str(Path(source.path).expanduser()), **options)
+        return load(source.place, **options)
     except BROKEN as error:
         raise ModelError(f"cannot load the {what} of {source.path}: {_first_line(error)}") from error
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from sirius.errors import ConfigError
 from sirius.kernels import reference as kernel
 from sirius.kernels.reference import Neurons
 from sirius.sparsity.base import PromptSparsity, Sparsity, TokenSparsity
@@ -28,8 +29,9 @@ class SparseMLP(nn.Module):
         for name in names.values():
             self.add_module(name, getattr(original, name))
         self.route: Route | None = None
-        down = self._linear("down").weight
-        down.data = down.data.t().contiguous().t()
+        with torch.inference_mode(False):  # the weights stay trainable, wherever they are prepared
+            down = self._linear("down").weight
+            down.data = down.data.t().contiguous().t()
         self.training = original.training
 
     @property
@@ -58,8 +60,9 @@ class SparseMLP(nn.Module):
 
     def restore(self) -> nn.Module:
         """Return the module that stood here before, its memory laid out as before."""
-        down = self._linear("down").weight
-        down.data = down.data.contiguous()
+        with torch.inference_mode(False):
+            down = self._linear("down").weight
+            down.data = down.data.contiguous()
         return self.__dict__["original"]
 
     def _linear(self, role: str) -> nn.Linear:
@@ -114,9 +117,20 @@ def observing(method: Sparsity | None, layer: int) -> Route | None:
 def sparse(method: Sparsity | None, layer: int, mlp: SparseMLP) -> Route | None:
     """Return the route of a draft pass; without a method it is the dense one."""
     if isinstance(method, PromptSparsity):
-        index = method.select(layer)
+        index = _checked(method.select(layer), method, mlp.size)
         return None if len(index) == mlp.size else Packed(mlp, index)
     return Chosen(method, layer) if isinstance(method, TokenSparsity) else None
+
+
+def _checked(index: Tensor, method: Sparsity, size: int) -> Tensor:
+    """Refuse what is no set of neurons; a third party's method may have meant something else."""
+    whole = index.dtype == torch.int64 and index.ndim == 1 and 0 < len(index) == len(index.unique())
+    if not whole or int(index.min()) < 0 or int(index.max()) >= size:
+        raise ConfigError(
+            f"{type(method).__name__}.select must give distinct neurons of {size} as [k] int64; "
+            f"got {list(index.shape)} {index.dtype}"
+        )
+    return index
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from sirius.errors import UnsupportedModelError
+from sirius.errors import RequestError, UnsupportedModelError
 from sirius.model.mlp import SparseMLP, agrees
 from sirius.stats import Parameters
 
@@ -75,14 +75,24 @@ def context_limit(config: PreTrainedConfig) -> int | None:
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
-def sliding_window(config: PreTrainedConfig) -> int | None:
-    """Return how far a model's sliding-window layers see, in tokens, None where it has none."""
+def check_sliding(config: PreTrainedConfig, prompt: int, new: int) -> None:
+    """Raise RequestError where prompt + new tokens pass a sliding-window layer, which forgets the first of them."""
+    if (found := sliding_window(config)) is None:
+        return
+    layer, window = found
+    if prompt + new > window:
+        raise RequestError(
+            f"prompt {prompt} + {new} new tokens pass layer {layer}'s sliding window of {window}; "
+            + (f"set max_new_tokens to at most {window - prompt}" if prompt < window else "shorten the prompt")
+        )
+
+
+def sliding_window(config: PreTrainedConfig) -> tuple[int, int] | None:
+    """Return a model's first sliding-window layer and how many tokens it sees, None where there is none."""
     text = config.get_text_config()
     window = getattr(text, "sliding_window", None)
-    kinds = getattr(text, "layer_types", None)
-    if kinds is not None:
-        return window if SLIDING in kinds else None
-    return window if getattr(text, "use_sliding_window", True) else None
+    kinds = getattr(text, "layer_types", None) or [SLIDING if getattr(text, "use_sliding_window", True) else FULL]
+    return None if window is None or SLIDING not in kinds else (kinds.index(SLIDING), window)
 
 
 def check_config(config: PreTrainedConfig) -> None:
@@ -125,7 +135,9 @@ def _check_agrees(path: str, mlp: SparseMLP, original: nn.Module) -> None:
 def _blocks(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
     """Yield the decoder blocks with their names: the list of modules that has one for each hidden layer."""
     layers = model.config.get_text_config().num_hidden_layers
-    for name, module in model.named_modules():
+    decoder = cast("Any", model).get_decoder()
+    inside = next((f"{name}." for name, module in model.named_modules() if module is decoder and name), "")
+    for name, module in decoder.named_modules(prefix=inside.rstrip(".")):
         if isinstance(module, nn.ModuleList) and len(module) == layers:
             yield from ((f"{name}.{i}", block) for i, block in enumerate(module))
             return

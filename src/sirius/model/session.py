@@ -35,7 +35,7 @@ class Session:
             Mode.SPARSE: dense,
         }
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def read(self, tokens: Tensor, mode: Mode, last: int | None = None) -> Tensor:
         """Feed tokens [B, T] int64 after each row's length; return scores [B, T, V], or of the last `last` only.
 
@@ -56,7 +56,7 @@ class Session:
         self.cache.advance(slots[:, -1] + 1)
         return scores if scores.dtype == torch.float64 else scores.float()
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def select(self) -> None:
         """Choose the draft model's neurons from what the passes in mode OBSERVE showed."""
         self.routes[Mode.SPARSE] = [sparse(self.method, layer, mlp) for layer, mlp in enumerate(self.mlps)]

@@ -82,4 +82,9 @@ def find(name: str) -> Factory | None:
 def create(config: SparsityConfig, neurons: tuple[int, ...]) -> Sparsity | None:
     """Return a fresh method for one generation of a model with `neurons` F in each layer, None of "none"."""
     factory = find(config.method)
-    return None if factory is None else factory(config, neurons)
+    if factory is None:
+        return None
+    method = factory(config, neurons)
+    if not isinstance(method, PromptSparsity | TokenSparsity):
+        raise ConfigError(f"sparsity {config.method!r} is a {type(method).__name__}: neither per prompt nor per token")
+    return method

@@ -1,5 +1,7 @@
 """CSparse, known as GRIFFIN: one set of neurons for the whole prompt."""
 
+from math import ceil
+
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -24,8 +26,9 @@ class CoarseSparsity(PromptSparsity):
             raise ConfigError("coarse keeps a fixed fraction and knows no threshold; use 'fine', or keep alone")
         self.counts = tuple(int(config.keep * n) for n in neurons)
         if not all(self.counts):
+            least = min(neurons)
             raise ConfigError(
-                f"keep {config.keep} of {min(neurons)} neurons keeps none; keep at least {1 / min(neurons)}"
+                f"keep {config.keep} of {least} neurons keeps none; keep at least {ceil(1e4 / least) / 1e4}"
             )
         self.energy: dict[int, Tensor] = {}  # sum of squares of the normalised columns, [F] a layer
 
