@@ -71,11 +71,20 @@ class Generation:
         rounds = decode(self.session, torch.tensor([self.request.prompt], device=self.model.device), self.plan)
         while True:
             began = perf_counter()
-            step = next(rounds, None)
+            step = self._next(rounds)
             self.seconds += perf_counter() - began
             if step is None:
                 return
             yield step
+
+    def _next(self, rounds: Iterator[Round]) -> Round | None:
+        try:
+            return next(rounds, None)
+        except torch.OutOfMemoryError as error:
+            raise RequestError(
+                f"out of memory with a cache of {self.session.cache.table.slots} slots; lower max_new_tokens, shorten "
+                "the prompt, or load the model in a narrower dtype"
+            ) from error
 
     def stats(self, rounds: Sequence[Round]) -> Stats:
         """Work out the figures of the rounds that were used."""

@@ -111,9 +111,11 @@ def test_keep_one_reproduces_the_full_model_for_any_rule(method):
         assert got.stats.lossless and got.stats.corrections == 0
 
 
-def test_threshold_zero_accepts_everything():
+@pytest.mark.parametrize("method", ["coarse", "fine"])
+def test_threshold_zero_accepts_everything(method):
     engine = Engine(tiny_model(eos_token_id=None))
-    got = engine.generate(PROMPT, max_new_tokens=NEW, correction=CorrectionConfig(period=6, threshold=0.0))
+    correction = CorrectionConfig(period=6, threshold=0.0)
+    got = engine.generate(PROMPT, max_new_tokens=NEW, sparsity=SparsityConfig(method, 0.2), correction=correction)
     assert got.stats.accepted == got.stats.drafted > 0
     assert not got.stats.lossless
 
@@ -126,29 +128,82 @@ def test_period_one_is_plain_decoding():
     assert got.stats.drafted == 0 and got.stats.effective_density == 1.0 and got.stats.lossless
 
 
-def test_without_correction_the_sparse_model_writes_the_text():
+@pytest.mark.parametrize("method", ["coarse", "fine"])
+def test_without_correction_the_sparse_model_writes_the_text(method):
     """Greedy decoding with the MLPs masked by hand, in transformers' own loop, must give the same tokens."""
     model = tiny_model(eos_token_id=None)
-    config = SparsityConfig("fine", 0.3)
-    got = Engine(model).generate(PROMPT, max_new_tokens=NEW, sparsity=config, correction=None)
-    assert list(got.token_ids) == _masked_greedy(model, keep=0.3)
+    got = Engine(model).generate(PROMPT, max_new_tokens=NEW, sparsity=SparsityConfig(method, 0.3), correction=None)
+    assert list(got.token_ids) == _masked_greedy(model, method, keep=0.3)
     assert not got.stats.lossless and got.stats.aal is None
     assert got.stats.effective_density == pytest.approx(got.stats.density)
 
 
-def _masked_greedy(model, keep: float) -> list[int]:
-    """Decode with every MLP's smallest gate activations zeroed, but for the prompt."""
+def _masked_greedy(model, method: str, keep: float) -> list[int]:
+    """Decode with every MLP masked by hand: coarse by the prompt's scores, fine by each token's gate."""
+    masks = {}
 
     def forward(mlp, x):
         gated = mlp.activation(mlp.gate_proj(x))
-        if x.shape[1] == 1:
-            drop = int((1 - keep) * gated.shape[-1])
-            gated = gated.scatter(-1, gated.abs().topk(drop, largest=False).indices, 0.0)
-        return mlp.down_proj(gated * mlp.up_proj(x))
+        z = gated * mlp.up_proj(x)
+        if x.shape[1] > 1:
+            score = (z[0] / z[0].norm(dim=-1, keepdim=True)).norm(dim=0)
+            masks[mlp] = torch.zeros_like(score).scatter(0, score.topk(int(keep * len(score))).indices, 1.0)
+        elif method == "coarse":
+            z = z * masks[mlp]
+        else:
+            drop = int((1 - keep) * z.shape[-1])
+            z = z.scatter(-1, gated.abs().topk(drop, largest=False).indices, 0.0)
+        return mlp.down_proj(z)
 
     for mlp in prepare(model):
         mlp.forward = forward.__get__(mlp)
     return greedy(model, PROMPT, NEW)
+
+
+def test_a_drafted_end_of_text_that_is_rejected_changes_nothing():
+    """The published code ends here: after a rejected drafted end its text is padding."""
+    model = tiny_model(eos_token_id=None)
+    free = greedy(model, PROMPT, NEW)
+    sparse = SparsityConfig("fine", 0.1)
+    rounds = [u.round for u in Engine(model).stream(PROMPT, max_new_tokens=NEW, sparsity=sparse, correction=argmax(5))]
+    guessed = {token for r in rounds for token in r.draft[r.accepted :]} - set(free)
+    ends = sorted(guessed)
+    model.generation_config.eos_token_id = ends
+    updates = list(Engine(model).stream(PROMPT, max_new_tokens=NEW, sparsity=sparse, correction=argmax(5)))
+    assert any(u.round.draft and u.round.draft[-1] in ends for u in updates), "no end was ever drafted"
+    assert updates[-1].completion is not None and list(updates[-1].completion.token_ids) == free
+
+
+def test_a_lossy_text_ends_at_its_first_end_of_text():
+    model = tiny_model(eos_token_id=None)
+    lossy = CorrectionConfig(period=7, threshold=0.0)
+    free = Engine(model).generate(PROMPT, max_new_tokens=NEW, correction=lossy).token_ids
+    for place in (0, 3, 6, 7, 8, 20):
+        model.generation_config.eos_token_id = free[place]
+        got = Engine(model).generate(PROMPT, max_new_tokens=NEW, correction=lossy)
+        assert got.token_ids == free[: free.index(free[place]) + 1] and got.finish_reason == "stop"
+
+
+def test_a_fixed_threshold_of_fine_is_exact_and_its_density_measured():
+    model = tiny_model(eos_token_id=None)
+    config = SparsityConfig("fine", threshold=0.4)
+    got = Engine(model).generate(PROMPT, max_new_tokens=NEW, sparsity=config, correction=argmax(6))
+    assert list(got.token_ids) == greedy(model, PROMPT, NEW)
+    assert got.stats.corrections and 0.4 < got.stats.density < 1
+
+
+def test_rows_of_different_lengths_share_a_session():
+    """Each row's scores equal those of the row alone, through a real model, cut back and read again."""
+    model = tiny_model(dtype=torch.float64)
+    rows = torch.tensor([[5, 6, 7, 8, 9], [15, 16, 17, 18, 19]])
+    session = Session(model, prepare(model), None, slots=12, rows=2)
+    session.read(rows, Mode.DENSE)
+    session.truncate(torch.tensor([5, 2]))
+    got = session.read(torch.tensor([[30, 31], [40, 41]]), Mode.DENSE)
+    assert session.cache.lengths.tolist() == [7, 4]
+    for row, tokens in enumerate(([5, 6, 7, 8, 9, 30, 31], [15, 16, 40, 41])):
+        want = model(torch.tensor([tokens])).logits[0, -2:]
+        torch.testing.assert_close(got[row], want, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.skipif(not (SHARED / "models").exists(), reason="no models trained elsewhere beside this checkout")

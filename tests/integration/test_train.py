@@ -8,7 +8,7 @@ from sirius.demo import train as recipe_module
 from sirius.demo.problems import final_answer
 from sirius.demo.tokenizer import ASSISTANT, END, token_id, train_tokenizer
 from sirius.demo.train import IGNORED, Recipe, Stage, make_batch, train
-from sirius.errors import ConfigError
+from sirius.errors import ConfigError, FileError
 
 pytestmark = pytest.mark.integration
 
@@ -101,3 +101,21 @@ def test_digits_are_tokens_of_their_own_and_any_text_survives(tokenizer):
     assert [tokenizer.decode([i]).strip() for i in ids if tokenizer.decode([i]).strip().isdigit()] == list("12345357")
     for text in ("Zoë → 日本 🙂", "  two  spaces\n\ttab"):
         assert tokenizer.decode(tokenizer(text).input_ids) == text
+
+
+def test_a_folder_that_cannot_be_used_is_refused_before_anything_is_trained(tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "done").mkdir()
+    (tmp_path / "done" / "config.json").write_text("{}")
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / "training.pt").write_text("not a run")
+    for name, says in (("file", "cannot write to"), ("done", "finished model"), ("odd", "no unfinished run")):
+        with pytest.raises(FileError, match=says):
+            train(tmp_path / name, SMALL)
+
+
+def test_training_leaves_the_process_as_it_was(tmp_path):
+    threads, smallest = torch.get_num_threads(), torch.tensor(1e-310, dtype=torch.float64)
+    train(tmp_path, SMALL)
+    assert torch.get_num_threads() == threads
+    assert float(smallest * 1.0) > 0, "denormals are still flushed"
