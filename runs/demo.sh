@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
-# The table of the README: 200 problems of each task. Appends a line to records/demo.jsonl.
+# The table of the README: 200 problems of each task, any further options of `sirius demo` (--keep 0.5) as arguments.
+# Appends a line to records/demo.jsonl.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 rows=$(mktemp)
 trap 'rm -f "$rows"' EXIT
-.venv/bin/sirius demo --problems 200 --seed 0 --json >"$rows"
-ROWS=$rows COMMIT=$(git describe --always --dirty) .venv/bin/python - >>records/demo.jsonl <<'PYTHON'
+command="sirius demo --problems 200 --seed 0 --json $*"
+.venv/bin/$command >"$rows"
+ROWS=$rows RUN=$command COMMIT=$(git describe --always --dirty) .venv/bin/python - >>records/demo.jsonl <<'PYTHON'
 import json, os, platform
 from datetime import date
 from importlib.metadata import version
@@ -18,12 +20,12 @@ facts = {
     "date": date.today().isoformat(),
     "commit": os.environ["COMMIT"],
     "machine": f"{len(names)} x {names[0]}" if names else platform.processor(),
-    "threads": torch.get_num_threads(),
+    "threads": 1,  # the demo sets it
     "python": platform.python_version(),
     "torch": torch.__version__,
     "transformers": version("transformers"),
     "sirius": version("sirius-llm"),
-    "command": "sirius demo --problems 200 --seed 0 --json",
+    "command": os.environ["RUN"].strip(),
     "rows": json.loads(Path(os.environ["ROWS"]).read_text()),
 }
 print(json.dumps(facts))

@@ -44,7 +44,7 @@ def main() -> None:
         sys.exit(WRONG_INPUT)
     except SystemExit as end:
         if end.code == INTERRUPTED:  # typer's exit code of Ctrl-C
-            _complain("interrupted; what was finished is saved")
+            _complain("interrupted; what was finished is saved, run the same command again to go on")
         raise
 
 
@@ -159,9 +159,11 @@ def _load(model: str | None, dtype: str, device: str, revision: str | None, trus
 
 
 def _quieten() -> None:
-    """Leave the terminal to us: no progress bars and notes of transformers."""
+    """Leave the terminal to us: no progress bars and notes of transformers and its hub."""
+    from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging
 
+    hub_logging.set_verbosity_error()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
 
@@ -273,7 +275,7 @@ def _progress(what: str, total: int, shown: bool = True) -> Iterator[Callable[..
 @demo_app.callback(invoke_without_command=True)
 def demo(
     context: typer.Context,
-    problems: Annotated[int, typer.Option(min=1, help="Problems of each task.")] = 60,
+    problems: Annotated[int, typer.Option(min=1, help="Problems of each task.")] = 40,
     seed: Annotated[int, typer.Option(help="Which problems.")] = 0,
     keep: Annotated[float | None, typer.Option(help="Fraction of neurons that coarse keeps. [default: 0.4]")] = None,
     model: Annotated[Path | None, typer.Option(help="A folder that `sirius demo train` wrote.")] = None,
@@ -284,9 +286,12 @@ def demo(
         return
     from dataclasses import asdict
 
+    import torch
+
     from sirius.demo import show, showcase
     from sirius.demo.problems import TASKS
 
+    torch.set_num_threads(1)  # the model is too small to share out: a second thread only waits
     settings = showcase.make_settings() if keep is None else showcase.make_settings(keep)
     engine = _load(None if model is None else str(model), "auto", "cpu", None, False)
     with _progress("decoding", problems * len(TASKS) * len(settings)) as advance:

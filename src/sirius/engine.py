@@ -170,9 +170,10 @@ class Engine:
         tokens = self.encode(prompt)
         room = self._room(len(tokens))
         budget = min(DEFAULT_NEW_TOKENS, room) if max_new_tokens is None else max_new_tokens
-        configs = as_config(SparsityConfig, sparsity), correction and as_config(CorrectionConfig, correction)
         stops = (stop,) if isinstance(stop, str) else tuple(stop)
-        request = Request(tokens, budget, stops, *configs)
+        chosen = as_config(SparsityConfig, sparsity)
+        corrected = None if correction is None else as_config(CorrectionConfig, correction)
+        request = Request(tokens, budget, stops, chosen, corrected)
         if budget > room:
             check_sliding(self.model.config, len(tokens), budget)
             raise RequestError(

@@ -82,7 +82,9 @@ def decode(  # noqa: PLR0913 - transformers' own arguments, and ours
     criteria = StoppingCriteriaList(stopping_criteria)
     if stop:
         if tokenizer is None:
-            raise ConfigError("stop strings need the tokenizer beside them: tokenizer=...")
+            raise ConfigError(
+                "stop strings need the tokenizer: sirius.generate(model, ..., stop_strings=..., tokenizer=...)"
+            )
         criteria.append(StopStringCriteria(tokenizer, stop_strings=[stop] if isinstance(stop, str) else list(stop)))
     mask = model_kwargs.get("attention_mask")
     job = _Job(
@@ -132,6 +134,8 @@ class _Job:
         real = row if mask is None else row[mask[index].bool()]
         if len(real) == 0:
             raise RequestError("a prompt of the batch is all padding; give it at least one token")
+        if not torch.equal(real, row[len(row) - len(real) :]) or (mask is not None and not mask[index, -1]):
+            raise RequestError(f"row {index} is padded on the right or within; set the tokenizer's padding_side='left'")
         budget = self.generation.max_length - len(row)
         check_sliding(self.model.config, len(real), budget)
         request = Request(tuple(real.tolist()), budget, (), *self.configs)

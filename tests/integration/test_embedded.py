@@ -105,7 +105,15 @@ def test_the_demo_prints_tables_and_an_example(monkeypatch, capsys):
     with pytest.raises(SystemExit, match="0"):
         cli.main()
     shown = capsys.readouterr().out
-    for words in ("reasoning (1 problems)", "coarse + correction", "effective", "drafted and kept", "lossy", "\u2026"):
+    for words in (
+        "reasoning (1 problems)",
+        "coarse + correction",
+        "effective",
+        "drafted and kept",
+        "[rejected]",
+        "lossy",
+        "\u2026",
+    ):
         assert (words in shown) == (words != "\u2026"), "a column is cut off" if words == "\u2026" else words
-    _, problem = few_shot("reasoning", "test", 0, 0)
-    assert problem.question.split(".")[0] in shown and "The answer is" in shown
+    example = shown.rpartition("a line for each round")[2].rpartition("drafted and kept")[0]
+    assert "[" in example and "The answer is" in example, "no rejected guess is shown"

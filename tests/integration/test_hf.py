@@ -212,6 +212,12 @@ def test_a_filled_cache_and_embeddings_are_refused(model):
         model.generate(inputs_embeds=model.get_input_embeddings()(ids).detach(), **options)
 
 
+def test_padding_on_the_right_is_refused(model):
+    inputs = {name: value.flip(1) for name, value in left_padded(PROMPTS).items()}
+    with pytest.raises(RequestError, match=r"row 0 is padded on the right.*padding_side='left'"):
+        sirius.generate(model, **inputs, max_new_tokens=5, do_sample=False)
+
+
 def test_a_row_of_padding_alone_is_refused(model):
     inputs = left_padded(PROMPTS)
     inputs["attention_mask"][1] = 0

@@ -1,3 +1,5 @@
+from importlib.metadata import EntryPoint
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -132,6 +134,13 @@ def test_a_third_party_adds_a_method_with_the_decorator(clean_register):
     assert "first" in sparsity.known()
     with pytest.raises(ConfigError, match="already there"):
         sparsity.register("first")(type("Other", (First,), {}))
+
+
+def test_an_entry_point_that_cannot_be_loaded_is_named(monkeypatch):
+    point = EntryPoint("broken", "no_such_package:Method", "sirius.sparsity")
+    monkeypatch.setattr(base, "entry_points", lambda group, name=None: [point] if name in (None, "broken") else [])
+    with pytest.raises(ConfigError, match=r"'broken' \(no_such_package:Method\) cannot be loaded: No module"):
+        make("broken")
 
 
 def test_a_third_party_adds_a_method_by_entry_point(monkeypatch):

@@ -13,28 +13,38 @@ from sirius.demo.problems import TASKS, few_shot
 from sirius.demo.showcase import NEW_TOKENS, Row, Setting
 from sirius.engine import Engine
 
+LEGEND = """\
+keep: share of the neurons the draft keeps (fine reads its whole gate besides). AAL: tokens per check, at most 16.
+density: share of the weights a draft token reads; effective: share read per token, checks included.
+tok/s is of this tiny model, where Python takes the time, not memory; density is what counts at size.
+"""
+LOOKED_AT = 30  # problems, for one with a correction to show
 KEPT, REJECTED, CORRECTED, FULL = "green", "red strike", "bold yellow", "cyan"
 
 
 def table(rows: Sequence[Row]) -> RenderableType:
     """Return the rows as one table a task."""
-    return Group(*(_table(task, [row for row in rows if row.task == task]) for task in TASKS))
+    return Group(*(_table(task, [row for row in rows if row.task == task]) for task in TASKS), Text(LEGEND, "dim"))
 
 
 def example(engine: Engine, settings: Sequence[Setting], seed: int) -> RenderableType:
-    """Return one reasoning problem decoded by the corrected coarse method, every token marked by where it came from."""
+    """Return one reasoning problem decoded by the first corrected method, every token marked by where it came from.
+
+    It is the first problem of the seed that needed a correction, or the first of all.
+    """
     setting = next(s for s in settings if s.correction)
-    messages, problem = few_shot("reasoning", "test", seed, 0)
-    budget = min(NEW_TOKENS, engine.room(messages))
-    updates = engine.stream(messages, max_new_tokens=budget, sparsity=setting.sparsity, correction=setting.correction)
-    lines = [_marked(engine, update.round) for update in updates]
+    for index in range(LOOKED_AT):
+        question, rounds = _decoded(engine, setting, seed, index)
+        if any(_rejected(step) for step in rounds):
+            break
+    else:
+        question, rounds = _decoded(engine, setting, seed, 0)
     legend = Text.assemble(
-        ("drafted and kept", KEPT), "  ", ("rejected", REJECTED), "  ", ("correction", CORRECTED), "  ",
+        ("drafted and kept", KEPT), "  ", ("[rejected]", REJECTED), "  ", ("correction", CORRECTED), "  ",
         ("the full model's own", FULL),
     )  # fmt: skip
-    return Group(
-        Rule("one problem, a line for each round", align="left"), Text(problem.question), Text(), *lines, legend
-    )
+    heading = Rule(f"one problem, {setting.name}, a line for each round", align="left")
+    return Group(heading, Text(question), Text(), *(_marked(engine, step) for step in rounds), legend)
 
 
 def _table(task: str, rows: Sequence[Row]) -> Table:
@@ -64,9 +74,21 @@ def _table(task: str, rows: Sequence[Row]) -> Table:
 
 def _marked(engine: Engine, step: Round) -> Text:
     """Return a round's tokens: kept guesses, rejected ones, and what the full model wrote in their place."""
-    kept, own = step.tokens[: step.accepted], step.tokens[step.accepted :]
-    rejected = () if step.cut else step.draft[step.accepted :]
+    kept, own, rejected = step.tokens[: step.accepted], step.tokens[step.accepted :], _rejected(step)
     line = Text()
-    for tokens, style in ((kept, KEPT), (rejected, REJECTED), (own, CORRECTED if rejected else FULL)):
-        line.append(engine.decode(tokens), style)
+    line.append(engine.decode(kept), KEPT)
+    if rejected:
+        line.append(f"[{engine.decode(rejected)}]", REJECTED)  # brackets for a terminal without colours
+    line.append(engine.decode(own), CORRECTED if rejected else FULL)
     return line
+
+
+def _decoded(engine: Engine, setting: Setting, seed: int, index: int) -> tuple[str, list[Round]]:
+    messages, problem = few_shot("reasoning", "test", seed, index)
+    budget = min(NEW_TOKENS, engine.room(messages))
+    updates = engine.stream(messages, max_new_tokens=budget, sparsity=setting.sparsity, correction=setting.correction)
+    return problem.question, [update.round for update in updates]
+
+
+def _rejected(step: Round) -> tuple[int, ...]:
+    return () if step.cut else step.draft[step.accepted :]

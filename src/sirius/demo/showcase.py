@@ -58,24 +58,32 @@ def run(
     *,
     on_problem: Callable[[], None] = lambda: None,
 ) -> list[Row]:
-    """Decode `problems` test problems of each task in each setting; `on_problem` is called after each one."""
-    return [_measure(engine, setting, task, problems, seed, on_problem) for task in TASKS for setting in settings]
+    """Decode `problems` test problems of each task in each setting; `on_problem` is called after each one.
+
+    The settings take turns problem by problem, so that whatever else the machine does slows all of them alike.
+    """
+    return [row for task in TASKS for row in _compare(engine, settings, task, range(problems), seed, on_problem)]
 
 
-def _measure(
-    engine: Engine, setting: Setting, task: str, problems: int, seed: int, on_problem: Callable[[], None]
-) -> Row:
-    right, stats = 0, list[Stats]()
-    for index in range(problems):
+def _compare(
+    engine: Engine, settings: Sequence[Setting], task: str, indices: range, seed: int, on_problem: Callable[[], None]
+) -> list[Row]:
+    right = [0 for _ in settings]
+    stats: list[list[Stats]] = [[] for _ in settings]
+    for index in indices:
         messages, problem = few_shot(task, "test", seed, index)
         budget = min(NEW_TOKENS, engine.room(messages))
-        done = engine.generate(
-            messages, max_new_tokens=budget, sparsity=setting.sparsity, correction=setting.correction
-        )
-        right += final_answer(done.text) == problem.final
-        stats.append(done.stats)
-        on_problem()
-    whole, accuracy = combine(stats), right / problems
+        for place, setting in enumerate(settings):
+            options = {"sparsity": setting.sparsity, "correction": setting.correction}
+            done = engine.generate(messages, max_new_tokens=budget, **options)
+            right[place] += final_answer(done.text) == problem.final
+            stats[place].append(done.stats)
+            on_problem()
+    rows = zip(settings, right, stats, strict=True)
+    return [_row(setting, task, hits / len(indices), len(indices), combine(each)) for setting, hits, each in rows]
+
+
+def _row(setting: Setting, task: str, accuracy: float, problems: int, whole: Stats) -> Row:
     return Row(
         setting=setting.name,
         keep=None if setting.sparsity.method == "none" else setting.sparsity.keep,

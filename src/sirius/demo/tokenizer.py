@@ -44,6 +44,7 @@ def train_tokenizer(vocab_size: int = 1024, problems: int = 4000, seed: int = 0)
         additional_special_tokens=[USER, ASSISTANT],
         chat_template=CHAT_TEMPLATE,
         clean_up_tokenization_spaces=False,
+        padding_side="left",
     )
 
 

@@ -135,7 +135,7 @@ def _optimizers(model: LlamaForCausalLM, recipe: Recipe) -> list[torch.optim.Opt
 
 
 def train(
-    folder: Path, recipe: Recipe, *, on_step: Callable[[Progress], None] = lambda _: None, save_every: int = 100
+    folder: Path, recipe: Recipe, *, on_step: Callable[[Progress], None] = lambda _: None, save_every: int = 20
 ) -> None:
     """Train by `recipe` and write the model to `folder`; a run that was cut off goes on from `folder/training.pt`."""
     saved = _opened(folder)

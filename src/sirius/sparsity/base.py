@@ -75,7 +75,12 @@ def find(name: str) -> Factory | None:
     if name in _METHODS:
         return _METHODS[name]
     for point in entry_points(group=ENTRY_POINTS, name=name):
-        return point.load()
+        try:
+            return point.load()
+        except (ImportError, AttributeError) as error:
+            raise ConfigError(
+                f"the entry point of sparsity {name!r} ({point.value}) cannot be loaded: {error}"
+            ) from error
     raise ConfigError(f"there is no sparsity method {name!r}; known are {', '.join(known())}")
 
 
