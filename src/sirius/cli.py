@@ -180,7 +180,10 @@ def _print_text(engine: "Engine", job: "Job | None", prompt: "Prompt", options: 
         sys.stdout.write(last.text)
         sys.stdout.flush()
     sys.stdout.write("\n")
+    sys.stdout.flush()
     assert last is not None and last.completion is not None
+    if not last.completion.stats.lossless:
+        err.print("lossy: --accept argmax gives the full model's own greedy text", style="dim", highlight=False)
     return last.completion
 
 

@@ -81,7 +81,7 @@ class Stats:
     density_streamed, effective_density_streamed   the same without the untied input embedding
     parameters_per_token effective_density times the parameters
     acceptance_histogram entry i counts the windows that kept i guesses
-    seconds              wall time of the whole generation, prompt included
+    seconds              wall time of all passes, the prompt's included; what the caller does between rounds is not
     tokens_per_second    tokens / seconds
     lossless             whether the text is the full model's greedy text by construction
     """

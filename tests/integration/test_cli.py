@@ -323,3 +323,9 @@ def test_files_that_cannot_be_used_are_one_line(generate, tmp_path):
     message = mistake(generate("--input", jobs, "--output", jobs))
     assert message == f"{jobs} line 1 is no result of sirius; choose another output"
     assert jobs.read_text() == '{"prompt": "w5"}\n'
+
+
+def test_a_lossy_text_is_called_lossy_beside_it_and_a_lossless_one_is_not(generate):
+    for options, lossy in (((), True), (("--no-correct",), True), (("--accept", "argmax"), False)):
+        printed = generate("w5 w6", *SHORT, *options)
+        assert ("lossy" in printed.err) is lossy and "lossy" not in printed.out
