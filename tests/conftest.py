@@ -25,7 +25,7 @@ from transformers import (
     SmolLM3Config,
 )
 
-from sirius.core import Mode
+from sirius.core import Mode, Window
 
 torch.set_num_threads(1)  # the models here are too small to share out
 
@@ -88,30 +88,54 @@ def greedy(model: PreTrainedModel, prompt: list[int], new_tokens: int, **options
 class Toy:
     """A `LanguageModel` of pure arithmetic: the score of a token is a hash of all tokens before it.
 
-    Its sparse mode disagrees with the dense one at a share `noise` of the places. Its cache is the list of tokens, each
-    with the mode that wrote it.
+    Its sparse mode disagrees with the dense one at a share `noise` of the places. A row's cache is what it holds and a
+    window of places after that, each a token with the mode that wrote it. What a pass sees is read off its window alone.
     """
+
+    device = torch.device("cpu")
 
     def __init__(self, noise: float = 0.5, vocabulary: int = 11) -> None:
         self.noise, self.vocabulary = noise, vocabulary
-        self.slots: list[tuple[int, Mode]] = []
-        self.selected = 0
+        self.held: list[list[tuple[int, Mode]]] = []
+        self.places: list[dict[int, tuple[int, Mode]]] = []
+        self.slots: list[int] = []
 
-    def read(self, tokens: Tensor, mode: Mode, last: int | None = None) -> Tensor:
-        rows = []
-        for token in tokens[0].tolist():
-            self.slots.append((token, mode))
-            rows.append(self.scores([t for t, _ in self.slots], mode))
-        return torch.stack(rows)[None, -(last or len(rows)) :]
+    def open(self, prompt: Tensor, slots: int) -> Tensor:
+        self.held.append([(token, Mode.DENSE) for token in prompt.tolist()])
+        self.places.append({})
+        self.slots.append(slots)
+        return self.scores(prompt.tolist(), Mode.DENSE)
+
+    def read(self, tokens: Tensor, mode: Mode, window: Window) -> Tensor:
+        assert len(tokens) == len(self.held), f"{len(tokens)} lines for {len(self.held)} rows"
+        return torch.stack([self._row(b, line, mode, window) for b, line in enumerate(tokens.tolist())])
+
+    def _row(self, b: int, line: list[int], mode: Mode, window: Window) -> Tensor:
+        before = dict(self.places[b])
+        for place, token in enumerate(line, start=window.first):
+            self.places[b][place] = (token, mode)
+        assert len(self.held[b]) + max(self.places[b]) < self.slots[b], "the row has no such slot"
+        scores = []
+        for t in range(len(line)):
+            seen = window.seen[b, t].nonzero()[:, 0].tolist()
+            assert seen[-1] == window.first + t and int(window.depths[b, t]) == len(seen) - 1
+            branch = [self.places[b][place][0] for place in seen]
+            scores.append(self.scores([token for token, _ in self.held[b]] + branch, mode))
+        for place in range(window.fixed):
+            self.places[b][place] = before[place]
+        return torch.stack(scores)
 
     def scores(self, tokens: list[int], mode: Mode) -> Tensor:
         digest = hashlib.sha256(repr(tokens).encode()).digest()
         wrong = mode is Mode.SPARSE and digest[31] < 256 * self.noise
-        return torch.tensor([float(byte) for byte in (digest[::-1] if wrong else digest)[: self.vocabulary]])
+        return torch.tensor([float(byte) for byte in (digest[::-1] if wrong else digest)[: self.vocabulary]]) / 32
 
-    def select(self) -> None:
-        self.selected += 1
+    def keep(self, path: Tensor, counts: Tensor) -> None:
+        for b, count in enumerate(counts.tolist()):
+            self.held[b] += [self.places[b][place] for place in path[b, :count].tolist()]
+            self.places[b] = {}
 
-    def truncate(self, lengths: Tensor) -> None:
-        assert int(lengths) <= len(self.slots), "a cache cannot be cut to more than it holds"
-        del self.slots[int(lengths) :]
+    def close(self, row: int) -> None:
+        for each in (self.held, self.places, self.slots):
+            each[row] = each[-1]
+            each.pop()

@@ -7,19 +7,27 @@ Letters of shapes, the same everywhere:
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from enum import Enum
-from typing import Any, Literal, Protocol, TypeVar
+from math import isfinite
+from typing import Any, Literal, Protocol, TypeVar, get_args
 
+import torch
 from torch import Tensor
 
 from sirius.errors import ConfigError
 
-AcceptName = Literal["threshold", "argmax"]
-Config = TypeVar("Config", "SparsityConfig", "CorrectionConfig")
+AcceptName = Literal["threshold", "argmax", "sampling", "relative", "typical"]
+Ablation = Literal["rewrite", "interleave", "rollback"]
+Origin = Literal["full", "draft", "correction", "bonus"]
 FinishReason = Literal["stop", "length"]
+Config = TypeVar("Config", "SparsityConfig", "CorrectionConfig", "SamplingConfig")
 
-# Turns the scores of the next token [1, V] into others, given all tokens before it [1, n], as transformers' do.
+AUTO = "auto"
+LONGEST = 32  # the longest window that period "auto" chooses
+
+# Turns the scores of the next token [m, V] into others, given all tokens before it [m, n], row by row, as those of
+# transformers do.
 Processor = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -35,57 +43,135 @@ class Mode(Enum):
 class SparsityConfig:
     """Which neurons the draft model keeps.
 
-    method     a registered name: "coarse" (alias "griffin"), "fine" (alias "cats"), "none", or a third party's
-    keep       the fraction of neurons kept, 0 < keep <= 1 (the papers' `spr`)
-    threshold  for methods that know one: keep the neurons with |act(gate)| above it, instead of a fixed fraction
+    method      a registered name: "coarse" (alias "griffin"), "fine" (alias "cats"), "none", or a third party's
+    keep        the fraction of neurons kept, 0 < keep <= 1 (the papers' `spr`)
+    threshold   for methods that know one: keep the neurons with |act(gate)| above it, instead of a fixed fraction
+    per_branch  methods per token: a set for each branch of a tree, instead of one that a step's branches share
+    per_row     methods per prompt: a set for each row of a batch, instead of one by the rows' mean score
+    refresh     methods per prompt: the share that a checked window gets in the prompt's statistic, 0 (off) to 1
     """
 
     method: str = "coarse"
     keep: float = 0.5
     threshold: float | None = None
+    per_branch: bool = False
+    per_row: bool = False
+    refresh: float = 0.0
 
     def __post_init__(self) -> None:
-        _check_kinds(self, method=str, keep=float, threshold=float | None)
+        _check_kinds(self, method=str, keep=float, threshold=float | None, refresh=float)
+        _check_kinds(self, per_branch=bool, per_row=bool)
         if not 0 < self.keep <= 1:
             raise ConfigError(f"keep is the fraction of neurons kept, above 0 and at most 1; got {self.keep}")
         if self.threshold is not None and not self.threshold >= 0:
             raise ConfigError(f"the sparsity threshold bounds an absolute value, so at least 0; got {self.threshold}")
+        if not 0 <= self.refresh <= 1:
+            raise ConfigError(f"refresh is a share, from 0 (off) to 1; got {self.refresh}")
 
 
 @dataclass(frozen=True)
 class CorrectionConfig:
     """How the full model checks the draft.
 
-    period              K, tokens that one check reads: the newest token and K-1 drafted ones; 1 drafts nothing
-    accept              the rule: "argmax" (lossless) or "threshold" (the paper's; lossy at thresholds up to 0.5)
-    threshold           the least probability of an accepted token; the full model's argmax is accepted at any threshold
-    accept_temperature  the temperature of that probability
+    period              K, tokens that a branch of a check has: the newest one and K-1 drafted ones; 1 drafts nothing,
+                        "auto" chooses it round by round from measured cost and acceptance
+    accept              which guesses pass; the full model's own choice does under every rule:
+                        "argmax" and "sampling"  no other (lossless; greedy, or with a temperature)
+                        "threshold"  probability at least `threshold` (the paper's rule)
+                        "relative"   probability at least `threshold` times the largest
+                        "typical"    probability at least min(threshold, sqrt(threshold) exp(-entropy))
+    threshold           see `accept`
+    accept_temperature  the temperature of those probabilities, and of the scores by which branches are ranked
+    tree_width          w, branches drafted side by side
+    prune               drop branches less likely than this share of the best one's probability; 0 keeps all
+    ablate              for studies, all of them lossy: "rewrite" (keep the draft's K/V), "interleave" (no token of the
+                        full model after a window that passed whole), "rollback" (keep every guess)
     """
 
-    period: int = 16
+    period: int | Literal["auto"] = 16
     accept: AcceptName = "threshold"
     threshold: float = 0.1
     accept_temperature: float = 0.6
+    tree_width: int = 1
+    prune: float = 0.0
+    ablate: tuple[Ablation, ...] = ()
 
     def __post_init__(self) -> None:
-        _check_kinds(self, period=int, accept=str, threshold=float, accept_temperature=float)
-        if self.period < 1:
+        if self.period != AUTO:
+            _check_kinds(self, period=int)
+        _check_kinds(self, accept=str, threshold=float, accept_temperature=float, tree_width=int, prune=float)
+        if self.period != AUTO and self.period < 1:
             raise ConfigError(f"period counts the tokens of a check, at least 1 (plain decoding); got {self.period}")
-        if self.accept not in ("threshold", "argmax"):
-            raise ConfigError(f"accept is 'threshold' or 'argmax'; got {self.accept!r}")
+        if self.accept not in get_args(AcceptName):
+            raise ConfigError(f"accept is one of {', '.join(get_args(AcceptName))}; got {self.accept!r}")
         if not 0 <= self.threshold <= 1:
             raise ConfigError(f"threshold is a probability, from 0 to 1; got {self.threshold}")
         if not 0 < self.accept_temperature < float("inf"):
             raise ConfigError(f"accept_temperature must be a positive number; got {self.accept_temperature}")
+        if self.tree_width < 1:
+            raise ConfigError(f"tree_width counts branches, at least 1 (a chain); got {self.tree_width}")
+        if not 0 <= self.prune <= 1:
+            raise ConfigError(f"prune is a share of the best branch's probability, from 0 to 1; got {self.prune}")
+        if isinstance(self.ablate, str) or not set(self.ablate) <= set(get_args(Ablation)):
+            raise ConfigError(f"ablate takes some of {', '.join(get_args(Ablation))}; got {self.ablate!r}")
+        object.__setattr__(self, "ablate", tuple(self.ablate))
 
     @property
-    def lossless(self) -> bool:
-        """Whether only the full model's argmax can pass: above one half no other token has the probability."""
-        return self.accept == "argmax" or self.threshold > 0.5 or self.period == 1
+    def longest(self) -> int:
+        """The most tokens that a branch of a check may have."""
+        return LONGEST if self.period == AUTO else self.period
+
+    def lossless(self, sampled: bool) -> bool:
+        """Tell whether only the full model's own choice can pass, for a greedy text or for a sampled one.
+
+        Above one half no other token than the argmax has the probability; a sample need not be the argmax.
+        """
+        if self.period == 1:
+            return True
+        own = self.accept in ("argmax", "sampling") or (
+            self.accept == "threshold" and self.threshold > 0.5 and not sampled
+        )
+        return own and not self.ablate
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How the next token is taken from the scores; as they stand: the most likely one (greedy).
+
+    temperature         0 is greedy
+    top_p, top_k, min_p least likely tokens left out, as in transformers; 1, 0 and 0 leave out none
+    repetition_penalty  None: what the checkpoint's generation config says
+    seed                None: another text each time. With a seed the text is the same for every lossless rule,
+                        sparsity, period, tree and batch, and the same as without a draft
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float | None = None
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_kinds(self, temperature=float, top_p=float, top_k=int, min_p=float)
+        _check_kinds(self, repetition_penalty=float | None, seed=int | None)
+        if not (self.temperature >= 0 and isfinite(self.temperature)):
+            raise ConfigError(f"temperature is 0 (greedy) or a positive number; got {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"top_p is a probability, above 0 and at most 1 (off); got {self.top_p}")
+        if self.top_k < 0:
+            raise ConfigError(f"top_k counts tokens, at least 1, or 0 (off); got {self.top_k}")
+        if not 0 <= self.min_p <= 1:
+            raise ConfigError(f"min_p is a probability, from 0 (off) to 1; got {self.min_p}")
+        penalty = self.repetition_penalty
+        if penalty is not None and not (penalty > 0 and isfinite(penalty)):
+            raise ConfigError(f"repetition_penalty is a positive number, 1 is off; got {penalty}")
+        if self.seed is not None and not 0 <= self.seed < 2**63:
+            raise ConfigError(f"seed is a whole number from 0 to 2**63 - 1; got {self.seed}")
 
 
 def as_config(kind: type[Config], value: Any) -> Config:
-    """Return a SparsityConfig or CorrectionConfig given as itself, as a mapping of its fields, or as its first field.
+    """Return a configuration given as itself, as a mapping of its fields, or as its first field.
 
     So `{"method": "fine", "keep": 0.3}` and "fine" are sparsities; raises ConfigError of anything else.
     """
@@ -102,26 +188,33 @@ def _check_kinds(config: object, **kinds: Any) -> None:
     """Raise ConfigError where a field is of another kind than it says; a whole number is also a float."""
     for name, kind in kinds.items():
         value = getattr(config, name)
-        wide = kind if kind in (int, str) else kind | int
-        if isinstance(value, bool) or not isinstance(value, wide):
+        wide = kind | int if float in (kind, *get_args(kind)) else kind
+        if (isinstance(value, bool) and kind is not bool) or not isinstance(value, wide):
             raise ConfigError(f"{name} must be {getattr(kind, '__name__', kind)}; got {value!r}")
+
+
+def check_together(sampling: SamplingConfig, correction: CorrectionConfig | None) -> None:
+    """Raise ConfigError where the rule of acceptance and the way of sampling contradict each other."""
+    if sampling.temperature > 0 and correction is not None and correction.accept == "argmax":
+        raise ConfigError(
+            f"accept 'argmax' is for greedy text, and temperature is {sampling.temperature}; "
+            "use accept 'sampling' (lossless), or temperature 0"
+        )
 
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt to be decoded greedily.
+    """One prompt to be decoded.
 
     prompt          token ids, at least one
     max_new_tokens  the budget of new tokens, at least 1
     stop            strings that end the text; the text leaves them out, the tokens hold what completed them
-    correction      None decodes with the sparse model alone
     """
 
     prompt: tuple[int, ...]
     max_new_tokens: int = 256
     stop: tuple[str, ...] = ()
-    sparsity: SparsityConfig = field(default_factory=SparsityConfig)
-    correction: CorrectionConfig | None = field(default_factory=CorrectionConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
 
     def __post_init__(self) -> None:
         _check_kinds(self, max_new_tokens=int)
@@ -133,52 +226,106 @@ class Request:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a rule of acceptance says of a window: `kept` drafted tokens, then `next` from the full model."""
+    """What a check says of one row's tree.
 
-    kept: int
+    path    the kept guesses, oldest first, as places in the window (the newest token is 0)
+    next    the token after them
+    origin  where `next` comes from
+    tip     the path on to the deepest guess that follows it, of those the one of highest score
+    """
+
+    path: tuple[int, ...]
     next: int
+    origin: Origin
+    tip: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Round:
-    """What one round did, from the draft to the tokens that came out.
+    """What one round did to one text, from the draft to the tokens that came out.
 
     tokens    what the round adds to the text: kept guesses, then one token of the full model unless a stop cut it off
-    draft     every guess of the sparse model; draft[accepted:] was rolled back
+    origins   where each token comes from: "full" (nothing was drafted), "draft", "correction" (in place of a guess) or
+              "bonus" (after a draft that passed whole)
+    logprobs  the natural log of the full model's probability of each token, at temperature 1 before any processor
+              (of the sparse model's where it decodes alone)
+    draft     the branch of the draft that went furthest; draft[accepted:] was rolled back
     accepted  how many guesses are in `tokens`
+    steps     passes of the draft model
+    period    K of this round
     cut       whether a stop ended the text inside this round
-    scores    the full model's scores of each token [len(tokens), V], where they were asked for
+    scores    what the tokens were chosen by [len(tokens), V], where they were asked for: after processors
+    logits    the same before processors
     """
 
     tokens: tuple[int, ...]
+    origins: tuple[Origin, ...] = ()
+    logprobs: tuple[float, ...] = ()
     draft: tuple[int, ...] = ()
     accepted: int = 0
+    steps: int = 0
+    period: int = 1
     cut: bool = False
     scores: Tensor | None = None
+    logits: Tensor | None = None
 
     def until(self, count: int) -> "Round":
         """Return the round as a stop after `count` of its tokens leaves it."""
         if count == len(self.tokens):
             return self
-        scores = None if self.scores is None else self.scores[:count]
-        return Round(self.tokens[:count], self.draft, min(self.accepted, count), True, scores)
+        return replace(
+            self,
+            tokens=self.tokens[:count],
+            origins=self.origins[:count],
+            logprobs=self.logprobs[:count],
+            accepted=min(self.accepted, count),
+            cut=True,
+            scores=None if self.scores is None else self.scores[:count],
+            logits=None if self.logits is None else self.logits[:count],
+        )
+
+
+@dataclass(frozen=True)
+class Window:
+    """Where the tokens of a pass stand after what their rows hold: the places of a tree of guesses.
+
+    first   the place of the pass's first token; the others follow it
+    depths  [B, T] int64     positions, counted from the first after the held ones
+    seen    [B, T, M] bool   which of the places 0 .. M-1 each token looks at, its own among them
+    fixed   the pass leaves the K/V of that many first places as they are (a study: no rewrite)
+    """
+
+    first: int
+    depths: Tensor
+    seen: Tensor
+    fixed: int = 0
 
 
 class LanguageModel(Protocol):
-    """What decoding needs of a model: passes over tokens, and a cache that can be cut back.
+    """What decoding needs of a model: rows of text that come and go, and passes over windows of guesses.
 
-    Draft and full model are two modes of one model and share one KV cache. A pass writes the K/V of its tokens to the
-    slots after each row's length; cutting the length back and reading again writes over them.
+    Draft and full model are two modes of one model and share one KV cache. A row holds a prefix of its text; a pass
+    writes the K/V of its tokens to places after that prefix, over whatever stood there, and `keep` makes some of them
+    part of it.
     """
 
-    def read(self, tokens: Tensor, mode: Mode, last: int | None = None) -> Tensor:
-        """Feed tokens [B, T] int64 and return scores [B, T, V], or of the last `last` tokens only."""
+    @property
+    def device(self) -> torch.device:
+        """Where scores are, and windows are wanted."""
         ...
 
-    def select(self) -> None:
-        """Choose the draft model's neurons from what the passes in mode OBSERVE showed."""
+    def open(self, prompt: Tensor, slots: int) -> Tensor:
+        """Add a row that holds prompt [P] int64 and may grow to `slots`; return the scores of its next token [V]."""
         ...
 
-    def truncate(self, lengths: Tensor) -> None:
-        """Cut every row back to lengths [B] int64 filled slots."""
+    def read(self, tokens: Tensor, mode: Mode, window: Window) -> Tensor:
+        """Feed tokens [B, T] int64, one line for each row, and return scores [B, T, V]."""
+        ...
+
+    def keep(self, path: Tensor, counts: Tensor) -> None:
+        """Let each row hold the first counts[b] [B] of the places path[b] [B, n] int64 after what it holds already."""
+        ...
+
+    def close(self, row: int) -> None:
+        """Drop a row and free its slots; the last row takes its number."""
         ...

@@ -1,117 +1,63 @@
-"""The public way to decode: `Engine.load`, then `generate` or `stream`. Stop rules, counting and text live here."""
+"""The public way to decode: `Engine.load`, then `generate`, `stream`, or `generate_many`. Tokens become text here."""
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from time import perf_counter
-from typing import Any, cast
+from typing import Any, TypedDict, Unpack, cast, get_type_hints
 
 import torch
 from jinja2 import TemplateError
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, RepetitionPenaltyLogitsProcessor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sirius import sparsity
-from sirius.core import CorrectionConfig, FinishReason, Mode, Processor, Request, Round, SparsityConfig, as_config
-from sirius.decoding.accept import make_rule
-from sirius.decoding.loop import Plan, decode
-from sirius.errors import RequestError
+from sirius.batch import Batch, Completion, Text, Update
+from sirius.core import CorrectionConfig, Request, SamplingConfig, SparsityConfig, as_config
+from sirius.errors import RequestError, SiriusError
 from sirius.model.loading import Source, load_model, load_tokenizer
-from sirius.model.prepare import check_sliding, context_limit, count_parameters, prepare, sliding_window
-from sirius.model.session import Session
-from sirius.stats import DENSE, Setting, Stats, summarise
-from sirius.text import Ending
+from sirius.model.prepare import check_sliding, context_limit, prepare, sliding_window
+from sirius.processors import make_processor
+from sirius.text import StopAt
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
 
 DEFAULT_NEW_TOKENS = 256
-PLAIN = CorrectionConfig(period=1, accept="argmax")  # every round is one dense pass
 
 
-@dataclass(frozen=True)
-class Completion:
-    """A finished text.
+class TextOptions(TypedDict, total=False):
+    """What one text may ask for.
 
-    text           without special tokens and stop strings; "" where the model has no tokenizer
-    token_ids      the new tokens, an end-of-text token or the tokens of a stop string included
-    finish_reason  "stop" (end of text or stop string) or "length" (the budget is used up)
+    max_new_tokens  None: 256, or as many as the model's context has room for
+    stop            strings that end the text
+    sampling        a temperature, a SamplingConfig or a mapping of its fields; greedy if left out
     """
 
-    text: str
-    token_ids: tuple[int, ...]
-    finish_reason: FinishReason
-    stats: Stats
+    max_new_tokens: int | None
+    stop: str | Sequence[str]
+    sampling: SamplingConfig | Mapping[str, Any] | float
 
 
-@dataclass(frozen=True)
-class Update:
-    """One step of a stream: the round, the text it made certain, and with the last one the completion."""
+class BatchOptions(TypedDict, total=False):
+    """What the texts of a batch have in common.
 
-    text: str
-    round: Round
-    completion: Completion | None = None
+    sparsity    a method's name at keep 0.5, a SparsityConfig, or a mapping of its fields; "coarse" if left out
+    correction  a period, a CorrectionConfig or a mapping of its fields; None leaves the sparse model alone (lossy)
+    """
 
-
-class Generation:
-    """A request at work on a prepared model: the session, the plan and, after the rounds, the figures."""
-
-    def __init__(self, model: PreTrainedModel, request: Request, plan: Plan) -> None:
-        """Set a request up; `plan` brings what the request does not say (ends, processor, scores)."""
-        mlps = prepare(model)
-        self.model = model
-        self.request = request
-        self.method = sparsity.create(request.sparsity, tuple(mlp.size for mlp in mlps))
-        self.session = Session(model, mlps, self.method, slots=len(request.prompt) + request.max_new_tokens)
-        self.correction = PLAIN if self.method is None else request.correction
-        self.plan = _planned(plan, self.correction)
-        self.seconds = 0.0
-
-    def rounds(self) -> Iterator[Round]:
-        """Yield the rounds until the budget is used up; what the caller does between them is not timed."""
-        rounds = decode(self.session, torch.tensor([self.request.prompt], device=self.model.device), self.plan)
-        while True:
-            began = perf_counter()
-            step = self._next(rounds)
-            self.seconds += perf_counter() - began
-            if step is None:
-                return
-            yield step
-
-    def _next(self, rounds: Iterator[Round]) -> Round | None:
-        try:
-            return next(rounds, None)
-        except torch.OutOfMemoryError as error:
-            raise RequestError(
-                f"out of memory with a cache of {self.session.cache.table.slots} slots; lower max_new_tokens, shorten "
-                "the prompt, or load the model in a narrower dtype"
-            ) from error
-
-    def stats(self, rounds: Sequence[Round]) -> Stats:
-        """Work out the figures of the rounds that were used."""
-        touched = self.method.touched() if self.method else DENSE
-        setting = Setting(count_parameters(self.model), touched, self.correction, self._lossless())
-        return summarise(rounds, setting, self.seconds)
-
-    def _lossless(self) -> bool:
-        chosen = self.request.sparsity
-        whole = chosen.keep == 1 and chosen.threshold is None
-        return self.method is None or whole or (self.correction is not None and self.correction.lossless)
+    sparsity: SparsityConfig | Mapping[str, Any] | str
+    correction: CorrectionConfig | Mapping[str, Any] | int | None
 
 
-def _planned(plan: Plan, correction: CorrectionConfig | None) -> Plan:
-    if correction is None:
-        return replace(plan, period=1, judge=Mode.SPARSE)
-    return replace(plan, period=correction.period, rule=make_rule(correction))
+class Options(TextOptions, BatchOptions, total=False):
+    """All options of `Engine.generate` and `Engine.stream`."""
 
 
 class Engine:
-    """A model made sparse, with its tokenizer, ready to decode; greedy, one prompt at a time, not thread-safe."""
+    """A model made sparse, with its tokenizer, ready to decode; not thread-safe."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
         """Prepare a transformers model that is already loaded; its MLPs are replaced (`sirius.restore` undoes it)."""
         prepare(model)
         self.model, self.tokenizer = model.eval(), tokenizer
-        self.ends, self.process = end_tokens(model), repetition_penalty(model)
+        self.ends = end_tokens(model)
 
     @classmethod
     def load(
@@ -133,47 +79,52 @@ class Engine:
         source = Source(str(path), revision, trust_remote_code)
         return cls(load_model(source, dtype, device), load_tokenizer(source))
 
-    def generate(
-        self,
-        prompt: Prompt,
-        *,
-        max_new_tokens: int | None = None,
-        stop: Sequence[str] = (),
-        sparsity: SparsityConfig | str = "coarse",
-        correction: CorrectionConfig | None = CorrectionConfig(),  # noqa: B008 - frozen
-    ) -> Completion:
+    def generate(self, prompt: Prompt, **options: Unpack[Options]) -> Completion:
         """Decode one prompt to its end; the arguments are those of `stream`."""
-        options = {"max_new_tokens": max_new_tokens, "stop": stop, "sparsity": sparsity, "correction": correction}
         *_, last = self.stream(prompt, **options)
         assert last.completion is not None
         return last.completion
 
-    def stream(
-        self,
-        prompt: Prompt,
-        *,
-        max_new_tokens: int | None = None,
-        stop: Sequence[str] = (),
-        sparsity: SparsityConfig | str = "coarse",
-        correction: CorrectionConfig | None = CorrectionConfig(),  # noqa: B008 - frozen
-    ) -> Iterator[Update]:
-        """Decode one prompt round by round.
+    def stream(self, prompt: Prompt, **options: Unpack[Options]) -> Iterator[Update]:
+        """Decode one prompt round by round; closing the iterator frees what it holds at once.
 
-        prompt          a text, token ids, or chat messages ({"role": ..., "content": ...})
-        max_new_tokens  None: 256, or as many as the model's context has room for
-        stop            strings that end the text
-        sparsity        a method's name at keep 0.5, a SparsityConfig, or a mapping of its fields
-        correction      a CorrectionConfig or a mapping of its fields; None decodes with the sparse model alone (lossy)
+        prompt   a text, token ids, or chat messages ({"role": ..., "content": ...})
+        options  see `Options`
 
         Raises RequestError of a prompt that cannot be decoded, ConfigError of options that do not fit.
         """
+        shared, own = _sorted_out(options)
+        batch = self.batch(rows=1, **shared)
+        batch.add(self.text(prompt, **own))
+        return _raising(_steps(batch))
+
+    def generate_many(
+        self, prompts: Iterable[Prompt], *, batch_size: int = 8, **options: Unpack[Options]
+    ) -> Iterator[tuple[int, Completion | SiriusError]]:
+        """Decode prompts side by side, `batch_size` at a time; yield each one's index and completion as it finishes.
+
+        A prompt that cannot be decoded yields its error in place of a completion, and the others go on. The order is
+        that in which texts end. Raises ConfigError of options that do not fit.
+        """
+        shared, own = _sorted_out(options)
+        batch = self.batch(rows=batch_size, **shared)
+        return self._results(batch, prompts, own)
+
+    def batch(self, *, rows: int = 8, **options: Unpack[BatchOptions]) -> Batch:
+        """Open a batch of up to `rows` texts at a time; fill it with `batch.add(engine.text(prompt))`."""
+        chosen = as_config(SparsityConfig, options.get("sparsity", "coarse"))
+        asked = options.get("correction", CorrectionConfig())
+        correction = None if asked is None else as_config(CorrectionConfig, asked)
+        return Batch(self.model, chosen, correction, ends=self.ends, rows=rows)
+
+    def text(self, prompt: Prompt, **options: Unpack[TextOptions]) -> Text:
+        """Return a prompt with its options, checked and ready for a batch; raise as `stream` does."""
         tokens = self.encode(prompt)
         room = self._room(len(tokens))
-        budget = min(DEFAULT_NEW_TOKENS, room) if max_new_tokens is None else max_new_tokens
-        stops = (stop,) if isinstance(stop, str) else tuple(stop)
-        chosen = as_config(SparsityConfig, sparsity)
-        corrected = None if correction is None else as_config(CorrectionConfig, correction)
-        request = Request(tokens, budget, stops, chosen, corrected)
+        asked, stop = options.get("max_new_tokens"), options.get("stop", ())
+        budget = min(DEFAULT_NEW_TOKENS, room) if asked is None else asked
+        sampling = as_config(SamplingConfig, options.get("sampling", SamplingConfig()))
+        request = Request(tokens, budget, (stop,) if isinstance(stop, str) else tuple(stop), sampling)
         if budget > room:
             check_sliding(self.model.config, len(tokens), budget)
             raise RequestError(
@@ -182,7 +133,8 @@ class Engine:
             )
         if request.stop and self.tokenizer is None:
             raise RequestError("stop strings need a tokenizer, and this model has none; stop at token ids instead")
-        return self._run(Generation(self.model, request, Plan(budget, ends=self.ends, process=self.process)))
+        ending = StopAt(self.tokenizer, self.ends, request.stop)
+        return Text(request, ending, make_processor(sampling, self.model))
 
     def encode(self, prompt: Prompt) -> tuple[int, ...]:
         """Return the token ids of a prompt, chat messages by the model's template; raise RequestError of bad ones."""
@@ -202,24 +154,18 @@ class Engine:
             raise RequestError("the prompt holds no token; give it at least one")
         return tuple(token for token in tokens if isinstance(token, int))
 
-    def _run(self, generation: Generation) -> Iterator[Update]:
-        ending = Ending(self.tokenizer, generation.plan.ends, generation.request.stop)
-        rounds: list[Round] = []
-        left = generation.request.max_new_tokens
-        for step in generation.rounds():
-            shown = len(ending.text)
-            used = step.until(ending.push(step.tokens))
-            rounds.append(used)
-            left -= len(used.tokens)
-            if not ending.stopped and left:
-                yield Update(ending.text[shown:], used)
-                continue
-            ending.finish()
-            stats = generation.stats(rounds)
-            tokens = tuple(token for r in rounds for token in r.tokens)
-            reason: FinishReason = "stop" if ending.stopped else "length"
-            yield Update(ending.text[shown:], used, Completion(ending.text, tokens, reason, stats))
-            return
+    def _results(
+        self, batch: Batch, prompts: Iterable[Prompt], options: TextOptions
+    ) -> Iterator[tuple[int, Completion | SiriusError]]:
+        indices: dict[int, int] = {}
+        for index, prompt in enumerate(prompts):
+            try:
+                indices[batch.add(self.text(prompt, **options))] = index
+            except RequestError as error:
+                yield index, error
+        for update in _steps(batch):
+            if done := update.completion or update.error:
+                yield indices[update.ticket], done
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Return the text of token ids, special tokens shown."""
@@ -277,7 +223,23 @@ def end_tokens(model: PreTrainedModel) -> frozenset[int]:
     return frozenset([ids] if isinstance(ids, int) else ids or ())
 
 
-def repetition_penalty(model: PreTrainedModel) -> Processor | None:
-    """Return the penalty that a checkpoint's generation config asks for, as transformers' own `generate` applies it."""
-    penalty = getattr(model.generation_config, "repetition_penalty", None)
-    return None if penalty in (None, 1.0) else cast("Processor", RepetitionPenaltyLogitsProcessor(penalty))
+def _sorted_out(options: Options) -> tuple[BatchOptions, TextOptions]:
+    """Part the options of a batch from those of a text, and refuse what is neither."""
+    batch, text = get_type_hints(BatchOptions), get_type_hints(TextOptions)
+    if unknown := options.keys() - batch.keys() - text.keys():
+        raise TypeError(f"unknown option {', '.join(sorted(unknown))}; there are {', '.join([*text, *batch])}")
+    shared = {name: value for name, value in options.items() if name in batch}
+    own = {name: value for name, value in options.items() if name in text}
+    return cast("BatchOptions", shared), cast("TextOptions", own)
+
+
+def _steps(batch: Batch) -> Iterator[Update]:
+    while batch.busy:
+        yield from batch.step()
+
+
+def _raising(updates: Iterator[Update]) -> Iterator[Update]:
+    for update in updates:
+        if update.error is not None:
+            raise update.error
+        yield update

@@ -22,9 +22,8 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from sirius.core import CorrectionConfig, Processor, Request, Round, SparsityConfig, as_config
-from sirius.decoding.loop import Plan
-from sirius.engine import Generation
+from sirius.batch import Batch, Completion, Text
+from sirius.core import CorrectionConfig, Processor, Request, Round, SamplingConfig, SparsityConfig, as_config
 from sirius.errors import ConfigError, RequestError
 from sirius.model.prepare import check_sliding
 from sirius.stats import Stats
@@ -65,18 +64,20 @@ def decode(  # noqa: PLR0913 - transformers' own arguments, and ours
     stop: str | Sequence[str] | None = None,
     **model_kwargs: Any,
 ) -> Tensor | SiriusOutput:
-    """Decode a batch for transformers' `generate`; row by row, since rows advance on their own.
+    """Decode a batch for transformers' `generate`; every row advances on its own, and the rows share each pass.
 
     input_ids   [B, P] int64, left-padded; `attention_mask` says which tokens count
     sparsity    a method's name at keep 0.5, a SparsityConfig or a mapping of its fields; a keyword of `generate`
     correction  a CorrectionConfig or a mapping of its fields, None to decode with the sparse model alone; likewise
+    do_sample   samples as the processors and warpers of `generate` say, seeded by torch's generator; lossless under
+                the rule "sampling"
     streamer, tokenizer, stop   bind these with functools.partial, or use `sirius.generate`
 
     Returns [B, P + new] int64 padded on the right, or a `SiriusOutput` where `return_dict_in_generate` is set. The
     model is left prepared (it computes what it did before); `sirius.restore(model)` undoes it. Raises ConfigError of
-    sampling, beams and outputs that a draft cannot give, RequestError of a cache or embeddings as the prompt.
+    beams and outputs that a draft cannot give, RequestError of a cache or embeddings as the prompt.
     """
-    _check(generation_config, model_kwargs, bool(logits_processor))
+    _check(generation_config, model_kwargs)
     if streamer is not None and len(input_ids) > 1:
         raise ConfigError(f"a streamer takes one prompt at a time; got {len(input_ids)}")
     criteria = StoppingCriteriaList(stopping_criteria)
@@ -86,30 +87,67 @@ def decode(  # noqa: PLR0913 - transformers' own arguments, and ours
                 "stop strings need the tokenizer: sirius.generate(model, ..., stop_strings=..., tokenizer=...)"
             )
         criteria.append(StopStringCriteria(tokenizer, stop_strings=[stop] if isinstance(stop, str) else list(stop)))
+    chosen = as_config(SparsityConfig, sparsity)
+    corrected = None if correction is None else as_config(CorrectionConfig, correction)
+    job = _Job(model, generation_config, LogitsProcessorList(logits_processor or ()), criteria)
+    batch = Batch(model, chosen, corrected, ends=frozenset(job.ends), rows=len(input_ids))
     mask = model_kwargs.get("attention_mask")
-    job = _Job(
-        model,
-        (as_config(SparsityConfig, sparsity), None if correction is None else as_config(CorrectionConfig, correction)),
-        generation_config,
-        LogitsProcessorList(logits_processor or ()),
-        criteria,
-        streamer,
-    )
+    texts = [job.text(input_ids, row, mask) for row in range(len(input_ids))]
+    tickets = {batch.add(text): row for row, text in enumerate(texts)}
     if streamer is not None:
         streamer.put(input_ids.cpu())
-    rows = [job.run(input_ids, row, mask) for row in range(len(input_ids))]
+    rows = [_Row() for _ in texts]
+    while batch.busy:
+        for update in batch.step():
+            if update.error is not None:
+                raise update.error
+            if streamer is not None:
+                streamer.put(torch.tensor(update.round.tokens))
+            rows[tickets[update.ticket]].add(update.round, update.completion)
     if streamer is not None:
         streamer.end()
     return job.packed(input_ids, rows)
 
 
-@dataclass(frozen=True)
 class _Row:
-    """A decoded row: its new tokens, their scores where asked for, and its figures."""
+    """A row's rounds, and in the end its completion."""
 
-    tokens: list[int]
-    scores: list[Tensor]
-    stats: Stats
+    def __init__(self) -> None:
+        self.rounds: list[Round] = []
+        self.completion: Completion | None = None
+
+    def add(self, done: Round, completion: Completion | None) -> None:
+        self.rounds.append(done)
+        self.completion = completion
+
+    @property
+    def tokens(self) -> list[int]:
+        return [token for done in self.rounds for token in done.tokens]
+
+    def lines(self, name: str) -> list[Tensor]:
+        """Return the scores or logits of each token, [V]."""
+        return [line for done in self.rounds for line in getattr(done, name)]
+
+
+class _Criteria:
+    """The stopping criteria of one row, asked after every token."""
+
+    def __init__(self, criteria: StoppingCriteriaList, ids: Tensor) -> None:
+        """Take the row's ids [1, P] int64, padding included, as transformers shows them."""
+        self.ask, self.ids = cast("Callable[[Tensor, None], Tensor]", criteria), ids
+        self.text, self.stopped = "", False
+
+    def push(self, tokens: Sequence[int]) -> int:
+        """Take tokens until one ends the text; return how many were taken."""
+        for count, token in enumerate(tokens, start=1):
+            self.ids = torch.cat([self.ids, self.ids.new_tensor([[token]])], dim=1)
+            if bool(self.ask(self.ids, None).all()):  # no scores, as in assisted decoding
+                self.stopped = True
+                return count
+        return len(tokens)
+
+    def finish(self) -> None:
+        """Nothing is held back."""
 
 
 @dataclass(frozen=True)
@@ -117,19 +155,22 @@ class _Job:
     """What the rows of one call share."""
 
     model: PreTrainedModel
-    configs: tuple[SparsityConfig, CorrectionConfig | None]
     generation: GenerationConfig
     processors: LogitsProcessorList
     criteria: StoppingCriteriaList
-    streamer: BaseStreamer | None
+
+    @property
+    def ends(self) -> list[int]:
+        ids = self.generation.eos_token_id
+        return [ids] if isinstance(ids, int) else list(ids or ())
 
     @property
     def wants_scores(self) -> bool:
         asked = self.generation.output_scores or self.generation.output_logits
         return bool(self.generation.return_dict_in_generate and asked)
 
-    def run(self, input_ids: Tensor, index: int, mask: Tensor | None) -> _Row:
-        """Decode one row of input_ids [B, P] int64, in which mask [B, P] marks the tokens that are no padding."""
+    def text(self, input_ids: Tensor, index: int, mask: Tensor | None) -> Text:
+        """Return one row of input_ids [B, P] int64 as a text; mask [B, P] marks the tokens that are no padding."""
         row = input_ids[index]
         real = row if mask is None else row[mask[index].bool()]
         if len(real) == 0:
@@ -138,46 +179,26 @@ class _Job:
             raise RequestError(f"row {index} is padded on the right or within; set the tokenizer's padding_side='left'")
         budget = self.generation.max_length - len(row)
         check_sliding(self.model.config, len(real), budget)
-        request = Request(tuple(real.tolist()), budget, (), *self.configs)
+        sampling = SamplingConfig(temperature=1.0 if self.generation.do_sample else 0.0)  # warpers are processors here
         process = self._row_processor(input_ids, index, len(row) - len(real)) if self.processors else None
-        plan = Plan(budget, ends=frozenset(self._ends()), process=process, keep_scores=self.wants_scores)
-        return self._collect(Generation(self.model, request, plan), row)
+        request = Request(tuple(real.tolist()), budget, (), sampling)
+        return Text(request, _Criteria(self.criteria, row[None]), process, keep_scores=self.wants_scores)
 
     def packed(self, input_ids: Tensor, rows: list[_Row]) -> Tensor | SiriusOutput:
         """Return the rows in transformers' form, the shorter ones padded on the right."""
         pad = self.generation.pad_token_id
-        pad = next(iter(self._ends()), 0) if pad is None else pad
+        pad = next(iter(self.ends), 0) if pad is None else pad
         longest = max(len(row.tokens) for row in rows)
         new = [row.tokens + [pad] * (longest - len(row.tokens)) for row in rows]
         sequences = torch.cat([input_ids, torch.tensor(new, dtype=input_ids.dtype, device=input_ids.device)], dim=1)
         if not self.generation.return_dict_in_generate:
             return sequences
-        scores = self._stacked(rows, longest) if self.wants_scores else None
         return SiriusOutput(
             sequences=cast("torch.LongTensor", sequences),
-            scores=scores if self.generation.output_scores else None,
-            logits=scores if self.generation.output_logits else None,
-            stats=tuple(row.stats for row in rows),
+            scores=self._stacked(rows, "scores", longest) if self.generation.output_scores else None,
+            logits=self._stacked(rows, "logits", longest) if self.generation.output_logits else None,
+            stats=tuple(row.completion.stats for row in rows if row.completion),
         )
-
-    def _collect(self, generation: Generation, row: Tensor) -> _Row:
-        """Run the rounds, asking the stopping criteria after every token."""
-        used: list[Round] = []
-        ids, ask = row[None], cast("Callable[[Tensor, None], Tensor]", self.criteria)
-        for step in generation.rounds():
-            stopped = False
-            for count, token in enumerate(step.tokens, start=1):
-                ids = torch.cat([ids, ids.new_tensor([[token]])], dim=1)
-                if stopped := bool(ask(ids, None).all()):  # no scores, as in assisted decoding
-                    step = step.until(count)
-                    break
-            used.append(step)
-            if self.streamer is not None:
-                self.streamer.put(torch.tensor(step.tokens))
-            if stopped:
-                break
-        scores = [line for step in used if step.scores is not None for line in step.scores]
-        return _Row(ids[0, len(row) :].tolist(), scores, generation.stats(used))
 
     def _row_processor(self, input_ids: Tensor, index: int, padding: int) -> Processor:
         """Show the processors what transformers shows them: the padded row, in a batch of as many rows.
@@ -187,24 +208,23 @@ class _Job:
         processors, pads = cast("Processor", self.processors), input_ids[index : index + 1, :padding]
 
         def process(tokens: Tensor, scores: Tensor) -> Tensor:
-            padded = torch.cat([pads.to(tokens), tokens], dim=1).repeat(len(input_ids), 1)
-            return processors(padded, scores.repeat(len(input_ids), 1))[index : index + 1]
+            padded = torch.cat([pads.to(tokens).expand(len(tokens), -1), tokens], dim=1)
+            lines = zip(padded, scores, strict=True)  # the nodes of a tree, one after the other
+            batches = (processors(ids.repeat(len(input_ids), 1), row.repeat(len(input_ids), 1)) for ids, row in lines)
+            return torch.stack([batch[index] for batch in batches])
 
         return process
 
-    def _stacked(self, rows: list[_Row], longest: int) -> Any:
+    def _stacked(self, rows: list[_Row], name: str, longest: int) -> Any:
         """Return one [B, V] tensor a step; a row that has ended shows zeros."""
-        filled = [row.scores + [torch.zeros_like(row.scores[0])] * (longest - len(row.scores)) for row in rows]
+        lines = [row.lines(name) for row in rows]
+        filled = [each + [torch.zeros_like(each[0])] * (longest - len(each)) for each in lines]
         return tuple(torch.stack(step) for step in zip(*filled, strict=True))
 
-    def _ends(self) -> list[int]:
-        ids = self.generation.eos_token_id
-        return [ids] if isinstance(ids, int) else list(ids or ())
 
-
-def _check(generation: GenerationConfig, model_kwargs: Mapping[str, Any], processors: bool) -> None:
-    if generation.do_sample or generation.num_beams not in (None, 1):
-        raise ConfigError("sirius decodes greedily; set do_sample=False and num_beams=1")
+def _check(generation: GenerationConfig, model_kwargs: Mapping[str, Any]) -> None:
+    if generation.num_beams not in (None, 1):
+        raise ConfigError(f"sirius searches no beams; set num_beams=1, got {generation.num_beams}")
     if generation.guidance_scale not in (None, 1):
         raise ConfigError(
             "classifier-free guidance keeps a cache that a rejected draft would spoil; set guidance_scale=1"
@@ -214,8 +234,6 @@ def _check(generation: GenerationConfig, model_kwargs: Mapping[str, Any], proces
             raise ConfigError(f"{name} would be the draft's as often as the full model's; leave it out")
     if model_kwargs.get("inputs_embeds") is not None:
         raise RequestError("sirius reads token ids, not inputs_embeds")
-    if generation.return_dict_in_generate and generation.output_logits and processors:
-        raise ConfigError("with logits processors only the processed scores are kept; ask for output_scores")
     cache = model_kwargs.get("past_key_values")
     if cache is not None and cache.get_seq_length() > 0:
         raise RequestError("sirius fills a cache of its own; give the whole prompt as input_ids and no past_key_values")

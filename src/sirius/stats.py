@@ -68,22 +68,24 @@ class Stats:
 
     rounds               windows checked (without correction: sparse steps); the prompt's pass is not one
     rounds_complete      those drafted in full and not cut by a stop
-    drafted, accepted    guesses made, and those that stand in the text
+    drafted, accepted    passes of the draft model, and guesses that stand in the text
     corrections          windows in which the full model replaced a guess, each a rollback of the cache
-    rolled_back          guesses that those windows threw away
+    rolled_back          guesses that those windows threw away, of the branch that went furthest
     corrections_per_token  corrections / tokens
     tokens               new tokens, the prompt's first one included
     aal                  average advance length, tokens per window over all windows; None where nothing is drafted
     aal_complete         the same over complete windows; None where there is none
-    period               K
+    period               K, or "auto"
     density              share of the parameters that a draft token touches ("published" convention)
     effective_density    share of the parameters read per token: drafts at `density`, each check at 1
     density_streamed, effective_density_streamed   the same without the untied input embedding
     parameters_per_token effective_density times the parameters
     acceptance_histogram entry i counts the windows that kept i guesses
-    seconds              wall time of all passes, the prompt's included; what the caller does between rounds is not
+    seconds              wall time of all passes that the text took part in, the prompt's included; what the caller does
+                         between rounds is not. In a batch the rows' passes are the same ones
     tokens_per_second    tokens / seconds
-    lossless             whether the text is the full model's greedy text by construction
+    lossless             whether the text is by construction what the full model alone writes: its greedy text, or with
+                         a temperature the sample that its seed gives
     """
 
     rounds: int
@@ -96,7 +98,7 @@ class Stats:
     tokens: int
     aal: float | None
     aal_complete: float | None
-    period: int
+    period: int | Literal["auto"]
     density: float
     effective_density: float
     density_streamed: float
@@ -130,32 +132,33 @@ def average_advance(rounds: Sequence[Round]) -> float | None:
 def summarise(rounds: Sequence[Round], setting: Setting, seconds: float) -> Stats:
     """Work out the figures of one generation; rounds[0] is the prompt's pass and counts as no window."""
     windows = rounds[1:]
-    period = setting.correction.period if setting.correction else 1
-    complete = [w for w in windows if not w.cut and len(w.draft) == period - 1]
+    correction = setting.correction
+    period = correction.period if correction else 1
+    complete = [w for w in windows if not w.cut and w.steps == w.period - 1]
     tokens = sum(len(r.tokens) for r in rounds)
     accepted = [w.accepted for w in windows]
-    corrected = [w for w in windows if not w.cut and w.accepted < len(w.draft)]
+    corrected = [w for w in windows if w.origins[-1:] == ("correction",)]
     published = density(setting.parameters, setting.touched)
     streamed = density(setting.parameters, setting.touched, "streamed")
     effective = _read_per_token(windows, published, setting.correction is not None)
     return Stats(
         rounds=len(windows),
         rounds_complete=len(complete),
-        drafted=sum(len(w.draft) for w in windows),
+        drafted=sum(w.steps for w in windows),
         accepted=sum(accepted),
         corrections=len(corrected),
         rolled_back=sum(len(w.draft) - w.accepted for w in corrected),
         corrections_per_token=len(corrected) / tokens,
         tokens=tokens,
-        aal=average_advance(windows) if period > 1 else None,
-        aal_complete=average_advance(complete) if period > 1 else None,
+        aal=average_advance(windows) if period != 1 else None,
+        aal_complete=average_advance(complete) if period != 1 else None,
         period=period,
         density=published,
         effective_density=effective,
         density_streamed=streamed,
         effective_density_streamed=_read_per_token(windows, streamed, setting.correction is not None),
         parameters_per_token=effective * setting.parameters.total,
-        acceptance_histogram=tuple(accepted.count(i) for i in range(period)),
+        acceptance_histogram=tuple(accepted.count(i) for i in range(correction.longest if correction else 1)),
         seconds=seconds,
         tokens_per_second=tokens / seconds if seconds > 0 else 0.0,
         lossless=setting.lossless,
@@ -166,7 +169,7 @@ def _read_per_token(windows: Sequence[Round], density: float, corrected: bool) -
     """Charge each guess `density` and each check 1 (a sparse step: `density`); equals `effective_density` where every
     window is whole."""
     check = 1.0 if corrected else density
-    cost = sum(len(w.draft) * density + check for w in windows)
+    cost = sum(w.steps * density + check for w in windows)
     tokens = sum(len(w.tokens) for w in windows)
     return cost / tokens if tokens else check
 

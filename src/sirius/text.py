@@ -64,7 +64,7 @@ def safe_length(text: str, stops: Sequence[str]) -> int:
     return len(text) - max(held, default=0)
 
 
-class Ending:
+class StopAt:
     """Where a text ends, token by token: at an end-of-text token, a stop string, or not yet.
 
     `text` is what may be shown so far; it never holds a stop string, nor an ending that may become one.

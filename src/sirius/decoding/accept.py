@@ -1,49 +1,145 @@
-"""Rules of acceptance: pure functions of a draft and the full model's scores of it."""
+"""Rules of acceptance, as pure functions of guesses and the full model's scores, and what follows from them."""
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from sirius.core import CorrectionConfig, Verdict
+from sirius.core import CorrectionConfig, Origin, Verdict
+from sirius.decoding.tree import Tree
 
-Rule = Callable[[Tensor, Tensor], Verdict]
 
+@dataclass(frozen=True)
+class Check:
+    """What the full model says of a tree's guesses.
 
-def accept_argmax(draft: Tensor, scores: Tensor) -> Verdict:
-    """Keep the longest run of guesses that are the full model's own choice.
-
-    draft   [K-1]   int64  guesses, oldest first
-    scores  [K, V]  float  row i judges draft[i]; the row after the last kept guess gives one more token
-
-    Lossless: the tokens of plain greedy decoding, whatever the draft.
+    tree    B rows of N places
+    scores  [B, N, V] float  the next token's after each place, processors applied; a guess is judged at its parent
+    choice  [B, N] int64     the full model's own next token after each place: the argmax, or its sample
     """
-    return _verdict(draft == scores[:-1].argmax(-1), scores)
+
+    tree: Tree
+    scores: Tensor
+    choice: Tensor
+
+    def own(self) -> Tensor:
+        """Tell which guesses are the full model's own choice, [B, N] bool."""
+        return self.tree.tokens == self.choice.gather(1, self.tree.parents)
+
+    def judging(self, temperature: float) -> tuple[Tensor, Tensor]:
+        """Return the tempered log-probabilities after each place [B, N, V], and those of the guesses [B, N]."""
+        logs = torch.log_softmax(self.scores / temperature, dim=-1)
+        row = torch.arange(len(logs), device=logs.device)[:, None]
+        return logs, logs[row, self.tree.parents, self.tree.tokens]
 
 
-def accept_threshold(draft: Tensor, scores: Tensor, *, threshold: float, temperature: float) -> Verdict:
-    """Keep the longest run of guesses that the full model finds likely enough, its own choice always among them.
+Rule = Callable[[Check], Tensor]  # which guesses pass after their parents, [B, N] bool
 
-    draft        [K-1]   int64  guesses, oldest first
-    scores       [K, V]  float  row i judges draft[i]; the row after the last kept guess gives one more token
-    threshold    the least softmax(scores / temperature)[guess]
 
-    Lossy up to threshold 0.5. Source: Sirius (arXiv 2409.03856), section 4; that the argmax passes at any threshold is
-    ours: rejecting it would only write it again.
+def accept_own(check: Check) -> Tensor:
+    """Pass the full model's own choice alone.
+
+    Lossless, whatever the draft: the tokens of plain greedy decoding, or with a temperature those that the full model
+    would sample with the same noise.
     """
-    judges = scores[:-1]
-    likely = torch.softmax(judges / temperature, dim=-1).gather(-1, draft[:, None])[:, 0] >= threshold
-    return _verdict(likely | (draft == judges.argmax(-1)), scores)
+    return check.own()
+
+
+def accept_threshold(check: Check, *, threshold: float, temperature: float) -> Tensor:
+    """Pass guesses of probability at least `threshold`, and the full model's own choice.
+
+    Lossy up to threshold 0.5. Source: Sirius (arXiv 2409.03856), section 4; that the own choice passes at any threshold
+    is ours: rejecting it would only write it again.
+    """
+    _, guessed = check.judging(temperature)
+    return (guessed.exp() >= threshold) | check.own()
+
+
+def accept_relative(check: Check, *, threshold: float, temperature: float) -> Tensor:
+    """Pass guesses of probability at least `threshold` times the likeliest token's, and the full model's own choice.
+
+    Lossy. A flat distribution, in which no token reaches a fixed threshold, rejects nothing likely.
+    """
+    logs, guessed = check.judging(temperature)
+    most = logs.amax(-1).gather(1, check.tree.parents)
+    return ((guessed - most).exp() >= threshold) | check.own()
+
+
+def accept_typical(check: Check, *, threshold: float, temperature: float) -> Tensor:
+    """Pass guesses of probability at least min(threshold, sqrt(threshold) exp(-H)), and the full model's own choice.
+
+    H is the entropy of the distribution, so the less certain the full model is, the more passes. Lossy. Source: Medusa
+    (arXiv 2401.10774), section 2.3.1, with its recommended delta = sqrt(epsilon).
+    """
+    logs, guessed = check.judging(temperature)
+    entropy = -(logs.exp() * logs.clamp_min(-1e30)).sum(-1).gather(1, check.tree.parents)
+    return (guessed.exp() >= (threshold**0.5 * (-entropy).exp()).clamp_max(threshold)) | check.own()
+
+
+def accept_all(check: Check) -> Tensor:
+    """Pass every guess: the study without rollback."""
+    return torch.ones_like(check.tree.alive)
+
+
+RULES = {
+    "argmax": accept_own,
+    "sampling": accept_own,
+    "threshold": accept_threshold,
+    "relative": accept_relative,
+    "typical": accept_typical,
+}
 
 
 def make_rule(config: CorrectionConfig) -> Rule:
     """Return the rule that a configuration names."""
-    if config.accept == "argmax":
-        return accept_argmax
-    return partial(accept_threshold, threshold=config.threshold, temperature=config.accept_temperature)
+    if "rollback" in config.ablate:
+        return accept_all
+    rule = RULES[config.accept]
+    if rule is accept_own:
+        return accept_own
+    return partial(rule, threshold=config.threshold, temperature=config.accept_temperature)
 
 
-def _verdict(passed: Tensor, scores: Tensor) -> Verdict:
-    kept = int(passed.long().cumprod(0).sum())  # up to the first failure
-    return Verdict(kept, next=int(scores[kept].argmax()))
+def longest_paths(check: Check, passed: Tensor) -> list[Verdict]:
+    """Return each row's longest branch of passing guesses, ties to the higher draft score.
+
+    passed  [B, N] bool  which guesses pass after their parents
+
+    Every node of the tree may end the branch, one whose continuations were dropped too. The token after it is read
+    where the branch ends, at its last kept node.
+    """
+    tree = check.tree
+    stands = passed | (tree.depths == 0)
+    kept = tree.alive & ~(tree.seen & ~stands[:, None]).any(-1)  # no ancestor fails
+    end = _deepest(tree, kept)
+    following = tree.alive & tree.seen.gather(2, end[:, None, None].expand(-1, tree.seen.shape[1], 1))[:, :, 0]
+    tip = _deepest(tree, following)
+    row = torch.arange(len(end), device=end.device)
+    branches = torch.stack([tree.seen[row, end], tree.seen[row, tip]], 1).tolist()
+    chosen = check.choice[row, end].tolist()
+    return [_verdict(path, tip, token) for (path, tip), token in zip(branches, chosen, strict=True)]
+
+
+def without_interleave(verdict: Verdict, tokens: list[int]) -> Verdict:
+    """Return the verdict of the study without interleaved tokens: a draft that passed whole gets no bonus.
+
+    Its last guess is then the newest token, to be fed again. `tokens` are the row's, by place.
+    """
+    if verdict.origin != "bonus":
+        return verdict
+    return replace(verdict, path=verdict.path[:-1], next=tokens[verdict.path[-1]], origin="draft")
+
+
+def _deepest(tree: Tree, among: Tensor) -> Tensor:
+    """Return the deepest place of each row among those marked, [B] int64; ties go to the higher score."""
+    depth = torch.where(among, tree.depths, -1)
+    deepest = depth == depth.amax(1, keepdim=True)
+    return torch.where(deepest, tree.scores, -torch.inf).argmax(1)
+
+
+def _verdict(path: list[bool], tip: list[bool], choice: int) -> Verdict:
+    kept, furthest = (tuple(place for place, on in enumerate(branch) if on and place) for branch in (path, tip))
+    origin: Origin = "full" if not furthest else "bonus" if kept == furthest else "correction"
+    return Verdict(kept, choice, origin, furthest)

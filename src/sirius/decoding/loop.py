@@ -1,131 +1,234 @@
-"""The method on one screen: start, then rounds of draft, verify, accept, keep.
+"""The method on one screen: start, then rounds of draft, verify, accept, keep, for any number of rows side by side.
 
-Between rounds the cache holds every token but the newest, all of it written by the full model:
+Between rounds each row holds every token but the newest, all of it written by the full model. A round of a row that
+holds n tokens, by slots of the cache:
 
-    slots   [0 ........ n)            n = number of tokens - 1
-    draft   [0 ........ n)[n .. n+K-1)      provisional, written by the sparse model
-    verify  [0 ........ n)[n ... n+K)       the same slots again, written by the full model
-    keep    [0 .............. n+kept+1)     what was accepted; the rest is free
+    held    [0 ........ n)
+    draft   [0 ........ n)[n .. )        a tree of guesses, level by level, written by the sparse model: provisional
+    verify  [0 ........ n)[n .... )      the same slots again and the deepest level's, written by the full model
+    keep    [0 .......... n+kept+1)      the accepted branch, gathered into place; the rest is free
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from math import isnan
+from time import perf_counter
 
 import torch
 from torch import Tensor
 
 from sirius.core import LanguageModel, Mode, Processor, Round, Verdict
-from sirius.decoding.accept import Rule, accept_argmax
-from sirius.errors import ModelError
+from sirius.decoding.accept import Check, Rule, accept_own, longest_paths, without_interleave
+from sirius.decoding.period import Measured, Period
+from sirius.decoding.sampling import Noise
+from sirius.decoding.tree import Tree
+from sirius.errors import ModelError, RequestError, SiriusError
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How a text is decoded.
+    """How texts are decoded.
 
-    period  K; 1 drafts nothing, so every round is one pass of the judge
-    judge   the mode of the pass that ends a round: DENSE, or SPARSE to decode with the sparse model alone
-    ends    token ids that end a text: a draft that reaches one goes no further
+    period       K, from round to round; 1 drafts nothing, so every round is one pass of the judge
+    judge        the mode of the pass that ends a round: DENSE, or SPARSE to decode with the sparse model alone
+    ends         token ids that end a text: a branch that reaches one goes no further
+    width, prune, temperature   of the tree, see `CorrectionConfig`
+    rewrite, interleave         False for studies, see `CorrectionConfig.ablate`
     """
 
-    max_new_tokens: int
-    period: int = 1
-    rule: Rule = accept_argmax
+    period: Period = field(default_factory=lambda: Period(1))
+    rule: Rule = accept_own
     judge: Mode = Mode.DENSE
     ends: frozenset[int] = frozenset()
-    process: Processor | None = None
-    keep_scores: bool = False
+    width: int = 1
+    prune: float = 0.0
+    temperature: float = 1.0
+    rewrite: bool = True
+    interleave: bool = True
 
 
 @dataclass
-class State:
-    """All tokens so far [1, n+1] int64, and how many new ones the budget still allows."""
+class Row:
+    """A text at work.
 
-    tokens: Tensor
+    tokens   the prompt's and the new ones
+    room     how many more new tokens the budget allows
+    slots    of the cache, enough for the text and one tree
+    process  applied to the scores of both models before a token is chosen
+    noise    what makes the choice a sample; None is greedy
+    error    why the text cannot go on; its neighbours do
+    """
+
+    tokens: list[int]
     room: int
+    slots: int
+    process: Processor | None = None
+    noise: Noise | None = None
+    keep_scores: bool = False
+    new: int = 0
+    error: SiriusError | None = None
 
 
-def decode(model: LanguageModel, prompt: Tensor, plan: Plan) -> Iterator[Round]:
-    """Yield the rounds that decode a prompt [1, P] int64 until `max_new_tokens` are out; a caller may stop earlier."""
-    state = State(prompt, plan.max_new_tokens)
-    yield start(model, state, plan)
-    while state.room:
-        yield next_round(model, state, plan)
+def start(model: LanguageModel, row: Row) -> Round | None:
+    """Read a row's prompt with the full model, the sparsity method looking on, and give the first token.
+
+    Returns None, and the row's error, where its processor fails.
+    """
+    prompt = _on(model, row.tokens)
+    raw = model.open(prompt, row.slots)[None]
+    scores = _row_processed(row, prompt[None], raw)
+    token = int(_noisy([row], scores[None], 0).argmax())
+    return _advanced(row, (), Verdict((), token, "full", ()), raw, scores)
 
 
-def next_round(model: LanguageModel, state: State, plan: Plan) -> Round:
-    """Run one round: guess, check, keep what passed and add one token of the judge."""
-    guesses = draft(model, state, plan)
-    scores = verify(model, state, guesses, plan)
-    verdict = accept(guesses, scores, plan)
-    return keep(model, state, guesses, verdict, scores if plan.keep_scores else None)
+def next_round(model: LanguageModel, rows: Sequence[Row], plan: Plan) -> list[Round | None]:
+    """Run one round: guess, check, keep what passed and add one token of the judge; None for a row with an error."""
+    began = perf_counter()
+    tree = draft(model, rows, plan)
+    drafted = perf_counter()
+    raw, check = verify(model, rows, tree, plan)
+    verdicts = accept(check, plan)
+    checked = perf_counter()
+    rounds = keep(model, rows, check, raw, verdicts, plan)
+    _learn(plan.period, tree, verdicts, (drafted - began, checked - drafted))
+    return rounds
 
 
-def start(model: LanguageModel, state: State, plan: Plan) -> Round:
-    """Read the prompt with the full model, let the sparse one choose its neurons, and give the first token."""
-    scores = model.read(state.tokens, Mode.OBSERVE, last=1)[0]
-    if bool(scores.isnan().any()):
-        raise ModelError("the model's scores are not numbers; its weights are damaged, or dtype is too narrow for it")
-    model.select()
-    scores = _processed(plan, state.tokens, scores)
-    first = Verdict(0, next=int(scores[0].argmax()))
-    _advance(state, (first.next,))
-    return Round((first.next,), scores=scores if plan.keep_scores else None)
-
-
-def draft(model: LanguageModel, state: State, plan: Plan) -> tuple[int, ...]:
-    """Guess up to K-1 tokens with the sparse model, one pass each, as far as the budget and an end of text allow."""
-    guesses: list[int] = []
-    tokens = state.tokens
-    while len(guesses) < min(plan.period, state.room) - 1:
-        scores = model.read(tokens[:, -1:], Mode.SPARSE)[0]
-        guesses.append(int(_processed(plan, tokens, scores).argmax()))
-        tokens = _extended(tokens, guesses[-1:])
-        if guesses[-1] in plan.ends:
+def draft(model: LanguageModel, rows: Sequence[Row], plan: Plan) -> Tree:
+    """Guess up to K-1 tokens on every branch, one sparse pass a level, as far as budget and ends of text allow."""
+    tree = Tree.root(_on(model, [row.tokens[-1] for row in rows]))
+    depth = _on(model, [min(plan.period.now, row.room) - 1 for row in rows])
+    ends = _on(model, sorted(plan.ends))
+    for level in range(int(depth.max())):
+        here = tree.last
+        going = tree.alive[:, here] & (depth[:, None] > level)
+        if level:
+            going &= ~torch.isin(tree.tokens[:, here], ends)
+        if not bool(going.any()):
             break
-    return tuple(guesses)
+        scores = model.read(tree.tokens[:, here], Mode.SPARSE, tree.window(here))
+        scores = _noisy(rows, _processed(rows, tree, here, scores), level)
+        likely = torch.log_softmax(scores / plan.temperature, dim=-1)
+        tree = tree.grow(likely.masked_fill(~going[..., None], -torch.inf), plan.width, plan.prune)
+    return tree
 
 
-def verify(model: LanguageModel, state: State, guesses: tuple[int, ...], plan: Plan) -> Tensor:
-    """Read the newest token and every guess in one pass at the draft's own slots; return scores [guesses + 1, V]."""
-    model.truncate(_filled(state))
-    read = _extended(state.tokens, guesses)
-    scores = model.read(read[:, state.tokens.shape[1] - 1 :], plan.judge)[0]
-    return _processed(plan, read, scores)
+def verify(model: LanguageModel, rows: Sequence[Row], tree: Tree, plan: Plan) -> tuple[Tensor, Check]:
+    """Read the newest token and every guess in one pass, over the draft's own slots.
+
+    Returns the judge's scores [B, N, V], and the check: the same after the rows' processors, with its choices.
+    """
+    fixed = 0 if plan.rewrite else tree.last.start  # the deepest level was never fed to the draft model
+    raw = model.read(tree.tokens, plan.judge, tree.window(fixed=fixed))
+    levels = [slice(a, b) for a, b in zip(tree.levels, tree.levels[1:], strict=False)]
+    scores = raw
+    if any(row.process for row in rows):
+        scores = torch.cat([_processed(rows, tree, here, raw[:, here]) for here in levels], 1)
+    choice = [_noisy(rows, scores[:, here], depth).argmax(-1) for depth, here in enumerate(levels)]
+    return raw, Check(tree, scores, torch.cat(choice, 1))
 
 
-def accept(guesses: tuple[int, ...], scores: Tensor, plan: Plan) -> Verdict:
-    """Judge the guesses by the plan's rule."""
-    return plan.rule(torch.tensor(guesses, dtype=torch.int64, device=scores.device), scores)
+def accept(check: Check, plan: Plan) -> list[Verdict]:
+    """Judge the guesses by the plan's rule: each row's longest branch of guesses that pass."""
+    verdicts = longest_paths(check, plan.rule(check))
+    if plan.interleave:
+        return verdicts
+    return [without_interleave(v, line) for v, line in zip(verdicts, check.tree.tokens.tolist(), strict=True)]
 
 
 def keep(
-    model: LanguageModel, state: State, guesses: tuple[int, ...], verdict: Verdict, scores: Tensor | None
-) -> Round:
-    """Cut the cache back to what was accepted and add the tokens to the text."""
-    tokens = (*guesses[: verdict.kept], verdict.next)
-    _advance(state, tokens)
-    model.truncate(_filled(state))
-    return Round(tokens, guesses, verdict.kept, scores=None if scores is None else scores[: len(tokens)])
+    model: LanguageModel, rows: Sequence[Row], check: Check, raw: Tensor, verdicts: Sequence[Verdict], plan: Plan
+) -> list[Round | None]:
+    """Gather each row's accepted branch into place in the cache, and add its tokens to the text."""
+    tokens = check.tree.tokens.tolist()
+    steps = torch.where(check.tree.alive, check.tree.depths, 0).amax(1).tolist()
+    rounds: list[Round | None] = []
+    for b, (row, verdict) in enumerate(zip(rows, verdicts, strict=True)):
+        places = [0, *verdict.path]
+        kept = tuple(tokens[b][place] for place in verdict.path)
+        done = _advanced(row, kept, verdict, raw[b, places], check.scores[b, places])
+        branch = tuple(tokens[b][place] for place in verdict.tip)
+        rounds.append(done and replace(done, draft=branch, steps=steps[b], period=plan.period.now))
+    counts = [0 if row.error else 1 + len(v.path) for row, v in zip(rows, verdicts, strict=True)]
+    paths = [([0, *v.path] + [0] * max(counts))[: max(counts)] for v in verdicts]
+    model.keep(torch.tensor(paths, dtype=torch.int64), torch.tensor(counts))
+    return rounds
 
 
-def _advance(state: State, tokens: tuple[int, ...]) -> None:
-    state.tokens = _extended(state.tokens, tokens)
-    state.room -= len(tokens)
+def _advanced(row: Row, kept: tuple[int, ...], verdict: Verdict, raw: Tensor, scores: Tensor) -> Round | None:
+    """Add kept guesses and the token after them to a row; raw and scores [tokens, V] are what they were judged by."""
+    tokens = (*kept, verdict.next)
+    logprobs = raw.log_softmax(-1)[range(len(tokens)), tokens].tolist()
+    if row.error is None and any(map(isnan, logprobs)):
+        row.error = ModelError(
+            "the model's scores are not numbers; its weights are damaged, or dtype is too narrow for it"
+        )
+    if row.error is not None:
+        return None
+    row.tokens += tokens
+    row.room -= len(tokens)
+    row.new += len(tokens)
+    if row.noise is not None:
+        row.noise.forget(row.new)
+    return Round(
+        tokens,
+        ("draft",) * len(kept) + (verdict.origin,),
+        tuple(logprobs),
+        accepted=len(kept) + (verdict.origin == "draft"),
+        scores=scores.clone() if row.keep_scores else None,
+        logits=raw.clone() if row.keep_scores else None,
+    )
 
 
-def _filled(state: State) -> Tensor:
-    """The invariant between rounds: every token but the newest stands in the cache."""
-    return torch.tensor([state.tokens.shape[1] - 1])
-
-
-def _extended(tokens: Tensor, new: tuple[int, ...] | list[int]) -> Tensor:
-    return torch.cat([tokens, torch.tensor([new], dtype=torch.int64, device=tokens.device)], dim=1)
-
-
-def _processed(plan: Plan, tokens: Tensor, scores: Tensor) -> Tensor:
-    """Apply the plan's processor to scores [t, V] of the tokens that follow the last t prefixes of `tokens`."""
-    if plan.process is None:
+def _processed(rows: Sequence[Row], tree: Tree, level: slice, scores: Tensor) -> Tensor:
+    """Apply each row's processor to the scores [B, m, V] after the nodes of a level."""
+    if not any(row.process for row in rows):
         return scores
-    ends = range(tokens.shape[1] - len(scores) + 1, tokens.shape[1] + 1)
-    return torch.cat([plan.process(tokens[:, :end], row[None]) for end, row in zip(ends, scores, strict=True)])
+    scores = scores.clone()
+    for b, row in enumerate(rows):
+        nodes = tree.alive[b, level].nonzero()[:, 0] + level.start
+        if row.process is not None and len(nodes):
+            branches = tree.tokens[b].expand(len(nodes), -1)[tree.seen[b, nodes]].view(len(nodes), -1)
+            held = torch.tensor(row.tokens[:-1], device=scores.device).expand(len(nodes), -1)
+            within = nodes - level.start
+            scores[b, within] = _row_processed(row, torch.cat([held, branches], 1), scores[b, within])
+    return scores
+
+
+def _row_processed(row: Row, tokens: Tensor, scores: Tensor) -> Tensor:
+    """Apply a row's processor to scores [m, V] of what follows tokens [m, n]; a failure becomes the row's error."""
+    if row.process is None or row.error is not None:
+        return scores
+    try:
+        processed = row.process(tokens, scores.clone())
+        if processed.shape != scores.shape or not bool(processed.amax(-1).isfinite().all()):
+            raise ValueError(f"it must return [{len(scores)}, {scores.shape[1]}] numbers, not all of a line -inf")
+        return processed.to(scores)
+    except Exception as error:  # whatever a user's function raises is this row's affair alone
+        row.error = RequestError(f"a logits processor failed: {error}")
+        row.error.__cause__ = error
+        return scores
+
+
+def _noisy(rows: Sequence[Row], scores: Tensor, depth: int) -> Tensor:
+    """Add to scores [B, m, V] the noise of the new token that follows the nodes of a depth, in rows that sample."""
+    if not any(row.noise for row in rows):
+        return scores
+    none = torch.zeros_like(scores[0, 0])
+    noise = [row.noise.at(row.new + depth, none) if row.noise else none for row in rows]
+    return scores + torch.stack(noise)[:, None]
+
+
+def _learn(period: Period, tree: Tree, verdicts: Sequence[Verdict], seconds: tuple[float, float]) -> None:
+    period.learn(
+        Measured(
+            *seconds,
+            steps=len(tree.levels) - 2,
+            kept=sum(len(v.path) for v in verdicts),
+            rejected=sum(v.origin == "correction" for v in verdicts),
+        )
+    )
+
+
+def _on(model: LanguageModel, values: list[int]) -> Tensor:
+    return torch.tensor(values, dtype=torch.int64, device=model.device)

@@ -1,10 +1,11 @@
-"""One KV cache for draft and full model: fixed slots, a length for each row, and nothing ever copied aside.
+"""One KV cache for draft and full model: fixed slots, a length for each row, and no row's text ever copied aside.
 
     row 0   [0 ............ length[0])  held      [length[0] ....... slots)  free, may be written at any time
     row 1   [0 ...... length[1])  held      [length[1] ............. slots)  free
 
 A pass says first which slots its tokens go to (`place`), then transformers' attention layers write them (`update`) and
-see every slot below `visible`; the mask says which of those each token may look at.
+see every slot below `visible`; the mask says which of those each token may look at. A pass takes a run of neighbouring
+rows, so that what attention sees is a view and no copy.
 """
 
 import torch
@@ -34,11 +35,28 @@ class SlotLayer(CacheLayerMixin):
         """Write states [B, heads, T, head_dim] to the placed slots; return all visible ones in the same layout."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        assert self.keys is not None and self.values is not None
-        for store, states in ((self.keys, key_states), (self.values, value_states)):
-            store[self.table.row_index, self.table.placed] = states.transpose(1, 2)
-        seen = self.table.visible
-        return self.keys[:, :seen].transpose(1, 2), self.values[:, :seen].transpose(1, 2)
+        table = self.table
+        seen = []
+        for store, states in zip(self.stores, (key_states, value_states), strict=True):
+            store[table.row_index, table.placed] = states.transpose(1, 2)
+            seen.append(store[table.first : table.first + len(states), : table.visible].transpose(1, 2))
+        return seen[0], seen[1]
+
+    @property
+    def stores(self) -> tuple[Tensor, ...]:
+        """Keys and values, or nothing before the first write."""
+        return (self.keys, self.values) if self.keys is not None and self.values is not None else ()
+
+    def grow(self, rows: int, slots: int) -> None:
+        """Move what is held into a larger store."""
+        if not self.is_initialized:
+            return
+        larger = []
+        for store in self.stores:
+            new = store.new_zeros(rows, slots, *store.shape[2:])
+            new[: store.shape[0], : store.shape[1]] = store
+            larger.append(new)
+        self.keys, self.values = larger
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Return how many slots a pass sees, and the first of them."""
@@ -56,14 +74,17 @@ class SlotLayer(CacheLayerMixin):
 class SlotTable:
     """Which slots the running pass writes, shared by all layers.
 
-    lengths  [B] int64    filled slots of each row, on the host
-    placed   [B, T] int64 where the running pass writes, on the model's device
-    visible  slots below this one are handed to attention
+    lengths    [B] int64     filled slots of each row, on the host
+    first      the first of the pass's rows
+    placed     [b, T] int64  where the running pass writes, on the model's device
+    row_index  [b, 1] int64  the rows it writes to, there too
+    visible    slots of each row handed to attention
     """
 
     def __init__(self, rows: int, slots: int, device: torch.device) -> None:
-        self.rows, self.slots = rows, slots
+        self.rows, self.slots, self.device = rows, slots, device
         self.lengths = torch.zeros(rows, dtype=torch.int64)
+        self.first = 0
         self.row_index = torch.arange(rows, device=device)[:, None]
         self.placed = torch.empty(rows, 0, dtype=torch.int64, device=device)
         self.visible = 0
@@ -82,46 +103,83 @@ class SlotCache(Cache):
         """Filled slots of each row, [B] int64 on the host."""
         return self.table.lengths
 
-    def place(self, slots: Tensor) -> None:
-        """Say where the next pass writes, slots [B, T] int64; a row's length does not change until `advance`."""
+    def reserve(self, rows: int, slots: int) -> None:
+        """Make room for at least that many rows and slots; what is held stays."""
         table = self.table
-        if slots.shape[0] != table.rows or slots.numel() == 0:
-            raise ValueError(f"slots must be [{table.rows}, T] with T at least 1; got {list(slots.shape)}")
+        if rows <= table.rows and slots <= table.slots:
+            return
+        rows, slots = max(rows, table.rows), max(slots, table.slots)
+        for layer in self.slot_layers:
+            layer.grow(rows, slots)
+        table.lengths = torch.cat([table.lengths, table.lengths.new_zeros(rows - table.rows)])
+        table.rows, table.slots = rows, slots
+
+    def place(self, slots: Tensor, first: int = 0) -> None:
+        """Say where the next pass writes, slots [b, T] int64 of rows first .. first + b; lengths stay as they are."""
+        table = self.table
+        last = first + slots.shape[0]
+        if last > table.rows or slots.numel() == 0:
+            raise ValueError(f"slots must be [rows, T] of rows {first}..{table.rows}; got {list(slots.shape)}")
         if int(slots.min()) < 0 or int(slots.max()) >= table.slots:
             raise ValueError(f"slots {int(slots.min())}..{int(slots.max())} do not fit a cache of {table.slots}")
-        table.placed = slots.to(table.row_index.device)
-        table.visible = int(torch.maximum(table.lengths.max(), slots.max() + 1))
+        table.first = first
+        table.row_index = torch.arange(first, last, device=table.device)[:, None]
+        table.placed = slots.to(table.device)
+        table.visible = int(torch.maximum(table.lengths[first:last].max(), slots.max() + 1))
 
-    def advance(self, lengths: Tensor) -> None:
-        """Count slots as filled, up to lengths [B] int64."""
-        self._set(lengths, at_least=self.lengths, at_most=torch.full_like(self.lengths, self.table.slots))
+    def advance(self, row: int, length: int) -> None:
+        """Count a row's slots as filled up to a length."""
+        self._set(row, length, at_least=int(self.lengths[row]), at_most=self.table.slots)
 
-    def truncate(self, lengths: Tensor) -> None:
-        """Cut every row back to lengths [B] int64; the slots after are free at once."""
-        self._set(lengths, at_least=torch.zeros_like(self.lengths), at_most=self.lengths)
+    def truncate(self, row: int, length: int) -> None:
+        """Cut a row back to a length; the slots after it are free at once."""
+        self._set(row, length, at_least=0, at_most=int(self.lengths[row]))
 
-    def keep(self, path: Tensor, lengths: Tensor) -> None:
-        """Gather scattered slots: row b's path[b] [B, n] int64 becomes its slots lengths[b] .. lengths[b] + n.
+    def keep(self, path: Tensor, counts: Tensor) -> None:
+        """Gather scattered slots: row b holds, after what it holds, those length[b] + path[b, :counts[b]] away.
 
-        A tree's winning branch stands in slots of its own; after this it stands where a chain's tokens would, and the
-        rows' lengths are lengths + n.
+        path    [b, n] int64  places after the row's length; those from counts[b] on are passed over
+        counts  [b] int64
+
+        A tree's winning branch stands in slots of its own; after this it stands where a chain's tokens would.
         """
-        rows, count = path.shape
-        to = lengths[:, None] + torch.arange(count)
-        slots = self.table.slots
-        if rows != self.table.rows or bool(((path < 0) | (path >= slots)).any()):
-            raise ValueError(f"path must hold slots below {slots} for {self.table.rows} rows")
-        if bool(((lengths > self.lengths) | (lengths + count > slots)).any()):
+        table, (rows, most) = self.table, path.shape
+        lengths = table.lengths[:rows]
+        places = torch.arange(most).expand(rows, most)
+        path = torch.where(places < counts[:, None], path, places)
+        if rows > table.rows or bool((path < 0).any() | (counts > most).any() | (counts < 0).any()):
             raise ValueError(
-                f"lengths {lengths.tolist()} + {count} do not fit {self.lengths.tolist()} of {slots} slots"
+                f"a path of {list(path.shape)}, {counts.tolist()} long, fits no cache of {table.rows} rows"
             )
-        device = self.table.row_index.device
-        path_at, to_at = path.to(device), to.to(device)
-        for layer in self.slot_layers:
-            for store in (layer.keys, layer.values):
-                if store is not None:
-                    store[self.table.row_index, to_at] = store[self.table.row_index, path_at]
-        self.table.lengths = lengths + count
+        if most and int((lengths + path.max(1).values).max()) >= table.slots:
+            raise ValueError(f"places up to {int(path.max())} after {lengths.tolist()} pass {table.slots} slots")
+        if not torch.equal(path, places):
+            taken, given = ((lengths[:, None] + at).to(table.device) for at in (path, places))
+            index = torch.arange(rows, device=table.device)[:, None]
+            for layer in self.slot_layers:
+                for store in layer.stores:
+                    store[index, given] = store[index, taken]
+        table.lengths = torch.cat([lengths + counts, table.lengths[rows:]])
+
+    def move(self, source: int, target: int) -> None:
+        """Let row `target` hold what row `source` held, which is empty afterwards."""
+        length = int(self.lengths[source])
+        if source != target:
+            for layer in self.slot_layers:
+                for store in layer.stores:
+                    store[target, :length] = store[source, :length]
+            self.lengths[target] = length
+        self.lengths[source] = 0
+
+    def copy(self, first: int) -> list[Tensor]:
+        """Return a copy of the first placed slots of the pass at hand, of every layer's keys and values."""
+        return [store[self._at(first)].clone() for layer in self.slot_layers for store in layer.stores]
+
+    def paste(self, first: int, copies: list[Tensor]) -> None:
+        """Write back what `copy` returned."""
+        stores = (store for layer in self.slot_layers for store in layer.stores)
+        for store, copied in zip(stores, copies, strict=True):
+            store[self._at(first)] = copied
 
     def check_integrity(self) -> None:
         """Raise AssertionError where the book-keeping and the stored tensors disagree."""
@@ -129,16 +187,15 @@ class SlotCache(Cache):
         assert table.lengths.shape == (table.rows,), f"{list(table.lengths.shape)} lengths for {table.rows} rows"
         assert bool(((table.lengths >= 0) & (table.lengths <= table.slots)).all()), f"lengths {table.lengths.tolist()}"
         for index, layer in enumerate(self.slot_layers):
-            for store in (layer.keys, layer.values):
-                if store is None:
-                    continue
+            for store in layer.stores:
                 assert store.shape[:2] == (table.rows, table.slots), f"layer {index} holds {list(store.shape)}"
                 for row, length in enumerate(table.lengths.tolist()):
                     assert bool(store[row, :length].isfinite().all()), f"layer {index}, row {row} holds no numbers"
 
-    def _set(self, lengths: Tensor, at_least: Tensor, at_most: Tensor) -> None:
-        if lengths.shape != self.lengths.shape or bool(((lengths < at_least) | (lengths > at_most)).any()):
-            raise ValueError(
-                f"lengths {lengths.tolist()} are not within {at_least.tolist()}..{at_most.tolist()}, row by row"
-            )
-        self.table.lengths = lengths.clone()
+    def _at(self, first: int) -> tuple[Tensor, Tensor]:
+        return self.table.row_index, self.table.placed[:, :first]
+
+    def _set(self, row: int, length: int, at_least: int, at_most: int) -> None:
+        if not at_least <= length <= at_most:
+            raise ValueError(f"length {length} of row {row} is not within {at_least}..{at_most}")
+        self.lengths[row] = length

@@ -1,6 +1,6 @@
 """The gated MLP that takes the place of a model's own: the same weights, neuron by neuron."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -72,30 +72,34 @@ class SparseMLP(nn.Module):
 
 
 class Observe:
-    """The dense route that shows a prompt method what each neuron sends on."""
+    """The dense route that shows someone what each neuron sends on, z [B, T, F]."""
 
-    def __init__(self, method: PromptSparsity, layer: int) -> None:
-        self.method, self.layer = method, layer
+    def __init__(self, see: Callable[[Tensor], None]) -> None:
+        self.see = see
 
     def __call__(self, mlp: SparseMLP, x: Tensor) -> Tensor:
         neurons = mlp.neurons
         z = kernel.combine(kernel.gate(x, neurons, mlp.activation), x, neurons)
-        self.method.observe(self.layer, z.flatten(0, -2))
+        self.see(z)
         return kernel.project(z, neurons)
 
 
 class Packed:
-    """The sparse route of a fixed set: the kept neurons, copied once into memory of their own."""
+    """The sparse route of fixed neurons, copied once into memory of their own: one set, or one for each row."""
 
-    def __init__(self, mlp: SparseMLP, index: Tensor) -> None:
-        self.neurons = mlp.neurons.rows(index)
+    def __init__(self, neurons: Neurons) -> None:
+        self.neurons = neurons
 
     def __call__(self, mlp: SparseMLP, x: Tensor) -> Tensor:
         return kernel.gated_mlp(x, self.neurons, mlp.activation)
 
 
 class Chosen:
-    """The sparse route of a set per token: the gate in full, then up and down of the neurons it opens."""
+    """The sparse route of a set per token: the gate in full, then up and down of the neurons it opens.
+
+    The tokens of a row are branches of one tree, and share a set chosen by their mean |act(gate)| so that a step reads
+    no more than one token's neurons. Source: Sirius (arXiv 2409.03856), its repository's option `patternstrict`.
+    """
 
     def __init__(self, method: TokenSparsity, layer: int) -> None:
         self.method, self.layer = method, layer
@@ -103,23 +107,23 @@ class Chosen:
     def __call__(self, mlp: SparseMLP, x: Tensor) -> Tensor:
         neurons = mlp.neurons
         gated = kernel.gate(x, neurons, mlp.activation)
-        kept = self.method.choose(self.layer, gated)
-        if x.shape[:-1].numel() > 1:  # several tokens keep several sets
+        shared = x.shape[1] > 1 and not self.method.config.per_branch
+        kept = self.method.choose(self.layer, gated.abs().mean(1, keepdim=True) if shared else gated)
+        if kept.shape[:-1].numel() > 1:  # several sets
             return kernel.project(kernel.combine(gated * kept, x, neurons), neurons)
         return kernel.gated_mlp_rows(gated, x, neurons, kept.flatten().nonzero()[:, 0])
 
 
-def observing(method: Sparsity | None, layer: int) -> Route | None:
-    """Return the route of a prompt pass: dense, with a prompt method looking on."""
-    return Observe(method, layer) if isinstance(method, PromptSparsity) else None
-
-
-def sparse(method: Sparsity | None, layer: int, mlp: SparseMLP) -> Route | None:
-    """Return the route of a draft pass; without a method it is the dense one."""
-    if isinstance(method, PromptSparsity):
-        index = _checked(method.select(layer), method, mlp.size)
-        return None if len(index) == mlp.size else Packed(mlp, index)
-    return Chosen(method, layer) if isinstance(method, TokenSparsity) else None
+def packed(methods: Sequence[PromptSparsity], layer: int, mlp: SparseMLP) -> Route | None:
+    """Return the draft's route for rows of prompts, each with its method; None is the dense one."""
+    first = methods[0]
+    if not first.config.per_row:
+        index = _checked(first.select(layer, methods[1:]), first, mlp.size)
+        return None if len(index) == mlp.size else Packed(mlp.neurons.rows(index))
+    each = [_checked(method.select(layer), method, mlp.size) for method in methods]
+    if all(len(index) == mlp.size for index in each):
+        return None
+    return Packed(Neurons.stack([mlp.neurons.rows(index) for index in each]))
 
 
 def _checked(index: Tensor, method: Sparsity, size: int) -> Tensor:

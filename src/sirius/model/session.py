@@ -1,74 +1,163 @@
-"""A prepared transformers model as the `LanguageModel` of one generation."""
+"""A prepared transformers model as the `LanguageModel` of a batch."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from sirius.core import Mode
+from sirius.core import Mode, Window
 from sirius.model.cache import SlotCache
-from sirius.model.mask import chain_mask
-from sirius.model.mlp import Route, SparseMLP, observing, sparse
-from sirius.sparsity.base import Sparsity
+from sirius.model.mask import chain_mask, tree_mask
+from sirius.model.mlp import Chosen, Observe, Route, SparseMLP, packed
+from sirius.sparsity.base import PromptSparsity, Sparsity, TokenSparsity
+from sirius.stats import DENSE, Touched
+
+MakeMethod = Callable[[], Sparsity | None]
 
 
 class Session:
-    """One generation's cache and neurons; several sessions of a model may take turns, pass by pass.
+    """One batch's cache and neurons; several sessions of a model may take turns, pass by pass.
 
-    Not to be used from two threads at once: a pass sets the routes of the model's MLPs and takes them back.
+    A method per prompt is made for each row; one per token serves all rows. Not to be used from two threads at once: a
+    pass sets the routes of the model's MLPs and takes them back.
     """
 
-    def __init__(
-        self, model: PreTrainedModel, mlps: list[SparseMLP], method: Sparsity | None, slots: int, rows: int = 1
-    ) -> None:
-        """Open a session with `slots` cache slots for each of `rows` rows; `method` None drafts with every neuron."""
-        self.model, self.mlps, self.method = model, mlps, method
-        self.cache = SlotCache(model.config.get_text_config().num_hidden_layers, rows, slots, model.device)
+    def __init__(self, model: PreTrainedModel, mlps: list[SparseMLP], make: MakeMethod = lambda: None) -> None:
+        """Open an empty session; `make` gives a method for a prompt, or None to draft with every neuron."""
+        self.model, self.mlps, self.make = model, mlps, make
+        self.cache = SlotCache(model.config.get_text_config().num_hidden_layers, 0, 0, model.device)
         eager = model.config._attn_implementation == "eager"
         self.mask_dtype = model.dtype if eager else None
-        dense: list[Route | None] = [None] * len(mlps)
-        self.routes = {
-            Mode.DENSE: dense,
-            Mode.OBSERVE: [observing(method, layer) for layer in range(len(mlps))],
-            Mode.SPARSE: dense,
-        }
+        self.dense: list[Route | None] = [None] * len(mlps)
+        self.shared = make()
+        self.methods: list[Sparsity | None] = []  # one for each row
+        self.drafts = self._routes_per_token()
+        self.seen: dict[int, Tensor] = {}  # z of the last check, [B, T, F] a layer, while the method is refreshed
+        self.refreshing = self.shared is not None and self.shared.config.refresh > 0
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.model.device
+
+    def reserve(self, rows: int, slots: int) -> None:
+        """Make room for rows and slots to come, so that the cache is not moved when they do."""
+        self.cache.reserve(rows, slots)
 
     @torch.no_grad()
-    def read(self, tokens: Tensor, mode: Mode, last: int | None = None) -> Tensor:
-        """Feed tokens [B, T] int64 after each row's length; return scores [B, T, V], or of the last `last` only.
+    def open(self, prompt: Tensor, slots: int) -> Tensor:
+        """Read prompt [P] int64 into a new row of `slots` slots, the sparsity method looking on.
 
-        Scores are float32, or float64 of a float64 model.
+        Returns the scores of its next token [V], float32, or float64 of a float64 model.
         """
-        slots = self.cache.lengths[:, None] + torch.arange(tokens.shape[1])
-        self.cache.place(slots)
+        row, length = len(self.methods), len(prompt)
+        self.cache.reserve(row + 1, slots)
+        method = self._method_of_row()
+        at = torch.arange(length)[None]
+        self.cache.place(at, first=row)
         placed = self.cache.table.placed
-        with self._routed(mode):
-            scores = self.model(
-                input_ids=tokens.to(placed.device),
-                position_ids=placed,
-                attention_mask=chain_mask(placed, self.cache.table.visible, self.mask_dtype),
-                past_key_values=self.cache,
-                use_cache=True,
-                logits_to_keep=last or 0,
-            ).logits
-        self.cache.advance(slots[:, -1] + 1)
+        mask = chain_mask(placed, length, self.mask_dtype)
+        with self._routed(self._observing(method)):
+            scores = self._forward(prompt[None], placed, mask, last=1)
+        self.cache.advance(row, length)
+        self.methods.append(method)
+        self._rows_changed()
+        return scores[0, 0]
+
+    @torch.no_grad()
+    def read(self, tokens: Tensor, mode: Mode, window: Window) -> Tensor:
+        """Feed tokens [B, T] int64, a line for each row, to the places of a window; return scores [B, T, V].
+
+        Scores are float32, or float64 of a float64 model. What the rows hold stays as it is.
+        """
+        rows, count = tokens.shape
+        lengths = self.cache.lengths[:rows]
+        self.cache.place(lengths[:, None] + window.first + torch.arange(count))
+        table = self.cache.table
+        held = lengths.to(table.device)
+        mask = tree_mask(held, window.seen, table.visible, self.mask_dtype)
+        before = self.cache.copy(window.fixed) if window.fixed else []
+        with self._routed(self._routes(mode)):
+            scores = self._forward(tokens, held[:, None] + window.depths, mask)
+        if window.fixed:
+            self.cache.paste(window.fixed, before)
+        return scores
+
+    def keep(self, path: Tensor, counts: Tensor) -> None:
+        """Let each row hold the first counts[b] [B] of the places path[b] [B, n] int64 after what it holds already."""
+        self.cache.keep(path, counts)
+        if not self.seen:
+            return
+        for row, (method, places) in enumerate(zip(self.methods, path, strict=True)):
+            kept = places[: int(counts[row])]
+            if isinstance(method, PromptSparsity) and len(kept):
+                for layer, z in self.seen.items():
+                    method.refresh(layer, z[row, kept.to(z.device)])
+        self.seen, self.drafts = {}, None
+
+    def close(self, row: int) -> None:
+        """Drop a row and free its slots; the last row takes its number."""
+        self.cache.move(len(self.methods) - 1, row)
+        self.methods[row] = self.methods[-1]
+        self.methods.pop()
+        self._rows_changed()
+
+    def touched(self, row: int) -> Touched:
+        """Return which share of its neurons a draft token of a row reads."""
+        method = self.methods[row]
+        return DENSE if method is None else method.touched()
+
+    def _forward(self, tokens: Tensor, positions: Tensor, mask: Tensor, last: int = 0) -> Tensor:
+        scores = self.model(
+            input_ids=tokens.to(positions.device),
+            position_ids=positions,
+            attention_mask=mask,
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=last,
+        ).logits
         return scores if scores.dtype == torch.float64 else scores.float()
 
-    @torch.no_grad()
-    def select(self) -> None:
-        """Choose the draft model's neurons from what the passes in mode OBSERVE showed."""
-        self.routes[Mode.SPARSE] = [sparse(self.method, layer, mlp) for layer, mlp in enumerate(self.mlps)]
+    def _method_of_row(self) -> Sparsity | None:
+        return self.make() if isinstance(self.shared, PromptSparsity) else self.shared
 
-    def truncate(self, lengths: Tensor) -> None:
-        """Cut every row back to lengths [B] int64 filled slots."""
-        self.cache.truncate(lengths)
+    def _observing(self, method: Sparsity | None) -> list[Route | None]:
+        """Return the routes of a prompt's pass: dense, with a prompt method looking on."""
+        if not isinstance(method, PromptSparsity):
+            return self.dense
+
+        def show(layer: int, z: Tensor) -> None:
+            method.observe(layer, z.flatten(0, -2))
+
+        return [Observe(partial(show, layer)) for layer in range(len(self.mlps))]
+
+    def _routes(self, mode: Mode) -> list[Route | None]:
+        if mode is Mode.DENSE:
+            see = partial(partial, self.seen.__setitem__)
+            return [Observe(see(i)) for i in range(len(self.mlps))] if self.refreshing else self.dense
+        if self.drafts is None:
+            prompts = [method for method in self.methods if isinstance(method, PromptSparsity)]
+            self.drafts = [packed(prompts, layer, mlp) for layer, mlp in enumerate(self.mlps)]
+        return self.drafts
+
+    def _rows_changed(self) -> None:
+        """Have the draft's neurons chosen anew at its next pass, where the rows have a say in them."""
+        self.drafts = self._routes_per_token()
+
+    def _routes_per_token(self) -> list[Route | None] | None:
+        """Return the draft's routes where no prompt decides them, else None: they are yet to be chosen."""
+        if isinstance(self.shared, PromptSparsity):
+            return None
+        token = self.shared
+        return [Chosen(token, i) for i in range(len(self.mlps))] if isinstance(token, TokenSparsity) else self.dense
 
     @contextmanager
-    def _routed(self, mode: Mode) -> Iterator[None]:
+    def _routed(self, routes: list[Route | None]) -> Iterator[None]:
         """Set every MLP's route for one pass, so that between passes the model is the ordinary one."""
-        for mlp, route in zip(self.mlps, self.routes[mode], strict=True):
+        for mlp, route in zip(self.mlps, routes, strict=True):
             mlp.route = route
         try:
             yield

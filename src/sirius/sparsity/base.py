@@ -1,10 +1,13 @@
 """What a sparsity method is, and the register of their names."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import entry_points
+from math import ceil
 
+import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from sirius.core import SparsityConfig
 from sirius.errors import ConfigError
@@ -27,23 +30,66 @@ class Sparsity(ABC):
 
 
 class PromptSparsity(Sparsity):
-    """One set of neurons per prompt: it looks at the prompt's activations, then names each layer's neurons."""
+    """One set of neurons per prompt: it looks at the prompt's activations and scores each layer's neurons.
+
+    The int(keep * F) neurons of highest score stay. Where the rows of a batch share a set, each row's method has its
+    say: scores are scaled to unit length, and the neurons of highest mean square stay.
+    """
+
+    def __init__(self, config: SparsityConfig, neurons: tuple[int, ...]) -> None:
+        super().__init__(config, neurons)
+        if config.threshold is not None:
+            raise ConfigError(
+                f"{config.method} keeps a fixed fraction and knows no threshold; use 'fine', or keep alone"
+            )
+        if config.refresh and type(self).refresh is PromptSparsity.refresh:
+            raise ConfigError(f"{config.method} cannot be refreshed; set refresh to 0")
+        self.counts = tuple(int(config.keep * n) for n in neurons)
+        if not all(self.counts):
+            least = min(neurons)
+            raise ConfigError(
+                f"keep {config.keep} of {least} neurons keeps none; keep at least {ceil(1e4 / least) / 1e4}"
+            )
 
     @abstractmethod
     def observe(self, layer: int, z: Tensor) -> None:
         """See z = act(gate(x)) * up(x) [T, F] of prompt tokens at a layer; a long prompt may come in several calls."""
 
     @abstractmethod
-    def select(self, layer: int) -> Tensor:
-        """Return the neurons that a layer keeps, [k] int64, ascending, without repeats."""
+    def score(self, layer: int) -> Tensor:
+        """Return how much each neuron of a layer stood out so far, [F], at least 0."""
+
+    def refresh(self, layer: int, z: Tensor) -> None:
+        """See z [T, F] of checked tokens and let them weigh `config.refresh`, the prompt and earlier ones the rest."""
+        raise NotImplementedError
+
+    def select(self, layer: int, others: "Sequence[PromptSparsity]" = ()) -> Tensor:
+        """Return the neurons that a layer keeps, [k] int64, ascending: the order of their rows in memory.
+
+        others  the methods of further rows that share the set
+        """
+        score = self.score(layer)
+        if others:
+            score = torch.stack([normalize(each.score(layer), dim=0).square() for each in (self, *others)]).sum(0)
+        return score.topk(self.counts[layer]).indices.sort().values
+
+    def touched(self) -> Touched:
+        """Return the kept fraction, the same for all three matrices."""
+        kept = sum(self.counts) / sum(self.neurons)
+        return Touched(kept, kept, kept)
 
 
 class TokenSparsity(Sparsity):
     """A set of neurons per token, chosen in the midst of the MLP from the gate's activations."""
 
+    def __init__(self, config: SparsityConfig, neurons: tuple[int, ...]) -> None:
+        super().__init__(config, neurons)
+        if config.refresh:
+            raise ConfigError(f"{config.method} chooses anew for each token and has nothing to refresh; leave it at 0")
+
     @abstractmethod
     def choose(self, layer: int, gated: Tensor) -> Tensor:
-        """Return which neurons to keep, [..., F] bool, given act(gate(x)) [..., F]."""
+        """Return which neurons to keep, [..., F] bool, given act(gate(x)) [..., F], or several tokens' mean |act|."""
 
 
 Factory = Callable[[SparsityConfig, tuple[int, ...]], Sparsity]

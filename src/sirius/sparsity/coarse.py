@@ -1,15 +1,11 @@
 """CSparse, known as GRIFFIN: one set of neurons for the whole prompt."""
 
-from math import ceil
-
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from sirius.core import SparsityConfig
-from sirius.errors import ConfigError
 from sirius.sparsity.base import PromptSparsity, register
-from sirius.stats import Touched
 
 
 @register("coarse", "griffin")
@@ -22,26 +18,25 @@ class CoarseSparsity(PromptSparsity):
 
     def __init__(self, config: SparsityConfig, neurons: tuple[int, ...]) -> None:
         super().__init__(config, neurons)
-        if config.threshold is not None:
-            raise ConfigError("coarse keeps a fixed fraction and knows no threshold; use 'fine', or keep alone")
-        self.counts = tuple(int(config.keep * n) for n in neurons)
-        if not all(self.counts):
-            least = min(neurons)
-            raise ConfigError(
-                f"keep {config.keep} of {least} neurons keeps none; keep at least {ceil(1e4 / least) / 1e4}"
-            )
         self.energy: dict[int, Tensor] = {}  # sum of squares of the normalised columns, [F] a layer
-
-    def touched(self) -> Touched:
-        """Return the kept fraction, the same for all three matrices."""
-        kept = sum(self.counts) / sum(self.neurons)
-        return Touched(kept, kept, kept)
 
     def observe(self, layer: int, z: Tensor) -> None:
         """Add prompt tokens' z [T, F] to a layer's statistic."""
-        energy = normalize(z if z.dtype == torch.float64 else z.float(), dim=-1).square().sum(0)
+        energy = _energy(z)
         self.energy[layer] = self.energy[layer] + energy if layer in self.energy else energy
 
-    def select(self, layer: int) -> Tensor:
-        """Return the neurons of highest score, ascending: the order of their rows in memory."""
-        return self.energy[layer].sqrt().topk(self.counts[layer]).indices.sort().values
+    def score(self, layer: int) -> Tensor:
+        """Return the norm of each neuron's column, [F]."""
+        return self.energy[layer].sqrt()
+
+    def refresh(self, layer: int, z: Tensor) -> None:
+        """Mix checked tokens' z [T, F] into the statistic: mean energies per token, weighed refresh to 1 - refresh.
+
+        Ours; the paper's reference never looks at the activations of its checks.
+        """
+        share, held, new = self.config.refresh, self.energy[layer], _energy(z)
+        self.energy[layer] = (1 - share) * held / held.sum() + share * new / new.sum()
+
+
+def _energy(z: Tensor) -> Tensor:
+    return normalize(z if z.dtype == torch.float64 else z.float(), dim=-1).square().sum(0)

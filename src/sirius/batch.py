@@ -1,0 +1,271 @@
+"""Texts decoded side by side: they join and leave between rounds, and none disturbs another."""
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Protocol
+
+import torch
+from transformers import PreTrainedModel
+
+from sirius import sparsity
+from sirius.core import (
+    CorrectionConfig,
+    FinishReason,
+    Mode,
+    Origin,
+    Processor,
+    Request,
+    Round,
+    SparsityConfig,
+    check_together,
+)
+from sirius.decoding.accept import make_rule
+from sirius.decoding.loop import Plan, Row, next_round, start
+from sirius.decoding.period import Period, make_period
+from sirius.decoding.sampling import Noise
+from sirius.errors import RequestError, SiriusError
+from sirius.model.prepare import count_parameters, prepare
+from sirius.model.session import Session
+from sirius.stats import Setting, Stats, summarise
+
+PLAIN = CorrectionConfig(period=1, accept="sampling")  # every round is one dense pass
+
+
+class Ending(Protocol):
+    """Where a text ends; `text` is what may be shown of it so far."""
+
+    text: str
+    stopped: bool
+
+    def push(self, tokens: Sequence[int]) -> int:
+        """Take tokens until one ends the text; return how many were taken."""
+        ...
+
+    def finish(self) -> None:
+        """Show what was held back, now that nothing follows."""
+        ...
+
+
+@dataclass(frozen=True)
+class Text:
+    """A request with what the tokens alone do not say: where it ends, and what changes its scores."""
+
+    request: Request
+    ending: Ending
+    process: Processor | None = None
+    keep_scores: bool = False
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A finished text.
+
+    text           without special tokens and stop strings; "" where the model has no tokenizer
+    token_ids      the new tokens, an end-of-text token or the tokens of a stop string included
+    finish_reason  "stop" (end of text or stop string) or "length" (the budget is used up)
+    origins        where each token comes from, see `Round`
+    logprobs       the natural log of the full model's probability of each token, see `Round`
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    origins: tuple[Origin, ...]
+    logprobs: tuple[float, ...]
+    stats: Stats
+
+
+@dataclass(frozen=True)
+class Update:
+    """What a round did to one text: the round, the text it made certain, and with the last one the completion.
+
+    ticket  which text
+    error   why the text ends here without a completion
+    """
+
+    ticket: int
+    text: str
+    round: Round
+    completion: Completion | None = None
+    error: SiriusError | None = None
+
+    @property
+    def last(self) -> bool:
+        """Whether nothing more comes of this text."""
+        return self.completion is not None or self.error is not None
+
+
+@dataclass(eq=False)
+class _Entry:
+    """A text in the batch, and what it has been through."""
+
+    ticket: int
+    text: Text
+    row: Row
+    rounds: list[Round] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+class Batch:
+    """Up to `rows` texts at a time on one model, with one sparsity and one correction; further ones wait their turn.
+
+    `step` brings every text on by a round. Rows are independent: under a lossless rule a text is what it would be
+    alone, and one that ends, fails or is cancelled leaves the others as they are. Not thread-safe.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        chosen: SparsityConfig,
+        correction: CorrectionConfig | None,
+        *,
+        ends: frozenset[int] = frozenset(),
+        rows: int = 8,
+    ) -> None:
+        """Open an empty batch; `ends` are token ids at which drafts stop, correction None is the sparse model alone."""
+        if rows < 1:
+            raise RequestError(f"a batch needs at least one row; got {rows}")
+        mlps = prepare(model)
+        neurons = tuple(mlp.size for mlp in mlps)
+        self.model, self.rows, self.sparsity = model, rows, chosen
+        self.session = Session(model, mlps, lambda: sparsity.create(chosen, neurons))
+        self.correction = PLAIN if self.session.shared is None else correction
+        self.plan = _make_plan(self.correction, ends)
+        self.waiting: deque[_Entry] = deque()
+        self.active: list[_Entry] = []  # by row of the session
+        self.tickets = 0
+
+    @property
+    def busy(self) -> bool:
+        """Whether there is anything left to do."""
+        return bool(self.waiting or self.active)
+
+    def add(self, text: Text) -> int:
+        """Put a text in line and return its ticket; raise ConfigError where its sampling contradicts the rule."""
+        request = text.request
+        check_together(request.sampling, self.correction)
+        if request.sampling.temperature > 0:
+            seed = request.sampling.seed
+            noise = Noise(int(torch.randint(2**63 - 1, ())) if seed is None else seed)
+        else:
+            noise = None
+        window = (self.correction.longest - 1) * self.correction.tree_width if self.correction else 0
+        slots = len(request.prompt) + request.max_new_tokens + window
+        row = Row(list(request.prompt), request.max_new_tokens, slots, text.process, noise, text.keep_scores)
+        self.tickets += 1
+        self.waiting.append(_Entry(self.tickets, text, row))
+        return self.tickets
+
+    def cancel(self, ticket: int) -> None:
+        """Drop a text, between rounds; its row is free at once. A ticket that has ended is passed over."""
+        self.waiting = deque(entry for entry in self.waiting if entry.ticket != ticket)
+        for index, entry in enumerate(self.active):
+            if entry.ticket == ticket:
+                self._close(index)
+                return
+
+    def step(self) -> list[Update]:
+        """Read the prompts of texts for which there is a row, or bring every row on by a round."""
+        free = self.rows - len(self.active)
+        if self.waiting and free:
+            return [self._admit(self.waiting.popleft()) for _ in range(min(free, len(self.waiting)))]
+        return self._round() if self.active else []
+
+    def _admit(self, entry: _Entry) -> Update:
+        began = perf_counter()
+        wanted = max(e.row.slots for e in (entry, *self.waiting))
+        try:
+            self.session.reserve(min(self.rows, len(self.active) + 1 + len(self.waiting)), wanted)
+            done = start(self.session, entry.row)
+        except torch.OutOfMemoryError as error:
+            return self._failed(entry, _out_of_memory(entry.row.slots, error))
+        entry.seconds += perf_counter() - began
+        self.active.append(entry)
+        return self._took(entry, done)
+
+    def _round(self) -> list[Update]:
+        began = perf_counter()
+        try:
+            rounds = next_round(self.session, [entry.row for entry in self.active], self.plan)
+        except torch.OutOfMemoryError as error:
+            failed = [self._failed(e, _out_of_memory(e.row.slots, error)) for e in self.active]
+            while self.active:
+                self._close(0)
+            return failed
+        seconds = perf_counter() - began
+        pairs = list(zip(self.active, rounds, strict=True))
+        for entry, _ in pairs:
+            entry.seconds += seconds
+        return [self._took(entry, done) for entry, done in pairs]
+
+    def _took(self, entry: _Entry, done: Round | None) -> Update:
+        """Add a round to a text, cut where the text ends; a text that has ended frees its row."""
+        if done is None:
+            assert entry.row.error is not None
+            self._close(self.active.index(entry))
+            return self._failed(entry, entry.row.error)
+        ending = entry.text.ending
+        shown = len(ending.text)
+        used = done.until(ending.push(done.tokens))
+        entry.rounds.append(used)
+        if not ending.stopped and entry.row.room:
+            return Update(entry.ticket, ending.text[shown:], used)
+        ending.finish()
+        completion = self._completed(entry)
+        self._close(self.active.index(entry))
+        return Update(entry.ticket, ending.text[shown:], used, completion)
+
+    def _completed(self, entry: _Entry) -> Completion:
+        rounds, ending = entry.rounds, entry.text.ending
+        touched = self.session.touched(self.active.index(entry))
+        sampled = entry.text.request.sampling.temperature > 0
+        setting = Setting(count_parameters(self.model), touched, self.correction, self._lossless(sampled))
+        return Completion(
+            ending.text,
+            tuple(token for r in rounds for token in r.tokens),
+            "stop" if ending.stopped else "length",
+            tuple(origin for r in rounds for origin in r.origins),
+            tuple(logprob for r in rounds for logprob in r.logprobs),
+            summarise(rounds, setting, entry.seconds),
+        )
+
+    def _lossless(self, sampled: bool) -> bool:
+        whole = self.sparsity.keep == 1 and self.sparsity.threshold is None
+        if self.correction is None:
+            return whole
+        chain = self.correction.tree_width == 1  # the likeliest branch of a whole draft need not be the greedy one
+        return (whole and chain) or self.correction.lossless(sampled)
+
+    def _failed(self, entry: _Entry, error: SiriusError) -> Update:
+        return Update(entry.ticket, "", Round(()), error=error)
+
+    def _close(self, index: int) -> None:
+        self.session.close(index)
+        self.active[index] = self.active[-1]
+        self.active.pop()
+
+
+def _make_plan(correction: CorrectionConfig | None, ends: frozenset[int]) -> Plan:
+    if correction is None:
+        return Plan(Period(1), judge=Mode.SPARSE, ends=ends)
+    return Plan(
+        make_period(correction),
+        make_rule(correction),
+        ends=ends,
+        width=correction.tree_width,
+        prune=correction.prune,
+        temperature=correction.accept_temperature,
+        rewrite="rewrite" not in correction.ablate,
+        interleave="interleave" not in correction.ablate,
+    )
+
+
+def _out_of_memory(slots: int, error: torch.OutOfMemoryError) -> RequestError:
+    failed = RequestError(
+        f"out of memory with {slots} cache slots for a text; lower max_new_tokens or the batch size, shorten the "
+        "prompt, or load the model in a narrower dtype"
+    )
+    failed.__cause__ = error
+    return failed

@@ -1,0 +1,37 @@
+"""Sampling by noise that is fixed before anyone looks at the scores.
+
+argmax(scores + g) with Gumbel noise g is a sample of softmax(scores). The noise of a text's j-th new token depends on
+the seed and on j alone, so the draft model and the full model draw with the same noise, and agree as often as their
+scores are close. Whatever the draft, the full model's own choice at a place is the same; a rule that lets only that
+choice pass therefore gives the very text that the full model would sample alone, and its distribution with it.
+
+Source of the coupling: Daliri, Musco and Suresh, "Coupling without communication and drafter-invariant speculative
+decoding" (arXiv 2408.07978).
+"""
+
+import torch
+from torch import Tensor
+
+
+class Noise:
+    """The Gumbel noise of one seeded text: a vector [V] for each new token, drawn in order of the tokens."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+        self.drawn: list[Tensor] = []  # of new tokens first, first + 1, ...
+        self.first = 0
+        self.generator: torch.Generator | None = None
+
+    def at(self, token: int, like: Tensor) -> Tensor:
+        """Return the noise of a new token, counted from 0, in the shape, dtype and place of its scores [V]."""
+        if self.generator is None:
+            self.generator = torch.Generator(like.device).manual_seed(self.seed)
+        while self.first + len(self.drawn) <= token:
+            uniform = torch.rand(like.shape, generator=self.generator, device=like.device, dtype=torch.float64)
+            self.drawn.append(uniform.log_().neg_().log_().neg_().to(like.dtype))  # float64: the tail reaches far
+        return self.drawn[token - self.first]
+
+    def forget(self, before: int) -> None:
+        """Let go of the noise of tokens that are certain."""
+        del self.drawn[: before - self.first]
+        self.first = before

@@ -1,0 +1,94 @@
+"""The guesses of a round as a tree, one for each row, laid out as they stand in the cache.
+
+A window of width 3 and three levels, by places after what the row holds; the newest token is the root:
+
+    place    0     1  2  3     4  5  6      7  8  9
+    depth    0     1  1  1     2  2  2      3  3  3       its position, counted from the root's
+    parent   -     0  0  0     1  1  3      4  5  5
+
+A chain is the tree of width 1. Places that a row does not use (it has less room, its text ended, a branch was dropped)
+are dead: their score is minus infinity, and nothing is accepted at them or through them.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sirius.core import Window
+
+
+@dataclass(frozen=True)
+class Tree:
+    """What every row guesses; N places, the root's included.
+
+    tokens   [B, N] int64    the root is the newest token of the text
+    parents  [B, N] int64    the place of each node's parent; the root's is 0
+    depths   [B, N] int64    0 at the root
+    scores   [B, N] float    cumulative log-probability under the draft model; -inf where dead
+    seen     [B, N, N] bool  ancestors of each node, itself included
+    levels   the first place of each level, and N
+    """
+
+    tokens: Tensor
+    parents: Tensor
+    depths: Tensor
+    scores: Tensor
+    seen: Tensor
+    levels: tuple[int, ...]
+
+    @classmethod
+    def root(cls, newest: Tensor) -> "Tree":
+        """Return the tree of the newest tokens alone, newest [B] int64."""
+        tokens = newest[:, None]
+        zeros = torch.zeros_like(tokens)
+        seen = torch.ones(len(newest), 1, 1, dtype=torch.bool, device=newest.device)
+        return cls(tokens, zeros, zeros, zeros.float(), seen, (0, 1))
+
+    @property
+    def alive(self) -> Tensor:
+        """Which places hold a guess (or the root), [B, N] bool."""
+        return self.scores > -torch.inf
+
+    @property
+    def last(self) -> slice:
+        """The places of the deepest level."""
+        return slice(self.levels[-2], self.levels[-1])
+
+    def window(self, level: slice | None = None, fixed: int = 0) -> Window:
+        """Return where the nodes of a level stand for a pass, or all of them."""
+        level = level or slice(0, self.levels[-1])
+        return Window(level.start, self.depths[:, level], self.seen[:, level, : level.stop], fixed)
+
+    def grow(self, likely: Tensor, width: int, prune: float) -> "Tree":
+        """Add a level: the best `width` continuations of the deepest one, ranked by cumulative score.
+
+        likely  [B, m, V]  log-probabilities of the tokens after each node of the deepest level; -inf rules one out
+        prune   continuations under this share of the best one's probability are dead
+        """
+        best, tokens = likely.topk(min(width, likely.shape[2]), dim=-1)
+        pooled = (best + self.scores[:, self.last, None]).flatten(1)
+        scores, order = pooled.topk(min(width, pooled.shape[1]), dim=-1)
+        if prune > 0:
+            scores = torch.where(scores < scores[:, :1] + torch.tensor(prune).log(), -torch.inf, scores)
+        count = max(1, int((scores > -torch.inf).sum(1).max()))
+        scores, order = scores[:, :count], order[:, :count]
+        parents = order // best.shape[2] + self.last.start
+        return self._joined(tokens.flatten(1).gather(1, order), parents, scores)
+
+    def _joined(self, tokens: Tensor, parents: Tensor, scores: Tensor) -> "Tree":
+        rows, count = tokens.shape
+        start = self.levels[-1]
+        dead = scores == -torch.inf
+        parents = parents.masked_fill(dead, 0)
+        own = torch.eye(count, dtype=torch.bool, device=tokens.device).expand(rows, -1, -1)
+        inherited = self.seen.gather(1, parents[:, :, None].expand(-1, -1, start))
+        seen = torch.cat([torch.nn.functional.pad(self.seen, (0, count)), torch.cat([inherited, own], 2)], 1)
+        return Tree(
+            torch.cat([self.tokens, tokens.masked_fill(dead, 0)], 1),
+            torch.cat([self.parents, parents], 1),
+            torch.cat([self.depths, self.depths.gather(1, parents) + 1], 1),
+            torch.cat([self.scores, scores], 1),
+            seen,
+            (*self.levels, start + count),
+        )
