@@ -4,8 +4,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sirius.core import CorrectionConfig, Round, SparsityConfig
-    from sirius.engine import Completion, Engine, Update
+    from sirius.batch import Batch, Completion, Text, Update
+    from sirius.core import CorrectionConfig, Round, SamplingConfig, SparsityConfig
+    from sirius.engine import Engine
     from sirius.errors import ConfigError, FileError, ModelError, RequestError, SiriusError, UnsupportedModelError
     from sirius.hf import SiriusOutput, decode, generate
     from sirius.model.prepare import prepare, restore
@@ -16,7 +17,8 @@ __version__ = "0.1.0"
 
 # Where each public name lives. Looked up at first use, so that `sirius --help` need not wait for torch.
 _HOME = {
-    "Completion": "engine",
+    "Batch": "batch",
+    "Completion": "batch",
     "ConfigError": "errors",
     "CorrectionConfig": "core",
     "Engine": "engine",
@@ -25,14 +27,16 @@ _HOME = {
     "PromptSparsity": "sparsity",
     "RequestError": "errors",
     "Round": "core",
+    "SamplingConfig": "core",
     "SiriusError": "errors",
     "SiriusOutput": "hf",
     "SparsityConfig": "core",
     "Stats": "stats",
+    "Text": "batch",
     "TokenSparsity": "sparsity",
     "Touched": "stats",
     "UnsupportedModelError": "errors",
-    "Update": "engine",
+    "Update": "batch",
     "decode": "hf",
     "generate": "hf",
     "prepare": "model.prepare",
@@ -41,6 +45,7 @@ _HOME = {
 }
 
 __all__ = [
+    "Batch",
     "Completion",
     "ConfigError",
     "CorrectionConfig",
@@ -50,10 +55,12 @@ __all__ = [
     "PromptSparsity",
     "RequestError",
     "Round",
+    "SamplingConfig",
     "SiriusError",
     "SiriusOutput",
     "SparsityConfig",
     "Stats",
+    "Text",
     "TokenSparsity",
     "Touched",
     "UnsupportedModelError",

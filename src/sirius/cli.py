@@ -1,7 +1,7 @@
 """The command `sirius`: parse, call one function, print."""
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
@@ -18,7 +18,7 @@ from sirius.errors import ConfigError, SiriusError
 
 if TYPE_CHECKING:
     from sirius.engine import Completion, Engine, Prompt
-    from sirius.jobs import BadLine, Job
+    from sirius.jobs import Job
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -81,10 +81,27 @@ def generate(
     correct: Annotated[
         bool, typer.Option("--correct/--no-correct", help="Let the full model correct the draft.")
     ] = True,
-    period: Annotated[int, typer.Option(help="Tokens that one check of the full model reads.")] = 16,
-    accept: Annotated[str, typer.Option(help="threshold (the paper's, lossy) or argmax (lossless).")] = "threshold",
+    period: Annotated[str, typer.Option(help="Tokens of a branch that one check reads, or auto.")] = "16",
+    accept: Annotated[
+        str, typer.Option(help="threshold (the paper's), relative, typical: lossy; argmax, sampling: lossless.")
+    ] = "threshold",
     threshold: Annotated[float, typer.Option(help="Least probability of an accepted token.")] = 0.1,
     accept_temperature: Annotated[float, typer.Option(help="Temperature of that probability.")] = 0.6,
+    tree_width: Annotated[int, typer.Option(help="Branches drafted side by side.")] = 1,
+    prune: Annotated[float, typer.Option(help="Drop branches under this share of the best one's probability.")] = 0.0,
+    per_branch: Annotated[bool, typer.Option(help="For fine: a set of neurons for each branch of a tree.")] = False,
+    per_row: Annotated[bool, typer.Option(help="For coarse: a set of neurons for each prompt of a batch.")] = False,
+    refresh: Annotated[float, typer.Option(help="For coarse: share of a checked window in its statistic.")] = 0.0,
+    ablate: Annotated[
+        list[str] | None, typer.Option(help="For studies, lossy: leave out rewrite, interleave or rollback.")
+    ] = None,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens of this probability in all.")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="Sample from so many likeliest tokens; 0 is off.")] = 0,
+    min_p: Annotated[float, typer.Option(help="Leave out tokens under this share of the likeliest one's.")] = 0.0,
+    repetition_penalty: Annotated[float | None, typer.Option(help="[default: the checkpoint's]")] = None,
+    seed: Annotated[int | None, typer.Option(help="The same seed samples the same text.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts of --input decoded side by side.")] = 8,
     max_new_tokens: Annotated[
         int | None, typer.Option(help="Budget of new tokens. [default: 256 or the room left]")
     ] = None,
@@ -98,22 +115,29 @@ def generate(
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
     trust_remote_code: Annotated[bool, typer.Option(help="Run code that comes with the checkpoint.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print a JSON object for each completion.")] = False,
+    logprobs: Annotated[
+        bool, typer.Option("--logprobs", help="In JSON: each token's origin and the full model's log-probability.")
+    ] = False,
 ) -> None:
     """Decode one prompt, or every line of a file."""
     if (prompt is None) == (input is None):
         raise ConfigError("give one of a prompt and --input FILE.jsonl")
     if output is not None and input is None:
         raise ConfigError("--output goes with --input; print one completion with --json")
-    from sirius.core import CorrectionConfig, SparsityConfig
+    from sirius.core import CorrectionConfig, SamplingConfig, SparsityConfig, check_together
     from sirius.sparsity import find
 
     find(sparsity)  # a wrong name is told before a large model is loaded
-    corrected = CorrectionConfig(period, accept, threshold, accept_temperature)  # type: ignore[arg-type] - it checks
+    rules = (_period(period), accept, threshold, accept_temperature, tree_width, prune, tuple(ablate or ()))
+    corrected = CorrectionConfig(*rules) if correct else None  # type: ignore[arg-type] - it checks
+    sampling = SamplingConfig(temperature, top_p, top_k, min_p, repetition_penalty, seed)
+    check_together(sampling, corrected)
     options = {
         "max_new_tokens": max_new_tokens,
         "stop": tuple(stop or ()),
-        "sparsity": SparsityConfig(sparsity, keep, sparsity_threshold),
-        "correction": corrected if correct else None,
+        "sparsity": SparsityConfig(sparsity, keep, sparsity_threshold, per_branch, per_row, refresh),
+        "correction": corrected,
+        "sampling": sampling,
     }
     source = {"model": model or "embedded", "revision": revision, "dtype": dtype}
     settings = {**source, "chat": _chats(chat, model), **_flat(options)}
@@ -122,11 +146,20 @@ def generate(
     def load() -> "Engine":
         return _load(model, dtype, device, revision, trust_remote_code)
 
-    show = _print_json(settings) if json else _print_text
-    if prompt is not None:
-        show(load(), None, _asked(prompt, settings["chat"]), options)
-    elif input is not None:
-        _decode_file(load, _Files(input, output), settings, options, show)
+    form = _Form(settings, json, logprobs)
+    if input is not None:
+        _decode_file(load, _Files(input, output), form, options, batch_size)
+    elif prompt is not None and json:
+        form.show(None, load().generate(_asked(prompt, settings["chat"]), **options))
+    elif prompt is not None:
+        _stream(load(), _asked(prompt, settings["chat"]), options)
+
+
+def _period(text: str) -> int | str:
+    try:
+        return text if text == "auto" else int(text)
+    except ValueError as error:
+        raise ConfigError(f"--period is a whole number or auto; got {text!r}") from error
 
 
 def _chats(chat: bool | None, model: str | None) -> bool:
@@ -138,11 +171,11 @@ def _asked(prompt: "Prompt", chat: bool) -> "Prompt":
 
 
 def _flat(options: dict[str, Any]) -> dict[str, Any]:
-    """Return the options as JSON can hold them, so that a resumed file can be compared."""
-    from dataclasses import asdict, is_dataclass
+    """Return the options as JSON holds them, so that a resumed file can be compared."""
+    import json
+    from dataclasses import asdict
 
-    plain = {k: asdict(v) if is_dataclass(v) and not isinstance(v, type) else v for k, v in options.items()}
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in plain.items()}
+    return json.loads(json.dumps(options, default=asdict))
 
 
 def _load(model: str | None, dtype: str, device: str, revision: str | None, trust_remote_code: bool) -> "Engine":
@@ -168,38 +201,47 @@ def _quieten() -> None:
     logging.disable_progress_bar()
 
 
-Show = Callable[["Engine", "Job | None", "Prompt", dict[str, Any]], "Completion"]
-
-
-def _print_text(engine: "Engine", job: "Job | None", prompt: "Prompt", options: dict[str, Any]) -> "Completion":
-    """Stream a completion's text to the terminal."""
-    if job is not None:
-        out.rule(escape(str(job.id)), align="left")
-    last = None
-    for last in engine.stream(prompt, **options):
-        sys.stdout.write(last.text)
+def _stream(engine: "Engine", prompt: "Prompt", options: dict[str, Any]) -> None:
+    """Write a completion's text to the terminal as it becomes certain."""
+    for update in engine.stream(prompt, **options):
+        sys.stdout.write(update.text)
         sys.stdout.flush()
-    sys.stdout.write("\n")
-    sys.stdout.flush()
-    assert last is not None and last.completion is not None
-    if not last.completion.stats.lossless:
-        err.print("lossy: --accept argmax gives the full model's own greedy text", style="dim", highlight=False)
-    return last.completion
+        if update.completion is not None:
+            sys.stdout.write("\n")
+            _tell_lossy(update.completion)
 
 
-def _print_json(settings: dict[str, Any]) -> Show:
-    def show(engine: "Engine", job: "Job | None", prompt: "Prompt", options: dict[str, Any]) -> "Completion":
-        import json
+def _tell_lossy(done: "Completion") -> None:
+    if not done.stats.lossless:
+        err.print(
+            "lossy: --accept argmax gives the full model's own greedy text, --accept sampling its own samples",
+            style="dim",
+            highlight=False,
+        )
 
-        from sirius.jobs import to_record
 
-        done = engine.generate(prompt, **options)
-        record = to_record(job, done, settings)
-        sys.stdout.write(json.dumps(record, ensure_ascii=False) + "\n")
+@dataclass(frozen=True)
+class _Form:
+    """How completions are written: the settings that each line names, as JSON or text, with every token's details."""
+
+    settings: dict[str, Any]
+    json: bool
+    details: bool
+
+    def show(self, job: "Job | None", done: "Completion") -> None:
+        """Write a whole completion to the terminal."""
+        if not self.json:
+            out.rule(escape("" if job is None else str(job.id)), align="left")
+            sys.stdout.write(f"{done.text}\n")
+            _tell_lossy(done)
+        else:
+            import json
+
+            from sirius.jobs import to_record
+
+            record = to_record(job, done, self.settings, self.details)
+            sys.stdout.write(json.dumps(record, ensure_ascii=False) + "\n")
         sys.stdout.flush()
-        return done
-
-    return show
 
 
 @dataclass(frozen=True)
@@ -211,48 +253,48 @@ class _Files:
 
 
 def _decode_file(
-    load: Callable[[], "Engine"], files: _Files, settings: dict[str, Any], options: dict[str, Any], show: Show
+    load: Callable[[], "Engine"], files: _Files, form: _Form, options: dict[str, Any], batch_size: int
 ) -> None:
-    """Decode every line; bad lines are named and passed over, and make the exit code 2."""
-    from sirius.jobs import Output, read_jobs
+    """Decode every line, several side by side; bad lines are named and passed over, and make the exit code 2."""
+    from sirius.jobs import BadLine, Output, read_jobs
 
-    jobs = list(read_jobs(files.input))
-    output = Output(files.output, settings) if files.output else None
-
-    with closing(output) if output else nullcontext():
-
-        def decode(job: "Job") -> None:
-            prompt = _asked(job.prompt, settings["chat"])
-            if output is None:
-                show(load(), job, prompt, options)
-            elif not output.has(job):
-                output.write(job, load().generate(prompt, **options))
-
-        bad = _each_line(files.input, jobs, decode, shown=output is not None)
+    lines = list(read_jobs(files.input))
+    output = Output(files.output, form.settings, form.details) if files.output else None
+    with closing(output) if output else nullcontext(), _progress("decoding", len(lines), output is not None) as advance:
+        bad = [line for line in lines if isinstance(line, BadLine)]
+        jobs = [line for line in lines if not isinstance(line, BadLine) and not (output and output.has(line))]
+        for line in bad:
+            _complain(f"{files.input} line {line.line}: {line.reason}")
+        advance(to=len(lines) - len(jobs))
+        prompts = [_asked(job.prompt, form.settings["chat"]) for job in jobs]
+        done = load().generate_many(prompts, batch_size=batch_size, **options) if jobs else ()
+        failed = _take(files, jobs, done, output.write if output else form.show, advance)
     if output is not None:
         err.print(f"{len(output.done)} completions in {output.path}", highlight=False, markup=False)
-    if bad:
-        _complain(f"{bad} of {len(jobs)} lines of {files.input} could not be decoded")
+    if bad or failed:
+        _complain(f"{len(bad) + failed} of {len(lines)} lines of {files.input} could not be decoded")
         raise typer.Exit(WRONG_INPUT)
 
 
-def _each_line(path: Path, jobs: "list[Job | BadLine]", decode: Callable[["Job"], None], shown: bool) -> int:
-    """Call `decode` on every job, name the lines that cannot be decoded and return how many there were."""
-    from sirius.errors import RequestError
-    from sirius.jobs import BadLine
+def _take(
+    files: _Files,
+    jobs: "list[Job]",
+    results: "Iterable[tuple[int, Completion | SiriusError]]",
+    write: Callable[["Job", "Completion"], None],
+    advance: Callable[[], None],
+) -> int:
+    """Write completions as they come, name the lines that failed and return how many there were."""
+    from sirius.errors import SiriusError
 
-    bad = 0
-    with _progress("decoding", len(jobs), shown) as advance:
-        for job in jobs:
-            try:
-                if isinstance(job, BadLine):
-                    raise RequestError(job.reason)
-                decode(job)
-            except RequestError as error:
-                bad += 1
-                _complain(f"{path} line {job.line}: {error}")
-            advance()
-    return bad
+    failed = 0
+    for index, done in results:
+        if isinstance(done, SiriusError):
+            failed += 1
+            _complain(f"{files.input} line {jobs[index].line}: {done}")
+        else:
+            write(jobs[index], done)
+        advance()
+    return failed
 
 
 @contextmanager
@@ -306,6 +348,35 @@ def demo(
         return
     out.print(show.table(rows))
     out.print(show.example(engine, settings, seed))
+
+
+@demo_app.command()
+def oracle(
+    problems: Annotated[int, typer.Option(min=1, help="Reasoning problems at each bar.")] = 40,
+    seed: Annotated[int, typer.Option(help="Which problems.")] = 0,
+    sparsity: Annotated[str, typer.Option(help="coarse or fine.")] = "coarse",
+    keep: Annotated[float, typer.Option(help="Fraction of the neurons kept.")] = 0.4,
+    json: Annotated[bool, typer.Option("--json", help="Print the points as JSON.")] = False,
+) -> None:
+    """Step both models side by side and replace unlikely tokens: accuracy against the share replaced."""
+    import json as encoder
+    from dataclasses import asdict
+
+    import torch
+
+    from sirius.core import SparsityConfig
+    from sirius.demo import oracle as study
+    from sirius.demo import show
+
+    chosen = SparsityConfig(sparsity, keep)
+    torch.set_num_threads(1)
+    engine = _load(None, "auto", "cpu", None, False)
+    with _progress("decoding", problems * len(study.BARS)) as advance:
+        points = study.run(engine, chosen, problems, seed, on_problem=advance)
+    if json:
+        sys.stdout.write(encoder.dumps([asdict(point) for point in points], indent=2) + "\n")
+    else:
+        out.print(show.curve(points))
 
 
 @demo_app.command()

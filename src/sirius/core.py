@@ -292,12 +292,14 @@ class Window:
     first   the place of the pass's first token; the others follow it
     depths  [B, T] int64     positions, counted from the first after the held ones
     seen    [B, T, M] bool   which of the places 0 .. M-1 each token looks at, its own among them
+    weights [B, T] float     how likely each token's branch is, 0 of a dead one; each row's sum is 1, or 0
     fixed   the pass leaves the K/V of that many first places as they are (a study: no rewrite)
     """
 
     first: int
     depths: Tensor
     seen: Tensor
+    weights: Tensor
     fixed: int = 0
 
 

@@ -15,6 +15,7 @@ from sirius.errors import FileError
 Identity = str | int
 
 OPENING = b'{"id": '  # how every line that `Output` writes begins
+DETAILS = ("origins", "logprobs")
 
 
 @dataclass(frozen=True)
@@ -89,11 +90,12 @@ def _is_identity(value: Any) -> bool:
     return isinstance(value, str | int) and not isinstance(value, bool)
 
 
-def to_record(job: Job | None, done: Completion, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a completion as the JSON object that sirius writes."""
+def to_record(job: Job | None, done: Completion, settings: Mapping[str, Any], details: bool) -> dict[str, Any]:
+    """Return a completion as the JSON object that sirius writes; `details` are each token's origin and logprob."""
     asked = {} if job is None else {"id": job.id}
     digest = {} if job is None else {"prompt_sha256": job.digest}
-    return {**asked, **asdict(done), **digest, "settings": dict(settings)}
+    fields = {name: value for name, value in asdict(done).items() if details or name not in DETAILS}
+    return {**asked, **fields, **digest, "settings": dict(settings)}
 
 
 class Output:
@@ -103,9 +105,9 @@ class Output:
     line is cut off. Raises FileError where it cannot be written, or was made with other settings.
     """
 
-    def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
-        """Open or create the file at `path` for results of `settings`."""
-        self.path, self.settings = path, dict(settings)
+    def __init__(self, path: Path, settings: Mapping[str, Any], details: bool = False) -> None:
+        """Open or create the file at `path` for results of `settings`, `details` as for `to_record`."""
+        self.path, self.settings, self.details = path, dict(settings), details
         self.done: dict[Identity, str] = {}  # ids of the file's lines, each with its prompt's digest
         with self._writing():
             there = path.read_bytes() if path.is_file() else b""
@@ -122,7 +124,7 @@ class Output:
 
     def write(self, job: Job, done: Completion) -> None:
         """Add a line and see it to the disk."""
-        record = to_record(job, done, self.settings)
+        record = to_record(job, done, self.settings, self.details)
         with self._writing():
             self._file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
             self._file.flush()

@@ -1,26 +1,47 @@
 """The contract: with the argmax rule the text is the full model's, and the cache is what a fresh prefill would hold."""
 
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import cache
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerFast
 
 from conftest import FAMILIES, SHARED, VOCABULARY, greedy, tiny_model
-from sirius.core import CorrectionConfig, Mode, Request, SparsityConfig
-from sirius.decoding.loop import Plan
-from sirius.engine import Engine, Generation
+from letters import make_tokenizer
+from sirius.batch import Batch, Update
+from sirius.core import CorrectionConfig, Mode, SparsityConfig, Window
+from sirius.decoding import loop
+from sirius.engine import Engine
 from sirius.model.prepare import prepare
 from sirius.model.session import Session
 
 pytestmark = pytest.mark.integration
 
 PERIODS = (1, 2, 5, 16, 40)
+WIDTHS = (1, 2, 3, 4, 8)
 PROMPT = [5, 17, 93, 41, 8, 60, 22]
+PROMPTS = [PROMPT, [9, 9], [70, 3, 12, 88, 41, 6, 19, 101, 55, 20, 33]]
 NEW = 48
+BUDGET = 40  # the most that hypothesis asks for
 
 
-def argmax(period: int) -> CorrectionConfig:
-    return CorrectionConfig(period=period, accept="argmax")
+def argmax(period: int | str, width: int = 1, **options) -> CorrectionConfig:
+    return CorrectionConfig(period=period, accept="argmax", tree_width=width, **options)
+
+
+@cache
+def drawn_model(seed: int):
+    return tiny_model(seed=seed, dtype=torch.float64, eos_token_id=None)
+
+
+@cache
+def drawn_text(seed: int, prompt: tuple[int, ...]) -> list[int]:
+    """Return transformers' greedy text; that of a smaller budget is its beginning."""
+    return greedy(drawn_model(seed), list(prompt), BUDGET)
 
 
 @pytest.mark.parametrize("keep", [0.1, 0.5, 0.9])
@@ -39,6 +60,18 @@ def test_argmax_rule_gives_the_full_models_greedy_text(family, method, keep):
         assert keep > 0.1 or period == 1 or got.stats.corrections, "a draft that is never wrong shows nothing"
 
 
+@pytest.mark.parametrize("method", ["coarse", "fine"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_tree_and_a_period_of_its_own_choice_give_it_too(family, method):
+    model = tiny_model(family, eos_token_id=None)
+    want = greedy(model, PROMPT, NEW)
+    engine = Engine(model)
+    for correction in (argmax(2, 4), argmax(6, 4), argmax("auto"), argmax("auto", 4)):
+        got = engine.generate(PROMPT, max_new_tokens=NEW, sparsity=SparsityConfig(method, 0.3), correction=correction)
+        assert list(got.token_ids) == want, str(correction)
+        assert got.stats.lossless and got.stats.drafted
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_end_of_text_falls_on_the_exact_token(family):
     free = greedy(tiny_model(family, eos_token_id=None), PROMPT, NEW)
@@ -47,56 +80,202 @@ def test_end_of_text_falls_on_the_exact_token(family):
         model = tiny_model(family, eos_token_id=ends)
         model.generation_config.eos_token_id = ends
         want = greedy(model, PROMPT, NEW)
-        for period in PERIODS:
-            got = Engine(model).generate(PROMPT, max_new_tokens=NEW, correction=argmax(period))
-            assert list(got.token_ids) == want, f"end at {place}, period {period}"
+        for correction in [*map(argmax, PERIODS), argmax(5, 4)]:
+            got = Engine(model).generate(PROMPT, max_new_tokens=NEW, correction=correction)
+            assert list(got.token_ids) == want, f"end at {place}, {correction}"
             assert got.finish_reason == ("stop" if want[-1] in ends else "length")
 
 
-@settings(max_examples=40, derandomize=True, deadline=None)
-@given(
-    prompt=st.lists(st.integers(3, VOCABULARY - 1), min_size=1, max_size=30),
-    method=st.sampled_from(["coarse", "fine"]),
-    keep=st.floats(0.05, 1.0),
-    period=st.integers(1, 24),
-    new_tokens=st.integers(1, 40),
-    seed=st.integers(0, 3),
+KEEPS = st.floats(0.05, 1.0)
+SPARSITIES = st.one_of(
+    st.builds(
+        SparsityConfig, st.just("coarse"), KEEPS, per_row=st.booleans(), refresh=st.sampled_from([0.0, 0.3, 1.0])
+    ),
+    st.builds(SparsityConfig, st.just("fine"), KEEPS, per_branch=st.booleans()),
+    st.builds(SparsityConfig, st.just("fine"), threshold=st.floats(0, 2), per_branch=st.booleans()),
 )
-def test_any_prompt_period_budget_and_sparsity_give_the_greedy_text(prompt, method, keep, period, new_tokens, seed):
-    model = tiny_model(seed=seed)
-    want = greedy(model, prompt, new_tokens)
-    got = Engine(model).generate(
-        prompt, max_new_tokens=new_tokens, sparsity=SparsityConfig(method, keep), correction=argmax(period)
+CORRECTIONS = st.builds(
+    CorrectionConfig,
+    period=st.one_of(st.integers(1, 24), st.just("auto")),
+    accept=st.just("argmax"),
+    tree_width=st.sampled_from(WIDTHS),
+    prune=st.sampled_from([0.0, 1e-3, 0.1, 1.0]),
+    accept_temperature=st.sampled_from([0.1, 0.6, 5.0]),
+)
+TOKENS = st.lists(st.integers(3, VOCABULARY - 1), min_size=1, max_size=20).map(tuple)
+ROWS = st.sampled_from([1, 3, 8])
+
+
+@settings(max_examples=60, derandomize=True, deadline=None)
+@given(SPARSITIES, CORRECTIONS, ROWS.flatmap(lambda n: st.lists(TOKENS, min_size=n, max_size=n)), st.data())
+def test_any_sparsity_tree_period_and_batch_give_each_prompt_its_greedy_text(sparsity, correction, prompts, data):
+    seed, budget = data.draw(st.integers(0, 2)), data.draw(st.integers(1, BUDGET))
+    rows = data.draw(st.integers(1, len(prompts)))
+    done = Engine(drawn_model(seed)).generate_many(
+        prompts, batch_size=rows, max_new_tokens=budget, sparsity=sparsity, correction=correction
     )
-    assert list(got.token_ids) == want
+    texts = {index: list(got.token_ids) for index, got in done}
+    assert texts == {index: drawn_text(seed, prompt)[:budget] for index, prompt in enumerate(prompts)}
 
 
-@pytest.mark.parametrize("correction", [argmax(5), CorrectionConfig(period=5, threshold=0.05)], ids=["argmax", "lossy"])
+@settings(max_examples=60, derandomize=True, deadline=None)
+@given(
+    SPARSITIES,
+    CORRECTIONS,
+    ROWS.flatmap(lambda n: st.lists(st.tuples(TOKENS, st.integers(1, BUDGET)), min_size=n, max_size=n)),
+    st.data(),
+)
+def test_each_row_keeps_its_own_budget_end_of_text_and_stop_string(sparsity, correction, asked, data):
+    tokenizer, (seed, places) = (
+        make_tokenizer(),
+        data.draw(st.tuples(st.integers(0, 2), st.tuples(*[st.integers(0, 30)] * 3))),
+    )
+    first, last = drawn_text(seed, asked[0][0]), drawn_text(seed, asked[-1][0])
+    stop = tokenizer.decode(last[places[1] : places[1] + 1 + places[2] % 3])
+    engine = Engine(drawn_model(seed), tokenizer)
+    engine.ends = frozenset({first[places[0]]})
+    batch = engine.batch(rows=data.draw(st.integers(1, len(asked))), sparsity=sparsity, correction=correction)
+    tickets = [batch.add(engine.text(list(p), max_new_tokens=budget, stop=stop)) for p, budget in asked]
+    done = {update.ticket: update.completion for update in steps(batch) if update.completion}
+    for ticket, (prompt, budget) in zip(tickets, asked, strict=True):
+        want = cut(drawn_text(seed, prompt)[:budget], engine.ends, stop, tokenizer)
+        assert list(done[ticket].token_ids) == want
+        assert done[ticket].text == tokenizer.decode(want).partition(stop)[0]
+
+
+def steps(batch: Batch) -> Iterator[Update]:
+    while batch.busy:
+        yield from batch.step()
+
+
+def cut(tokens: list[int], ends: frozenset[int], stop: str, tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    """Return a greedy text up to its first end of text or whole stop string; a token is a character."""
+    for count in range(1, len(tokens)):
+        if tokens[count - 1] in ends or stop in tokenizer.decode(tokens[:count]):
+            return tokens[:count]
+    return tokens
+
+
+FRESH = {
+    "chain": argmax(5),
+    "lossy chain": CorrectionConfig(period=5, threshold=0.05),
+    "tree": argmax(4, 4),
+    "lossy tree": CorrectionConfig(period=5, accept="relative", threshold=0.05, tree_width=3, prune=0.01),
+}
+
+
+@pytest.mark.parametrize("correction", FRESH.values(), ids=FRESH)
 @pytest.mark.parametrize("method", ["coarse", "fine"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_after_every_round_the_cache_equals_a_fresh_prefill(family, method, correction):
-    model = tiny_model(family, dtype=torch.float64)
-    request = Request(tuple(PROMPT), NEW, (), SparsityConfig(method, 0.1), correction)
-    generation = Generation(model, request, Plan(NEW))
-    tokens, rejected = list(PROMPT), 0
-    for step in generation.rounds():
-        tokens += step.tokens
-        rejected += len(step.draft) - step.accepted
-        _assert_fresh(generation.session, tokens[:-1])
+    engine = Engine(tiny_model(family, dtype=torch.float64, eos_token_id=None))
+    batch = engine.batch(rows=2, sparsity=SparsityConfig(method, 0.1), correction=correction)
+    for prompt, budget in zip(PROMPTS, (24, 9, 16), strict=True):
+        batch.add(engine.text(prompt, max_new_tokens=budget))
+    rejected = 0
+    for _ in iter(lambda: batch.busy, False):
+        rejected += sum(len(update.round.draft) - update.round.accepted for update in batch.step())
+        for index, entry in enumerate(batch.active):
+            assert_fresh(batch.session, index, entry.row.tokens[:-1])
     assert rejected, "no draft was ever rejected, so this run shows nothing"
 
 
-def _assert_fresh(session: Session, tokens: list[int]) -> None:
-    eager = session.mask_dtype is not None
-    bound = 1e-5 if eager else 1e-9  # transformers' eager attention takes its softmax in float32
-    fresh = Session(session.model, session.mlps, None, slots=len(tokens))
-    fresh.read(torch.tensor([tokens]), Mode.DENSE)
-    assert session.cache.lengths.tolist() == [len(tokens)]
+def assert_fresh(session: Session, row: int, tokens: list[int]) -> None:
     session.cache.check_integrity()
+    assert int(session.cache.lengths[row]) == len(tokens)
+    eager = session.mask_dtype is not None
+    assert staleness(session, row, tokens) < (1e-5 if eager else 1e-9)  # eager attention's softmax is in float32
+
+
+def staleness(session: Session, row: int, tokens: list[int]) -> float:
+    """Return how far a row's keys and values are from those of a fresh dense prefill, relative to the largest."""
+    fresh = Session(session.model, session.mlps)
+    fresh.open(torch.tensor(tokens), slots=len(tokens))
+    furthest = 0.0
     for ours, theirs in zip(session.cache.slot_layers, fresh.cache.slot_layers, strict=True):
-        for got, want in ((ours.keys, theirs.keys), (ours.values, theirs.values)):
-            assert got is not None and want is not None
-            torch.testing.assert_close(got[:, : len(tokens)], want, rtol=bound, atol=bound / 100)
+        for got, want in zip(ours.stores, theirs.stores, strict=True):
+            distance = (got[row, : len(tokens)] - want[0]).abs().max() / want.abs().max()
+            furthest = max(furthest, float(distance))
+    return furthest
+
+
+def test_a_correction_read_at_the_wrong_node_is_caught(monkeypatch):
+    """The published code's mistake: on a rejection the scores are taken from the rejected node, not its parent."""
+    right = loop.longest_paths
+
+    def wrong(check, passed):
+        return [
+            replace(v, next=int(check.choice[b, v.tip[len(v.path)]])) if v.origin == "correction" else v
+            for b, v in enumerate(right(check, passed))
+        ]
+
+    model = tiny_model(eos_token_id=None)
+    want = greedy(model, PROMPT, NEW)
+    monkeypatch.setattr(loop, "longest_paths", wrong)
+    for width in WIDTHS:
+        got = Engine(model).generate(PROMPT, max_new_tokens=NEW, sparsity="fine", correction=argmax(6, width))
+        assert list(got.token_ids) != want, f"width {width}"
+
+
+@pytest.mark.parametrize("width", [1, 3])
+def test_without_the_rewrite_the_drafts_keys_and_values_stay(width):
+    def furthest(**ablation):
+        engine = Engine(tiny_model(dtype=torch.float64, eos_token_id=None))
+        correction = argmax(5, width, **ablation)
+        batch = engine.batch(sparsity=SparsityConfig("fine", 0.5), correction=correction)
+        batch.add(engine.text(PROMPT, max_new_tokens=30))
+        distances = []
+        while batch.busy:
+            batch.step()
+            distances += [staleness(batch.session, i, e.row.tokens[:-1]) for i, e in enumerate(batch.active)]
+        return max(distances)
+
+    assert furthest() < 1e-9
+    assert furthest(ablate=("rewrite",)) > 1e-2
+
+
+@pytest.mark.parametrize("width", [1, 3])
+def test_without_interleaving_there_is_no_token_after_a_draft_that_passed(width):
+    model = tiny_model(eos_token_id=None)
+
+    def decoded(**ablation):
+        correction = argmax(4, width, **ablation)
+        return Engine(model).generate(PROMPT, max_new_tokens=NEW, sparsity="fine", correction=correction)
+
+    without = decoded(ablate=("interleave",))
+    assert "bonus" in decoded().origins and "bonus" not in without.origins
+    assert list(without.token_ids) == greedy(model, PROMPT, NEW), "only the pace is another"
+    assert not without.stats.lossless
+
+
+@pytest.mark.parametrize("width", [1, 3])
+def test_without_rollback_every_guess_stays(width):
+    model = tiny_model(eos_token_id=None)
+    correction = argmax(4, width, ablate=("rollback",))
+    got = Engine(model).generate(PROMPT, max_new_tokens=NEW, sparsity="fine", correction=correction)
+    assert got.stats.accepted == got.stats.drafted > 0 and "correction" not in got.origins
+    assert list(got.token_ids) != greedy(model, PROMPT, NEW) and not got.stats.lossless
+
+
+@pytest.mark.parametrize("accept", ["threshold", "relative", "typical"])
+@pytest.mark.parametrize("width", [1, 4])
+def test_a_lossy_rule_keeps_more_guesses_and_is_called_lossy(accept, width):
+    engine = Engine(tiny_model(eos_token_id=None))
+
+    def kept(rule):
+        options = {"max_new_tokens": NEW, "sparsity": SparsityConfig("fine", 0.2)}
+        correction = CorrectionConfig(6, rule, threshold=0.01, accept_temperature=1.0, tree_width=width)
+        return engine.generate(PROMPT, **options, correction=correction).stats
+
+    assert kept(accept).aal > kept("argmax").aal
+    assert kept("argmax").lossless and not kept(accept).lossless
+
+
+def test_a_threshold_above_one_half_is_exact_on_trees_too():
+    model = tiny_model(eos_token_id=None)
+    correction = CorrectionConfig(6, threshold=0.51, accept_temperature=2.0, tree_width=4)
+    got = Engine(model).generate(PROMPT, max_new_tokens=NEW, sparsity="fine", correction=correction)
+    assert list(got.token_ids) == greedy(model, PROMPT, NEW) and got.stats.lossless
 
 
 @pytest.mark.parametrize("method", ["coarse", "fine"])
@@ -195,14 +374,16 @@ def test_a_fixed_threshold_of_fine_is_exact_and_its_density_measured():
 def test_rows_of_different_lengths_share_a_session():
     """Each row's scores equal those of the row alone, through a real model, cut back and read again."""
     model = tiny_model(dtype=torch.float64)
-    rows = torch.tensor([[5, 6, 7, 8, 9], [15, 16, 17, 18, 19]])
-    session = Session(model, prepare(model), None, slots=12, rows=2)
-    session.read(rows, Mode.DENSE)
-    session.truncate(torch.tensor([5, 2]))
-    got = session.read(torch.tensor([[30, 31], [40, 41]]), Mode.DENSE)
-    assert session.cache.lengths.tolist() == [7, 4]
-    for row, tokens in enumerate(([5, 6, 7, 8, 9, 30, 31], [15, 16, 40, 41])):
-        want = model(torch.tensor([tokens])).logits[0, -2:]
+    session = Session(model, prepare(model))
+    for prompt in ([5, 6, 7, 8, 9], [15, 16]):
+        session.open(torch.tensor(prompt), slots=12)
+    chain = Window(0, torch.arange(2).expand(2, -1), torch.ones(2, 2, 2).tril().bool())
+    for wrong in (True, False):
+        tokens = torch.tensor([[30, 31], [40, 41]]) + wrong
+        got = session.read(tokens, Mode.DENSE, chain)
+    assert session.cache.lengths.tolist() == [5, 2]
+    for row, whole in enumerate(([5, 6, 7, 8, 9, 30, 31], [15, 16, 40, 41])):
+        want = model(torch.tensor([whole])).logits[0, -2:]
         torch.testing.assert_close(got[row], want, rtol=1e-9, atol=1e-9)
 
 

@@ -1,27 +1,118 @@
+"""Rules of acceptance and the branch they leave, on trees made by hand and by brute force on drawn ones."""
+
+from functools import partial
+from math import exp, log
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
-from sirius.core import CorrectionConfig
-from sirius.decoding.accept import accept_argmax, accept_threshold, make_rule
+from sirius.core import AcceptName, CorrectionConfig, Verdict
+from sirius.decoding.accept import (
+    Check,
+    Rule,
+    accept_own,
+    accept_relative,
+    accept_threshold,
+    accept_typical,
+    longest_paths,
+    make_rule,
+    without_interleave,
+)
+from sirius.decoding.tree import Tree
 
 V = 5
+INF = float("inf")
+LOSSY = [accept_threshold, accept_relative, accept_typical]
 
 
-def scores_of(best: list[int], margin: float = 4.0) -> torch.Tensor:
-    """Return scores [K, V] whose argmax is `best`, ahead of the rest by `margin`."""
-    return torch.nn.functional.one_hot(torch.tensor(best), V) * margin
+def tree_of(parents: list[list[int]], tokens: list[list[int]], scores: list[list[float]]) -> Tree:
+    """Return the tree in which each node has the parent given; the root comes first, and parents before children."""
+    depths = torch.zeros(len(parents), len(parents[0]), dtype=torch.int64)
+    seen = torch.eye(len(parents[0]), dtype=torch.bool).repeat(len(parents), 1, 1)
+    for row, line in enumerate(parents):
+        for node, parent in list(enumerate(line))[1:]:
+            depths[row, node] = depths[row, parent] + 1
+            seen[row, node] |= seen[row, parent]
+    return Tree(torch.tensor(tokens), torch.tensor(parents), depths, torch.tensor(scores), seen, (0, len(parents[0])))
 
 
-def windows():
-    size = st.integers(0, 8)
-    return size.flatmap(
-        lambda n: st.tuples(
-            st.lists(st.integers(0, V - 1), min_size=n, max_size=n),
-            st.lists(st.lists(st.floats(-5, 5), min_size=V, max_size=V), min_size=n + 1, max_size=n + 1),
-        )
-    )
+def chain_of(tokens: list[int]) -> Tree:
+    nodes = range(len(tokens) + 1)
+    return tree_of([[max(0, n - 1) for n in nodes]], [[0, *tokens]], [[-float(n) for n in nodes]])
+
+
+def check_of(tree: Tree, scores: Tensor, choice: list[list[int]] | None = None) -> Check:
+    """Return a check of scores [N, V] or [B, N, V]; greedy, unless what the full model samples is given."""
+    scores = scores.expand(len(tree.tokens), -1, -1)
+    return Check(tree, scores, scores.argmax(-1) if choice is None else torch.tensor(choice))
+
+
+def judged(scores: list[float], guess: int, rule: Rule) -> bool:
+    """Tell whether a single guess passes, given the scores it is judged by."""
+    return bool(rule(check_of(chain_of([guess]), torch.tensor([scores, scores])))[0, 1])
+
+
+def probabilities(scores: list[float], temperature: float) -> list[float]:
+    weights = [exp(score / temperature) for score in scores]
+    return [weight / sum(weights) for weight in weights]
+
+
+def verdict_of(tree: Tree, passed: list[bool], choice: list[int]) -> Verdict:
+    check = Check(tree, torch.zeros(1, len(choice), V), torch.tensor([choice]))
+    return longest_paths(check, torch.tensor([passed]))[0]
+
+
+@st.composite
+def checks(draw, sampled: bool = False):
+    """Draw rows of trees, dead nodes among them, with the full model's scores, and which guesses pass."""
+    rows, levels = draw(st.integers(1, 3)), draw(st.lists(st.integers(1, 3), max_size=4))
+    g = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
+    first = [1 + sum(levels[:i]) for i in range(len(levels) + 1)]
+    parents, tokens, scores = [], [], []
+    for _ in range(rows):
+        line, values = [0], [0.0]
+        for level, count in enumerate(levels):
+            before = list(range(first[level - 1], first[level])) if level else [0]
+            for _ in range(count):
+                parent = before[int(torch.randint(len(before), (), generator=g))]
+                dead = values[parent] == -INF or float(torch.rand((), generator=g)) < 0.15
+                line.append(0 if dead else parent)
+                values.append(-INF if dead else values[parent] - float(torch.rand((), generator=g)))
+        parents.append(line)
+        scores.append(values)
+        tokens.append(torch.randint(V, (len(line),), generator=g).tolist())
+    tree = tree_of(parents, tokens, scores)
+    full = 2 * torch.randn(rows, first[-1], V, dtype=torch.float64, generator=g)
+    choice = torch.randint(V, (rows, first[-1]), generator=g) if sampled else full.argmax(-1)
+    return Check(tree, full, choice), torch.rand(rows, first[-1], generator=g) < 0.7
+
+
+def branch(check: Check, row: int, node: int) -> tuple[int, ...]:
+    """Return the places from the root's child down to a node."""
+    return (*branch(check, row, int(check.tree.parents[row, node])), node) if node else ()
+
+
+def furthest(check: Check, row: int, among: list[tuple[int, ...]]) -> tuple[int, ...]:
+    """Return the longest of some branches, of those the one of highest score."""
+    return max(among, key=lambda path: (len(path), float(check.tree.scores[row, path[-1] if path else 0])))
+
+
+def by_brute_force(check: Check, passed: Tensor, row: int) -> Verdict:
+    every = [branch(check, row, n) for n in range(check.choice.shape[1]) if check.tree.alive[row, n]]
+    path = furthest(check, row, [b for b in every if all(passed[row, n] for n in b)])
+    tip = furthest(check, row, [b for b in every if b[: len(path)] == path])
+    origin = "full" if not tip else "bonus" if tip == path else "correction"
+    return Verdict(path, int(check.choice[row, path[-1] if path else 0]), origin, tip)
+
+
+@settings(derandomize=True, deadline=None, max_examples=200)
+@given(checks())
+def test_each_row_keeps_its_longest_branch_of_passing_guesses(drawn):
+    check, passed = drawn
+    assert longest_paths(check, passed) == [by_brute_force(check, passed, row) for row in range(len(passed))]
 
 
 @pytest.mark.parametrize(
@@ -29,45 +120,114 @@ def windows():
     [([1, 2, 3], [1, 2, 3, 4], 3), ([1, 2, 3], [1, 0, 3, 4], 1), ([1, 2, 3], [0, 2, 3, 4], 0), ([], [2], 0)],
     ids=["all", "first only", "none, though later ones match", "nothing drafted"],
 )
-def test_argmax_keeps_the_leading_matches_and_adds_the_row_after_them(draft, best, kept):
-    verdict = accept_argmax(torch.tensor(draft, dtype=torch.int64), scores_of(best))
-    assert (verdict.kept, verdict.next) == (kept, best[kept])
+def test_a_chain_keeps_the_leading_matches_and_adds_the_choice_after_them(draft, best, kept):
+    check = check_of(chain_of(draft), torch.nn.functional.one_hot(torch.tensor(best), V).double())
+    verdict = longest_paths(check, accept_own(check))[0]
+    assert (verdict.path, verdict.next, len(verdict.tip)) == (tuple(range(1, kept + 1)), best[kept], len(draft))
 
 
-def test_threshold_is_on_the_tempered_probability():
-    scores = torch.tensor([[2.0, 1.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0, 9.0]])
-    probability = float(torch.softmax(scores[0] / 0.6, -1)[1])
-    draft = torch.tensor([1])
-    for threshold, kept in ((probability - 1e-4, 1), (probability + 1e-4, 0)):
-        verdict = accept_threshold(draft, scores, threshold=threshold, temperature=0.6)
-        assert (verdict.kept, verdict.next) == (kept, 4 if kept else 0)
+def test_of_equally_long_branches_the_likelier_stays():
+    for scores in ([0.0, -1.0, -2.0], [0.0, -2.0, -1.0]):
+        tree = tree_of([[0, 0, 0]], [[0, 1, 2]], [scores])
+        assert verdict_of(tree, [False, True, True], [0, 3, 4]).path == (1 + (scores[2] > scores[1]),)
 
 
-def test_the_argmax_passes_though_its_probability_is_under_the_threshold():
-    scores = torch.zeros(2, V)
-    scores[0, 3] = 1e-3
-    assert accept_threshold(torch.tensor([3]), scores, threshold=0.9, temperature=0.6).kept == 1
-    assert accept_threshold(torch.tensor([2]), scores, threshold=0.9, temperature=0.6).kept == 0
+def test_the_next_token_is_read_at_the_last_kept_guess():
+    tree = tree_of([[0, 0, 0, 2]], [[0, 1, 2, 3]], [[0.0, -1.0, -2.0, -3.0]])
+    assert verdict_of(tree, [False, False, True, False], [1, 2, 3, 4]) == Verdict((2,), 3, "correction", (2, 3))
+
+
+def test_a_sibling_whose_continuations_were_dropped_may_win():
+    tree = tree_of([[0, 0, 0, 1]], [[0, 1, 2, 3]], [[0.0, -1.0, -2.0, -1.5]])
+    assert verdict_of(tree, [False, False, True, True], [2, 0, 4, 0]) == Verdict((2,), 4, "bonus", (2,))
+
+
+def test_the_tip_follows_what_was_kept_and_not_the_deepest_guess_of_all():
+    tree = tree_of([[0, 0, 0, 1, 2]], [[0, 1, 2, 3, 3]], [[0.0, -1.0, -2.0, -1.5, -9.0]])
+    assert verdict_of(tree, [False, False, True, True, False], [2, 0, 4, 0, 0]).tip == (2, 4)
+
+
+def test_where_nothing_was_drafted_the_token_is_the_full_models():
+    tree = tree_of([[0, 0]], [[0, 0]], [[0.0, -INF]])
+    assert verdict_of(tree, [True, True], [3, 1]) == Verdict((), 3, "full", ())
+
+
+@pytest.mark.parametrize("scores", [[2.0, 1.0, 0.0, 0.5, -1.0], [9.0, 0.0, 0.0, 0.0, 0.0], [1.0, 0.9, 0.8, 0.7, 0.6]])
+@pytest.mark.parametrize("temperature", [0.3, 0.6, 2.0])
+@pytest.mark.parametrize("rule", LOSSY)
+def test_a_guess_passes_up_to_the_rules_bound(rule, temperature, scores):
+    """Thresholds just under and just over the bound, solved by hand for each rule."""
+    p = probabilities(scores, temperature)
+    entropy = -sum(each * log(each) for each in p)
+    for guess in range(1, V):
+        typical = max(p[guess], p[guess] ** 2 * exp(2 * entropy))
+        bound = {accept_threshold: p[guess], accept_relative: p[guess] / p[0], accept_typical: typical}[rule]
+        for threshold, passes in ((0.98 * bound, True), (1.02 * bound, False)):
+            assert judged(scores, guess, partial(rule, threshold=threshold, temperature=temperature)) is passes
+
+
+def test_the_entropy_of_ruled_out_tokens_is_nothing():
+    scores = [0.1, 0.0, 0.0, -INF, -INF]
+    assert judged(scores, 1, partial(accept_typical, threshold=0.9, temperature=1.0))
+    assert not judged(scores, 3, partial(accept_typical, threshold=0.9, temperature=1.0))
+
+
+@pytest.mark.parametrize("rule", [accept_own, *(partial(r, threshold=1.0, temperature=0.6) for r in LOSSY)])
+@settings(derandomize=True, deadline=None)
+@given(drawn=checks(sampled=True))
+def test_the_full_models_own_choice_passes_under_every_rule(rule, drawn):
+    check, _ = drawn
+    own = torch.stack([c[p] for c, p in zip(check.choice, check.tree.parents, strict=True)]) == check.tree.tokens
+    assert bool(rule(check)[own].all())
 
 
 @settings(derandomize=True, deadline=None)
-@given(windows(), st.floats(0.5001, 1.0), st.floats(0.05, 5.0))
-def test_above_one_half_the_threshold_is_the_argmax_rule(window, threshold, temperature):
-    draft, scores = torch.tensor(window[0], dtype=torch.int64), torch.tensor(window[1], dtype=torch.float64)
-    assert accept_threshold(draft, scores, threshold=threshold, temperature=temperature) == accept_argmax(draft, scores)
+@given(checks(sampled=True))
+def test_the_own_rule_passes_nothing_else(drawn):
+    check, _ = drawn
+    row, parents = torch.arange(len(check.choice))[:, None], check.tree.parents
+    assert torch.equal(accept_own(check), check.tree.tokens == check.choice[row, parents])
 
 
 @settings(derandomize=True, deadline=None)
-@given(windows(), st.floats(0, 1), st.floats(0, 1))
-def test_a_lower_threshold_never_keeps_less(window, one, other):
-    draft, scores = torch.tensor(window[0], dtype=torch.int64), torch.tensor(window[1], dtype=torch.float64)
-    low, high = sorted((one, other))
-    kept = [accept_threshold(draft, scores, threshold=t, temperature=0.6).kept for t in (0.0, low, high)]
-    assert kept[0] == len(draft) and kept[1] >= kept[2]
+@given(checks(), st.floats(0.5001, 1.0), st.floats(0.05, 5.0))
+def test_above_one_half_the_threshold_is_the_own_rule(drawn, threshold, temperature):
+    check, _ = drawn
+    passed = accept_threshold(check, threshold=threshold, temperature=temperature)
+    assert longest_paths(check, passed) == longest_paths(check, accept_own(check))
+
+
+@pytest.mark.parametrize("rule", LOSSY)
+@settings(derandomize=True, deadline=None)
+@given(drawn=checks(sampled=True), one=st.floats(0, 1), other=st.floats(0, 1))
+def test_a_lower_threshold_never_keeps_fewer(rule, drawn, one, other):
+    check, _ = drawn
+    everything, low, high = (
+        [len(v.path) for v in longest_paths(check, rule(check, threshold=t, temperature=0.6))]
+        for t in (0.0, min(one, other), max(one, other))
+    )
+    assert everything == torch.where(check.tree.alive, check.tree.depths, 0).amax(1).tolist()
+    assert all(more >= less for more, less in zip(low, high, strict=True))
 
 
 def test_a_configuration_names_its_rule():
-    draft, scores = torch.tensor([0]), torch.tensor([[1.0, 1.1], [0.0, 1.0]])
-    assert make_rule(CorrectionConfig(accept="argmax"))(draft, scores).kept == 0
-    assert make_rule(CorrectionConfig(accept="threshold", threshold=0.2))(draft, scores).kept == 1
-    assert make_rule(CorrectionConfig(threshold=0.48, accept_temperature=1e-2))(draft, scores).kept == 0
+    scores = [1.1, 1.0, 0.0, 0.0, 0.0]  # at temperature 0.6 token 1 has probability 0.364, 0.846 times token 0's
+    names: dict[tuple[AcceptName, float], bool] = {
+        ("argmax", 0.1): False,
+        ("sampling", 0.1): False,
+        ("threshold", 0.37): False,
+        ("threshold", 0.36): True,
+        ("relative", 0.84): True,
+        ("relative", 0.85): False,
+        ("typical", 0.999): True,
+    }
+    for (accept, threshold), passes in names.items():
+        assert judged(scores, 1, make_rule(CorrectionConfig(accept=accept, threshold=threshold))) is passes
+    assert not judged(scores, 1, make_rule(CorrectionConfig(threshold=0.35, accept_temperature=1e-2)))
+    assert judged(scores, 4, make_rule(CorrectionConfig(accept="argmax", ablate=("rollback",))))
+
+
+def test_without_interleaving_the_last_guess_of_a_whole_draft_is_the_newest_token():
+    whole, broken = Verdict((1, 3), 9, "bonus", (1, 3)), Verdict((1,), 9, "correction", (1, 3))
+    assert without_interleave(whole, [4, 5, 6, 7]) == Verdict((1,), 7, "draft", (1, 3))
+    assert without_interleave(broken, [4, 5, 6, 7]) is broken

@@ -7,9 +7,9 @@ from torch import nn
 from sirius import sparsity
 from sirius.core import SparsityConfig
 from sirius.errors import ConfigError
-from sirius.kernels.reference import Neurons, gated_mlp, gated_mlp_rows
-from sirius.model.mlp import SparseMLP, agrees, observing, sparse
-from sirius.sparsity import Sparsity
+from sirius.model.mlp import Chosen, Observe, Route, SparseMLP, agrees, packed
+from sirius.sparsity import PromptSparsity, TokenSparsity
+from sirius.sparsity.coarse import CoarseSparsity
 
 H, F = 37, 45
 SEPARATE = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
@@ -35,10 +35,10 @@ class Gated(nn.Module):
 
 
 @pytest.fixture(autouse=True)
-def nan_filled_memory():
+def nan_filled_memory(monkeypatch):
     """Fresh memory holds NaN, so an output that was never written cannot pass by luck."""
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    monkeypatch.setattr("torch.utils.deterministic.fill_uninitialized_memory", True)
     yield
     torch.use_deterministic_algorithms(False)
 
@@ -52,8 +52,35 @@ def sparse_mlp(original: Gated) -> SparseMLP:
     return SparseMLP(original, FUSED if original.fused else SEPARATE, original.act_fn)
 
 
-def tokens(count: int = 5) -> torch.Tensor:
-    return torch.randn(1, count, H, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+def tokens(count: int = 5, rows: int = 1) -> torch.Tensor:
+    return torch.randn(rows, count, H, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def coarse(x: torch.Tensor, mlp: SparseMLP, **options) -> PromptSparsity:
+    """Return a method that has seen a prompt x [1, T, H]."""
+    method = sparsity.create(SparsityConfig("coarse", **options), (F,))
+    assert isinstance(method, PromptSparsity)
+    routed(mlp, Observe(lambda z: method.observe(0, z.flatten(0, -2))), x)
+    return method
+
+
+def fine(keep: float = 0.5, **options) -> TokenSparsity:
+    method = sparsity.create(SparsityConfig("fine", keep, **options), (F,))
+    assert isinstance(method, TokenSparsity)
+    return method
+
+
+def sizes(mlp: SparseMLP, x: torch.Tensor) -> torch.Tensor:
+    """Return |act(gate(x))| [..., F]."""
+    return nn.functional.silu(nn.functional.linear(x, mlp.neurons.gate, mlp.neurons.gate_bias)).abs()
+
+
+def marked(index: torch.Tensor) -> torch.Tensor:
+    return torch.zeros(F, dtype=torch.bool).index_fill(0, index, True)
+
+
+def no_weights() -> torch.Tensor:
+    raise AssertionError("a token alone needs no weight")
 
 
 def masked(mlp: SparseMLP, x: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
@@ -71,8 +98,8 @@ def close(got: torch.Tensor, want: torch.Tensor) -> None:
     assert float((got - want).square().mean().sqrt() / want.square().mean().sqrt()) < 1e-14
 
 
-def routed(mlp: SparseMLP, method: Sparsity, x: torch.Tensor) -> torch.Tensor:
-    mlp.route = sparse(method, 0, mlp)
+def routed(mlp: SparseMLP, route: Route | None, x: torch.Tensor) -> torch.Tensor:
+    mlp.route = route
     try:
         return mlp(x)
     finally:
@@ -108,53 +135,67 @@ def test_restoring_gives_the_original_back(original):
     assert original.down_proj.weight.is_contiguous()
 
 
-@pytest.mark.parametrize("keep", [0.1, 0.5, 0.9])
-def test_the_coarse_route_is_the_mlp_of_its_neurons(original, keep):
-    mlp, x = sparse_mlp(original), tokens()
-    method = sparsity.create(SparsityConfig("coarse", keep), (F,))
-    mlp.route = observing(method, 0)
-    close(mlp(x), original(x))
-    mlp.route = None
-    kept = torch.zeros(F, dtype=torch.bool)
-    kept[method.select(0)] = True
-    for count in (1, 4):
-        close(routed(mlp, method, tokens(count)), masked(mlp, tokens(count), kept))
-
-
 def test_what_is_observed_is_each_neurons_output(original):
     mlp, x, seen = sparse_mlp(original), tokens(), []
-    method = sparsity.create(SparsityConfig("coarse"), (F,))
-    method.observe = lambda layer, z: seen.append((layer, z))
-    mlp.route = observing(method, 3)
-    out = mlp(x)
-    (layer, z), bias = seen[0], mlp.neurons.down_bias
-    assert layer == 3 and z.shape == (5, F)
-    close(z @ mlp.neurons.down + (0 if bias is None else bias), out[0])
+    out = routed(mlp, Observe(seen.append), x)
+    close(out, original(x))
+    assert seen[0].shape == (1, 5, F)
+    bias = 0 if mlp.neurons.down_bias is None else mlp.neurons.down_bias
+    close(seen[0] @ mlp.neurons.down + bias, out)
 
 
-@pytest.mark.parametrize("count", [1, 4], ids=["rows gathered", "mask"])
+@pytest.mark.parametrize("keep", [0.1, 0.5, 0.9])
+def test_the_coarse_route_is_the_mlp_of_its_neurons(original, keep):
+    mlp = sparse_mlp(original)
+    method = coarse(tokens(), mlp, keep=keep)
+    for count in (1, 4):
+        x = tokens(count)
+        close(routed(mlp, packed([method], 0, mlp), x), masked(mlp, x, marked(method.select(0))))
+
+
+@pytest.mark.parametrize("per_row", [False, True], ids=["one set", "a set for each row"])
+def test_rows_of_prompts_share_a_set_or_have_their_own(original, per_row):
+    mlp, x = sparse_mlp(original), tokens(2, rows=3)
+    methods = [coarse(tokens(9)[:, 3 * row : 3 * row + 3], mlp, keep=0.4, per_row=per_row) for row in range(3)]
+    own, together = [each.select(0) for each in methods], methods[0].select(0, methods[1:])
+    assert len({tuple(index.tolist()) for index in (*own, together)}) == 4
+    got = routed(mlp, packed(methods, 0, mlp), x)
+    for row in range(3):
+        close(got[row], masked(mlp, x[row], marked(own[row] if per_row else together)))
+
+
+@pytest.mark.parametrize("per_row", [False, True])
+def test_a_method_that_keeps_every_neuron_is_the_dense_route(original, per_row):
+    mlp = sparse_mlp(original)
+    assert packed([coarse(tokens(), mlp, keep=1.0, per_row=per_row)] * 2, 0, mlp) is None
+
+
+@pytest.mark.parametrize("rows", [1, 3], ids=["rows gathered", "mask"])
 @pytest.mark.parametrize("keep", [0.05, 0.5, 0.95])
-def test_the_fine_route_is_the_mlp_of_each_tokens_neurons(original, keep, count):
-    mlp, x = sparse_mlp(original), tokens(count)
-    method = sparsity.create(SparsityConfig("fine", keep), (F,))
-    gated = nn.functional.silu(nn.functional.linear(x, mlp.neurons.gate, mlp.neurons.gate_bias))
-    close(routed(mlp, method, x), masked(mlp, x, method.choose(0, gated)))
+def test_the_fine_route_is_the_mlp_of_each_tokens_neurons(original, keep, rows):
+    mlp, x, method = sparse_mlp(original), tokens(1, rows), fine(keep)
+    close(routed(mlp, Chosen(method, 0, no_weights), x), masked(mlp, x, method.choose(0, sizes(mlp, x))))
+
+
+@pytest.mark.parametrize("rows", [1, 2], ids=["rows gathered", "mask"])
+def test_a_rows_branches_share_the_neurons_of_their_weighed_mean(original, rows):
+    mlp, x, method = sparse_mlp(original), tokens(3, rows), fine(0.4)
+    weights = torch.tensor([[0.7, 0.3, 0.0], [0.2, 0.2, 0.6]])[:rows]
+    mean = sum(weights[:, [t], None].double() * sizes(mlp, x)[:, [t]] for t in range(3))
+    assert isinstance(mean, torch.Tensor) and mean.shape == (rows, 1, F)
+    close(routed(mlp, Chosen(method, 0, lambda: weights), x), masked(mlp, x, method.choose(0, mean)))
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_branches_have_neurons_of_their_own_where_that_is_asked_for(original, rows):
+    mlp, x, method = sparse_mlp(original), tokens(3, rows), fine(0.4, per_branch=True)
+    close(routed(mlp, Chosen(method, 0, no_weights), x), masked(mlp, x, method.choose(0, sizes(mlp, x))))
 
 
 def test_a_threshold_that_nothing_passes_leaves_the_bias_alone(original):
     mlp, x = sparse_mlp(original), tokens(1)
-    got = routed(mlp, sparsity.create(SparsityConfig("fine", threshold=1e9), (F,)), x)
+    got = routed(mlp, Chosen(fine(threshold=1e9), 0, no_weights), x)
     assert torch.equal(got, masked(mlp, x, torch.zeros(F)))
-
-
-@pytest.mark.parametrize("k", [1, 2, 44, 45])
-def test_gathered_rows_equal_the_whole_mlp_of_those_rows(k):
-    g = torch.Generator().manual_seed(k)
-    gate, up, down = (torch.randn(F, H, dtype=torch.float64, generator=g) for _ in range(3))
-    neurons, x = Neurons(gate, up, down), tokens(1)
-    index = torch.randperm(F, generator=g)[:k]
-    gated = nn.functional.silu(x @ gate.T)
-    close(gated_mlp_rows(gated, x, neurons, index), gated_mlp(x, neurons.rows(index), nn.functional.silu))
 
 
 def test_a_difference_is_noticed(original):
@@ -169,8 +210,9 @@ def test_a_difference_is_noticed(original):
     [torch.ones(F, dtype=torch.bool), torch.tensor([1, 1]), torch.tensor([F]), torch.tensor([-1]), torch.tensor([[1]])],
     ids=["mask", "repeated", "too large", "negative", "not flat"],
 )
-def test_what_is_no_set_of_neurons_is_refused(original, answer):
-    method = sparsity.create(SparsityConfig("coarse"), (F,))
-    method.select = lambda layer: answer
+@pytest.mark.parametrize("per_row", [False, True])
+def test_what_is_no_set_of_neurons_is_refused(original, answer, per_row, monkeypatch):
+    monkeypatch.setattr(CoarseSparsity, "select", lambda self, layer, others=(): answer)
+    mlp = sparse_mlp(original)
     with pytest.raises(ConfigError, match=r"CoarseSparsity.select must give distinct neurons of 45"):
-        sparse(method, 0, sparse_mlp(original))
+        packed([coarse(tokens(), mlp, per_row=per_row)], 0, mlp)

@@ -8,16 +8,30 @@ from hypothesis import strategies as st
 from sirius import sparsity
 from sirius.core import SparsityConfig
 from sirius.errors import ConfigError
-from sirius.sparsity import PromptSparsity, TokenSparsity, base
+from sirius.sparsity import PromptSparsity, Sparsity, TokenSparsity, base
+from sirius.sparsity.fine import FineSparsity
 from sirius.stats import Touched
 
 F = 45
 
 
-def make(method: str, keep: float = 0.5, threshold: float | None = None, neurons: tuple[int, ...] = (F,)):
-    made = sparsity.create(SparsityConfig(method, keep, threshold), neurons)
-    assert made is not None
+def coarse(keep: float = 0.5, method: str = "coarse", neurons: int = F, **options) -> PromptSparsity:
+    made = sparsity.create(SparsityConfig(method, keep, **options), (neurons,))
+    assert isinstance(made, PromptSparsity)
     return made
+
+
+def fine(keep: float = 0.5, method: str = "fine", neurons: int = F, **options) -> TokenSparsity:
+    made = sparsity.create(SparsityConfig(method, keep, **options), (neurons,))
+    assert isinstance(made, TokenSparsity)
+    return made
+
+
+def observed(*pieces: torch.Tensor, **options) -> PromptSparsity:
+    method = coarse(**options)
+    for piece in pieces:
+        method.observe(0, piece)
+    return method
 
 
 def activations(tokens: int = 7, seed: int = 0) -> torch.Tensor:
@@ -34,61 +48,93 @@ def griffin_by_hand(z: torch.Tensor, keep: float) -> list[int]:
 @pytest.mark.parametrize("keep", [0.05, 0.3, 0.5, 0.99])
 @pytest.mark.parametrize("tokens", [1, 2, 9])
 def test_coarse_scores_as_griffin_does(tokens, keep):
-    method, z = make("coarse", keep), activations(tokens).double()
-    method.observe(0, z)
-    assert method.select(0).tolist() == griffin_by_hand(z, keep)
+    z = activations(tokens).double()
+    assert observed(z, keep=keep).select(0).tolist() == griffin_by_hand(z, keep)
 
 
 def test_coarse_sees_a_prompt_in_pieces_as_it_sees_it_whole():
-    z, whole, pieces = activations(9), make("griffin"), make("griffin")
-    whole.observe(0, z)
-    for piece in z.split(4):
-        pieces.observe(0, piece)
-    assert torch.equal(whole.select(0), pieces.select(0))
+    z = activations(9)
+    assert torch.equal(observed(z).select(0), observed(*z.split(4)).select(0))
 
 
 def test_coarse_outlives_a_token_that_activates_nothing():
-    method = make("coarse")
-    method.observe(0, torch.cat([torch.zeros(1, F), activations(3)]))
+    method = observed(torch.cat([torch.zeros(1, F), activations(3)]))
     assert len(method.select(0)) == int(0.5 * F)
-    assert bool(method.energy[0].isfinite().all())
+    assert bool(method.score(0).isfinite().all())
+
+
+def shares(z: torch.Tensor) -> list[float]:
+    """Return each neuron's mean share of a token's energy, neuron by neuron."""
+    energy = [sum(float(v) ** 2 for v in row) for row in z]
+    return [sum(float(row[j]) ** 2 / e for row, e in zip(z, energy, strict=True)) / len(z) for j in range(F)]
+
+
+@pytest.mark.parametrize("share", [0.1, 0.7, 1.0])
+def test_a_refresh_gives_checked_windows_their_share_of_the_statistic(share):
+    prompt, *windows = (activations(count, seed).double() for seed, count in enumerate((9, 3, 1)))
+    method, want = observed(prompt, refresh=share), shares(prompt)
+    for window in windows:
+        method.refresh(0, window)
+        want = [(1 - share) * old + share * new for old, new in zip(want, shares(window), strict=True)]
+    torch.testing.assert_close(method.score(0), torch.tensor(want).double().sqrt())
+
+
+def test_a_refresh_changes_its_own_layer_alone():
+    method = observed(activations(), refresh=0.5)
+    method.observe(1, activations())
+    method.refresh(1, activations(seed=1))
+    assert torch.equal(method.score(0), observed(activations()).score(0))
+
+
+def test_rows_that_share_a_set_weigh_the_same_however_long_their_prompts():
+    """Each row's scores are scaled to unit length before their squares are added."""
+    z = [activations(count, seed).double() for seed, count in enumerate((2, 40, 5))]
+    first, *others = (observed(each) for each in z)
+    mean = [sum(column) for column in zip(*map(shares, z), strict=True)]
+    want = sorted(sorted(range(F), key=lambda j: -mean[j])[: int(0.5 * F)])
+    assert first.select(0, others).tolist() == want != first.select(0).tolist()
+
+
+def test_a_row_alone_shares_with_nobody():
+    method = observed(activations())
+    assert torch.equal(method.select(0), method.select(0, ()))
+    assert torch.equal(method.select(0), method.select(0, [observed(activations())]))
 
 
 @settings(derandomize=True, deadline=None)
 @given(keep=st.floats(0.03, 1.0), tokens=st.integers(1, 4), seed=st.integers(0, 99))
 def test_fine_drops_the_smallest_activations_of_each_token(keep, tokens, seed):
-    gated = activations(tokens, seed)
-    kept = make("cats", keep).choose(0, gated)
+    size = activations(tokens, seed).abs()
+    kept = fine(keep).choose(0, size)
     assert kept.sum(-1).tolist() == [F - int((1 - keep) * F)] * tokens
-    for row, chosen in zip(gated.abs(), kept, strict=True):
+    for row, chosen in zip(size, kept, strict=True):
         assert chosen.all() or row[chosen].min() >= row[~chosen].max()
 
 
 def test_rounding_follows_the_published_code():
     """CSparse keeps int(.2 * 672) = 134 neurons, FSparse drops int(.8 * 672) and keeps 135."""
-    assert make("coarse", 0.2, neurons=(672,)).counts == (134,)
-    assert make("fine", 0.2, neurons=(672,)).counts == (135,)
+    assert coarse(0.2, neurons=672).touched().gate == 134 / 672
+    assert fine(0.2, neurons=672).touched().up == 135 / 672
 
 
 def test_fine_with_a_threshold_reports_what_it_kept():
-    method = make("fine", threshold=0.7)
+    method = fine(threshold=0.7)
     assert method.touched() == Touched(1.0, 1.0, 1.0)
-    gated = activations(5)
-    kept = method.choose(0, gated)
-    assert torch.equal(kept, gated.abs() > 0.7)
-    share = float((gated.abs() > 0.7).float().mean())
+    size = activations(5).abs()
+    assert torch.equal(method.choose(0, size), size > 0.7)
+    share = float((size > 0.7).float().mean())
     assert method.touched().up == method.touched().down == pytest.approx(share)
 
 
 def test_touched_rows_are_those_of_the_method():
     kept = int(0.5 * F) / F
-    assert make("coarse").touched() == Touched(kept, kept, kept)
-    assert make("fine").touched() == Touched(1.0, (F - int(0.5 * F)) / F, (F - int(0.5 * F)) / F)
+    assert coarse().touched() == Touched(kept, kept, kept)
+    assert fine().touched() == Touched(1.0, (F - int(0.5 * F)) / F, (F - int(0.5 * F)) / F)
 
 
 def test_aliases_make_the_same_method():
-    assert type(make("griffin")) is type(make("coarse"))
-    assert type(make("cats")) is type(make("fine"))
+    assert type(coarse(method="griffin")) is type(coarse())
+    assert type(fine(method="cats")) is type(fine())
 
 
 def test_none_makes_no_method():
@@ -97,22 +143,30 @@ def test_none_makes_no_method():
 
 def test_an_unknown_method_is_refused_with_the_known_ones():
     with pytest.raises(ConfigError, match=r"'dense'.*cats, coarse, fine, griffin, none"):
-        make("dense")
-
-
-@pytest.mark.parametrize("keep", [0.0, -0.1, 1.01, float("nan")])
-def test_keep_outside_its_range_is_refused(keep):
-    with pytest.raises(ConfigError, match="above 0 and at most 1"):
-        SparsityConfig(keep=keep)
+        sparsity.create(SparsityConfig("dense"), (F,))
 
 
 def test_coarse_refuses_to_keep_no_neuron_and_to_take_a_threshold():
     with pytest.raises(ConfigError, match=r"keep 0.01 of 45 neurons keeps none; keep at least 0.0223"):
-        make("coarse", 0.01)
+        coarse(0.01)
     with pytest.raises(ConfigError, match="no threshold"):
-        make("coarse", threshold=0.1)
-    with pytest.raises(ConfigError, match="at least 0"):
-        SparsityConfig("fine", threshold=-1.0)
+        coarse(threshold=0.1)
+
+
+def test_a_refresh_is_refused_where_there_is_nothing_to_refresh():
+    with pytest.raises(ConfigError, match=r"fine.*nothing to refresh"):
+        fine(refresh=0.1)
+    with pytest.raises(ConfigError, match="first cannot be refreshed"):
+        First(SparsityConfig("first", refresh=0.1), (F,))
+
+
+class First(PromptSparsity):
+    """A third party's method: the first neurons stay."""
+
+    def observe(self, layer, z): ...
+
+    def score(self, layer):
+        return torch.arange(F, 0, -1.0)
 
 
 @pytest.fixture
@@ -121,26 +175,29 @@ def clean_register(monkeypatch):
 
 
 def test_a_third_party_adds_a_method_with_the_decorator(clean_register):
-    @sparsity.register("first")
-    class First(PromptSparsity):
-        def observe(self, layer, z): ...
-        def select(self, layer):
-            return torch.arange(3)
-
-        def touched(self):
-            return Touched(3 / F, 3 / F, 3 / F)
-
-    assert isinstance(make("first"), First)
+    assert sparsity.register("first")(First) is First
+    made = sparsity.create(SparsityConfig("first", 0.1), (F,))
+    assert isinstance(made, First) and made.select(0).tolist() == [0, 1, 2, 3]
     assert "first" in sparsity.known()
     with pytest.raises(ConfigError, match="already there"):
         sparsity.register("first")(type("Other", (First,), {}))
+
+
+def test_what_is_neither_per_prompt_nor_per_token_is_refused(clean_register):
+    class Odd(Sparsity):
+        def touched(self):
+            return Touched(1.0, 1.0, 1.0)
+
+    sparsity.register("odd")(Odd)
+    with pytest.raises(ConfigError, match="'odd' is a Odd: neither per prompt nor per token"):
+        sparsity.create(SparsityConfig("odd"), (F,))
 
 
 def test_an_entry_point_that_cannot_be_loaded_is_named(monkeypatch):
     point = EntryPoint("broken", "no_such_package:Method", "sirius.sparsity")
     monkeypatch.setattr(base, "entry_points", lambda group, name=None: [point] if name in (None, "broken") else [])
     with pytest.raises(ConfigError, match=r"'broken' \(no_such_package:Method\) cannot be loaded: No module"):
-        make("broken")
+        sparsity.create(SparsityConfig("broken"), (F,))
 
 
 def test_a_third_party_adds_a_method_by_entry_point(monkeypatch):
@@ -148,12 +205,12 @@ def test_a_third_party_adds_a_method_by_entry_point(monkeypatch):
         name = "theirs"
 
         def load(self):
-            return sparsity.fine.FineSparsity
+            return FineSparsity
 
     def entry_points(group, name=None):
         assert group == "sirius.sparsity"
         return [Point()] if name in (None, "theirs") else []
 
     monkeypatch.setattr(base, "entry_points", entry_points)
-    assert isinstance(make("theirs"), TokenSparsity)
+    assert type(sparsity.create(SparsityConfig("theirs"), (F,))) is FineSparsity
     assert "theirs" in sparsity.known()

@@ -1,8 +1,12 @@
 """The figures, against the paper's own tables (arXiv 2409.03856)."""
 
-import pytest
+from dataclasses import replace
+from typing import Literal
 
-from sirius.core import CorrectionConfig, Round
+import pytest
+import torch
+
+from sirius.core import LONGEST, CorrectionConfig, Origin, Round
 from sirius.stats import DENSE, Parameters, Setting, Touched, combine, density, effective_density, summarise
 
 # Parameters of the published models in millions: total, embedding, MLP (three equal matrices).
@@ -82,13 +86,24 @@ def test_31_of_the_32_published_effective_densities_are_met():
 
 SMALL = Parameters(total=1000, embedding=100, gate=200, up=200, down=200)
 
-
-def window(drafted: int, accepted: int, cut: bool = False) -> Round:
-    tokens = tuple(range(accepted if cut else accepted + 1))
-    return Round(tokens, tuple(range(drafted)), accepted, cut)
+DRAFT: Origin = "draft"
 
 
-def figures(*windows: Round, period: int = 4, corrected: bool = True, touched: Touched = DENSE, seconds: float = 2.0):
+def window(drafted: int, accepted: int, cut: bool = False, period: int = 4) -> Round:
+    """A window of `drafted` guesses, of which `accepted` stand; a stop cut its last token off."""
+    last: list[Origin] = [] if cut else ["bonus" if accepted == drafted else "correction"]
+    origins: tuple[Origin, ...] = (*[DRAFT] * accepted, *last)
+    tokens, draft = tuple(range(len(origins))), tuple(range(drafted))
+    return Round(tokens, origins, (-1.0,) * len(tokens), draft, accepted, steps=drafted, period=period, cut=cut)
+
+
+def figures(
+    *windows: Round,
+    period: int | Literal["auto"] = 4,
+    corrected: bool = True,
+    touched: Touched = DENSE,
+    seconds: float = 2.0,
+):
     correction = CorrectionConfig(period, accept="argmax") if corrected else None
     return summarise((Round((7,)), *windows), Setting(SMALL, touched, correction, lossless=True), seconds)
 
@@ -97,6 +112,7 @@ def test_figures_of_a_generation_by_hand():
     got = figures(window(3, 3), window(3, 1), window(2, 0), window(3, 2, cut=True), touched=coarse(0.5))
     assert (got.rounds, got.rounds_complete, got.drafted, got.accepted, got.corrections) == (4, 2, 11, 6, 2)
     assert got.tokens == 1 + 4 + 2 + 1 + 2
+    assert (got.rolled_back, got.corrections_per_token) == (2 + 2, 2 / 10)
     assert got.aal == (4 + 2 + 1 + 2) / 4
     assert got.aal_complete == (4 + 2) / 2
     assert got.acceptance_histogram == (1, 1, 1, 1)
@@ -138,10 +154,31 @@ def test_generations_taken_together_weigh_by_windows_and_tokens():
 def test_different_settings_are_not_taken_together():
     with pytest.raises(ValueError, match="one setting"):
         combine([figures(period=4), figures(period=5)])
+    with pytest.raises(ValueError, match="at least one"):
+        combine([])
+
+
+def test_windows_of_changing_length_are_complete_by_their_own_period():
+    got = figures(window(3, 3), window(7, 7, period=8), window(3, 1, period=8), period="auto")
+    assert (got.rounds_complete, got.aal_complete, got.aal, got.period) == (2, (4 + 8) / 2, (4 + 8 + 2) / 3, "auto")
+    assert len(got.acceptance_histogram) == LONGEST
+
+
+def test_corrections_taken_together_are_per_token_of_all():
+    both = combine([figures(window(3, 0)), figures(window(3, 3), window(3, 1))])
+    assert (both.corrections, both.rolled_back, both.tokens) == (2, 3 + 2, 2 + 7)
+    assert both.corrections_per_token == 2 / 9
 
 
 def test_a_round_ends_where_a_stop_ends_it():
-    whole = window(3, 3)
+    scores = torch.arange(8.0).view(4, 2)
+    whole = replace(window(3, 3), scores=scores, logits=-scores)
     assert whole.until(4) is whole
-    assert whole.until(2) == Round((0, 1), (0, 1, 2), 2, cut=True)
-    assert window(3, 1).until(1).accepted == 1
+    ended = whole.until(2)
+    assert ended.scores is not None and ended.logits is not None
+    assert torch.equal(ended.scores, scores[:2]) and torch.equal(ended.logits, -scores[:2])
+    assert replace(ended, scores=None, logits=None) == window(3, 2, cut=True)
+
+
+def test_a_stop_after_the_kept_guesses_leaves_them_all():
+    assert window(3, 1).until(1) == Round((0,), ("draft",), (-1.0,), (0, 1, 2), 1, steps=3, period=4, cut=True)

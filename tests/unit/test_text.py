@@ -7,7 +7,7 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from sirius.text import Ending, TextStream, find_stop, safe_length
+from sirius.text import StopAt, TextStream, find_stop, safe_length
 
 PIECES = [b"ab", b"abc", b" a", b"\xe2\x82", b"a\xe2", b"\xacb"]  # the last three cut a euro sign (e2 82 ac) in two
 
@@ -108,7 +108,7 @@ def test_an_ending_that_may_become_a_stop_is_held_back(text, stops, length):
 @given(few_tokens, few_stops, st.integers(1, 5))
 def test_a_text_ends_where_decoding_it_anew_says_however_the_tokens_arrive(tokens, stops, at_once):
     count, text, stopped = ended(tokens, stops)
-    ending, taken, shown = Ending(TOKENIZER, frozenset([END]), stops), 0, ""
+    ending, taken, shown = StopAt(TOKENIZER, frozenset([END]), stops), 0, ""
     while taken < len(tokens) and not ending.stopped:
         taken += ending.push(tokens[taken : taken + at_once])
         assert ending.text.startswith(shown), "what was shown cannot be taken back"
@@ -119,7 +119,7 @@ def test_a_text_ends_where_decoding_it_anew_says_however_the_tokens_arrive(token
 
 
 def test_a_stop_split_over_tokens_ends_the_text_before_it():
-    ending = Ending(TOKENIZER, frozenset(), ["€b"])
+    ending = StopAt(TOKENIZER, frozenset(), ["€b"])
     assert ending.push([*b"c", A_EU]) == 2
     assert not ending.stopped
     assert ending.push([0x82, RO_B, *b"ccc"]) == 2
@@ -127,13 +127,13 @@ def test_a_stop_split_over_tokens_ends_the_text_before_it():
 
 
 def test_a_stop_in_the_midst_of_a_token_takes_the_whole_token():
-    ending = Ending(TOKENIZER, frozenset(), ["b"])
+    ending = StopAt(TOKENIZER, frozenset(), ["b"])
     assert ending.push([*b"x", ABC, *b"y"]) == 2
     assert (ending.text, ending.stopped) == ("xa", True)
 
 
 def test_end_of_text_shows_the_beginning_of_a_stop_that_was_held_back():
-    ending = Ending(TOKENIZER, frozenset([END]), ["abcd"])
+    ending = StopAt(TOKENIZER, frozenset([END]), ["abcd"])
     assert ending.push([AB]) == 1
     assert ending.text == ""
     assert ending.push([END, AB]) == 1
@@ -141,14 +141,14 @@ def test_end_of_text_shows_the_beginning_of_a_stop_that_was_held_back():
 
 
 def test_a_used_up_budget_shows_what_was_held_back_and_is_no_stop():
-    ending = Ending(TOKENIZER, frozenset([END]), ["abcd"])
+    ending = StopAt(TOKENIZER, frozenset([END]), ["abcd"])
     ending.push([AB, *b"c"])
     ending.finish()
     assert (ending.text, ending.stopped) == ("abc", False)
 
 
 def test_without_a_tokenizer_only_end_tokens_end_a_text():
-    ending = Ending(None, frozenset([7]), [])
+    ending = StopAt(None, frozenset([7]), [])
     assert ending.push([1, 2, 3]) == 3
     assert ending.push([4, 7, 5]) == 2
     ending.finish()
@@ -156,6 +156,6 @@ def test_without_a_tokenizer_only_end_tokens_end_a_text():
 
 
 def test_a_stop_string_that_is_a_special_token_ends_the_text_though_it_has_none():
-    ending = Ending(TOKENIZER, frozenset(), ["<p>"])
+    ending = StopAt(TOKENIZER, frozenset(), ["<p>"])
     assert ending.push([AB, TOKENIZER.pad_token_id, AB]) == 2
     assert ending.stopped and ending.text == "ab"

@@ -58,7 +58,8 @@ class Tree:
     def window(self, level: slice | None = None, fixed: int = 0) -> Window:
         """Return where the nodes of a level stand for a pass, or all of them."""
         level = level or slice(0, self.levels[-1])
-        return Window(level.start, self.depths[:, level], self.seen[:, level, : level.stop], fixed)
+        weights = self.scores[:, level].softmax(-1).nan_to_num()
+        return Window(level.start, self.depths[:, level], self.seen[:, level, : level.stop], weights, fixed)
 
     def grow(self, likely: Tensor, width: int, prune: float) -> "Tree":
         """Add a level: the best `width` continuations of the deepest one, ranked by cumulative score.

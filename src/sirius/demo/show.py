@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sirius.core import Round
+from sirius.demo.oracle import Point
 from sirius.demo.problems import TASKS, few_shot
 from sirius.demo.showcase import NEW_TOKENS, Row, Setting
 from sirius.engine import Engine
@@ -45,6 +46,16 @@ def example(engine: Engine, settings: Sequence[Setting], seed: int) -> Renderabl
     )  # fmt: skip
     heading = Rule(f"one problem, {setting.name}, a line for each round", align="left")
     return Group(heading, Text(question), Text(), *(_marked(engine, step) for step in rounds), legend)
+
+
+def curve(points: Sequence[Point]) -> RenderableType:
+    """Return the oracle study's points as a table."""
+    shown = Table(title=f"reasoning, {points[0].problems} problems", title_justify="left", box=SIMPLE_HEAD, padding=0)
+    for name in ("replaced if less likely than", "accuracy", "tokens replaced"):
+        shown.add_column(name, justify="right", no_wrap=True)
+    for point in points:
+        shown.add_row(f"{point.bar:g}", f"{point.accuracy:.3f} ± {point.stderr:.3f}", f"{point.replaced:.1%}")
+    return shown
 
 
 def _table(task: str, rows: Sequence[Row]) -> Table:

@@ -97,18 +97,22 @@ class Packed:
 class Chosen:
     """The sparse route of a set per token: the gate in full, then up and down of the neurons it opens.
 
-    The tokens of a row are branches of one tree, and share a set chosen by their mean |act(gate)| so that a step reads
-    no more than one token's neurons. Source: Sirius (arXiv 2409.03856), its repository's option `patternstrict`.
+    A row's tokens are branches of one tree, and share a set unless `per_branch`, so that a step reads no more than one
+    token's neurons. It is chosen by their mean |act(gate)|, each weighed by how likely its branch is. Source: Sirius
+    (arXiv 2409.03856), its repository's option `patternstrict`; the weights are ours (LOG.md has what they bring).
     """
 
-    def __init__(self, method: TokenSparsity, layer: int) -> None:
-        self.method, self.layer = method, layer
+    def __init__(self, method: TokenSparsity, layer: int, weights: Callable[[], Tensor]) -> None:
+        """Take what gives the weights of the pass at hand, [B, T]."""
+        self.method, self.layer, self.weights = method, layer, weights
 
     def __call__(self, mlp: SparseMLP, x: Tensor) -> Tensor:
         neurons = mlp.neurons
         gated = kernel.gate(x, neurons, mlp.activation)
-        shared = x.shape[1] > 1 and not self.method.config.per_branch
-        kept = self.method.choose(self.layer, gated.abs().mean(1, keepdim=True) if shared else gated)
+        size = gated.abs()
+        if x.shape[1] > 1 and not self.method.config.per_branch:
+            size = (size * self.weights().to(size)[..., None]).sum(1, keepdim=True)
+        kept = self.method.choose(self.layer, size)
         if kept.shape[:-1].numel() > 1:  # several sets
             return kernel.project(kernel.combine(gated * kept, x, neurons), neurons)
         return kernel.gated_mlp_rows(gated, x, neurons, kept.flatten().nonzero()[:, 0])

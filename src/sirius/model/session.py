@@ -34,6 +34,7 @@ class Session:
         self.dense: list[Route | None] = [None] * len(mlps)
         self.shared = make()
         self.methods: list[Sparsity | None] = []  # one for each row
+        self.weights = torch.ones(0, 1)  # of the branches of the pass at hand
         self.drafts = self._routes_per_token()
         self.seen: dict[int, Tensor] = {}  # z of the last check, [B, T, F] a layer, while the method is refreshed
         self.refreshing = self.shared is not None and self.shared.config.refresh > 0
@@ -80,6 +81,7 @@ class Session:
         held = lengths.to(table.device)
         mask = tree_mask(held, window.seen, table.visible, self.mask_dtype)
         before = self.cache.copy(window.fixed) if window.fixed else []
+        self.weights = window.weights
         with self._routed(self._routes(mode)):
             scores = self._forward(tokens, held[:, None] + window.depths, mask)
         if window.fixed:
@@ -152,7 +154,9 @@ class Session:
         if isinstance(self.shared, PromptSparsity):
             return None
         token = self.shared
-        return [Chosen(token, i) for i in range(len(self.mlps))] if isinstance(token, TokenSparsity) else self.dense
+        if not isinstance(token, TokenSparsity):
+            return self.dense
+        return [Chosen(token, layer, lambda: self.weights) for layer in range(len(self.mlps))]
 
     @contextmanager
     def _routed(self, routes: list[Route | None]) -> Iterator[None]:

@@ -88,8 +88,8 @@ class TokenSparsity(Sparsity):
             raise ConfigError(f"{config.method} chooses anew for each token and has nothing to refresh; leave it at 0")
 
     @abstractmethod
-    def choose(self, layer: int, gated: Tensor) -> Tensor:
-        """Return which neurons to keep, [..., F] bool, given act(gate(x)) [..., F], or several tokens' mean |act|."""
+    def choose(self, layer: int, size: Tensor) -> Tensor:
+        """Return which neurons to keep, [..., F] bool, given |act(gate(x))| [..., F], or several tokens' mean of it."""
 
 
 Factory = Callable[[SparsityConfig, tuple[int, ...]], Sparsity]

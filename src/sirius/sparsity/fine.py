@@ -29,9 +29,8 @@ class FineSparsity(TokenSparsity):
             kept = int(self.passed) / self.seen if self.seen else 1.0
         return Touched(1.0, kept, kept)
 
-    def choose(self, layer: int, gated: Tensor) -> Tensor:
-        """Return which neurons to keep, [..., F] bool."""
-        size = gated.abs()
+    def choose(self, layer: int, size: Tensor) -> Tensor:
+        """Return which neurons to keep, [..., F] bool, given |act(gate(x))| [..., F]."""
         if self.config.threshold is None:
             top = size.topk(self.counts[layer]).indices
             return torch.zeros_like(size, dtype=torch.bool).scatter_(-1, top, True)
