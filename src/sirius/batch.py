@@ -25,7 +25,7 @@ from sirius.decoding.accept import make_rule
 from sirius.decoding.loop import Plan, Row, next_round, start
 from sirius.decoding.period import Period, make_period
 from sirius.decoding.sampling import Noise
-from sirius.errors import RequestError, SiriusError
+from sirius.errors import ConfigError, RequestError, SiriusError
 from sirius.model.prepare import count_parameters, prepare
 from sirius.model.session import Session
 from sirius.stats import Setting, Stats, summarise
@@ -126,7 +126,7 @@ class Batch:
     ) -> None:
         """Open an empty batch; `ends` are token ids at which drafts stop, correction None is the sparse model alone."""
         if rows < 1:
-            raise RequestError(f"a batch needs at least one row; got {rows}")
+            raise ConfigError(f"a batch needs at least one row; got {rows}")
         mlps = prepare(model)
         neurons = tuple(mlp.size for mlp in mlps)
         self.model, self.rows, self.sparsity = model, rows, chosen

@@ -52,7 +52,7 @@ def check_of(tree: Tree, scores: Tensor, choice: list[list[int]] | None = None) 
 
 def judged(scores: list[float], guess: int, rule: Rule) -> bool:
     """Tell whether a single guess passes, given the scores it is judged by."""
-    return bool(rule(check_of(chain_of([guess]), torch.tensor([scores, scores])))[0, 1])
+    return bool(rule(check_of(chain_of([guess]), torch.tensor([scores, [0.0] * V])))[0, 1])
 
 
 def probabilities(scores: list[float], temperature: float) -> list[float]:

@@ -36,7 +36,7 @@ BAD: list[tuple[type, dict[str, list]]] = [
             "accept_temperature": [0, -1.0, INF, NAN, "warm"],
             "tree_width": [0, -2, 1.5, True],
             "prune": [-0.1, 1.1, NAN, None],
-            "ablate": ["rewrite", ("rewrites",), ["rollback", "all"]],
+            "ablate": ["rewrite", "", ("rewrites",), ["rollback", "all"]],
         },
     ),
     (

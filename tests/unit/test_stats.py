@@ -86,15 +86,14 @@ def test_31_of_the_32_published_effective_densities_are_met():
 
 SMALL = Parameters(total=1000, embedding=100, gate=200, up=200, down=200)
 
-DRAFT: Origin = "draft"
-
 
 def window(drafted: int, accepted: int, cut: bool = False, period: int = 4) -> Round:
     """A window of `drafted` guesses, of which `accepted` stand; a stop cut its last token off."""
-    last: list[Origin] = [] if cut else ["bonus" if accepted == drafted else "correction"]
-    origins: tuple[Origin, ...] = (*[DRAFT] * accepted, *last)
+    origins: list[Origin] = ["draft" for _ in range(accepted)]
+    if not cut:
+        origins.append("bonus" if accepted == drafted else "correction")
     tokens, draft = tuple(range(len(origins))), tuple(range(drafted))
-    return Round(tokens, origins, (-1.0,) * len(tokens), draft, accepted, steps=drafted, period=period, cut=cut)
+    return Round(tokens, tuple(origins), (-1.0,) * len(tokens), draft, accepted, steps=drafted, period=period, cut=cut)
 
 
 def figures(
