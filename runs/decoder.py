@@ -22,7 +22,7 @@ from pathlib import Path
 from time import perf_counter
 
 import torch
-from record import append
+from record import append, facts
 
 from sirius import Completion, CorrectionConfig, Engine, SamplingConfig, SparsityConfig
 from sirius.core import Mode
@@ -217,6 +217,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    known = facts(" ".join(["python", "runs/decoder.py", *sys.argv[1:]]), options.threads)
     engine = Engine.load(FOLDER)
     if options.study == coupling.__name__:
         lines = coupling(engine, options.problems, options.seed)
@@ -224,8 +225,7 @@ def main() -> None:
         lines = compare(engine, list(STUDIES[options.study]()), options.problems, options.seed)
     for line in lines:
         print(line)
-    command = " ".join(["python", "runs/decoder.py", *sys.argv[1:]])
-    append(Path(__file__).parents[1] / "records" / "decoder.jsonl", command, options.threads, lines)
+    append(Path(__file__).parents[1] / "records" / "decoder.jsonl", known, lines)
 
 
 if __name__ == "__main__":

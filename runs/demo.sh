@@ -3,8 +3,5 @@
 # Appends a line to records/demo.jsonl.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-rows=$(mktemp)
-trap 'rm -f "$rows"' EXIT
 command="sirius demo --problems 200 --seed 0 --json $*"
-.venv/bin/$command >"$rows"
-.venv/bin/python runs/record.py records/demo.jsonl "${command% }" 1 <"$rows" # the demo sets one thread
+.venv/bin/$command | .venv/bin/python runs/record.py records/demo.jsonl "${command% }" 1 # the demo sets one thread

@@ -30,11 +30,12 @@ def facts(command: str, threads: int) -> dict[str, object]:
     }
 
 
-def append(path: Path, command: str, threads: int, rows: list[dict[str, object]]) -> None:
-    """Add a line to the record at `path`."""
+def append(path: Path, known: dict[str, object], rows: list[dict[str, object]]) -> None:
+    """Add a line to the record at `path`: facts taken when the measurement began, and what it gave."""
     with path.open("a") as record:
-        record.write(json.dumps({**facts(command, threads), "rows": rows}) + "\n")
+        record.write(json.dumps({**known, "rows": rows}) + "\n")
 
 
 if __name__ == "__main__":
-    append(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), json.load(sys.stdin))
+    known = facts(sys.argv[2], int(sys.argv[3]))
+    append(Path(sys.argv[1]), known, json.load(sys.stdin))

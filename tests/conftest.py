@@ -89,7 +89,7 @@ class Toy:
     """A `LanguageModel` of pure arithmetic: the score of a token is a hash of all tokens before it.
 
     Its sparse mode disagrees with the dense one at a share `noise` of the places. A row's cache is what it holds and a
-    window of places after that, each a token with the mode that wrote it. What a pass sees is read off its window alone.
+    window of places after that, each a token with the mode that wrote it. What a pass sees is read off its window.
     """
 
     device = torch.device("cpu")

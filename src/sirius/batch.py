@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from sirius import sparsity
 from sirius.core import (
+    SEEDS,
     CorrectionConfig,
     FinishReason,
     Mode,
@@ -148,7 +149,7 @@ class Batch:
         check_together(request.sampling, self.correction)
         if request.sampling.temperature > 0:
             seed = request.sampling.seed
-            noise = Noise(int(torch.randint(2**63 - 1, ())) if seed is None else seed)
+            noise = Noise(int(torch.randint(SEEDS, ())) if seed is None else seed)
         else:
             noise = None
         window = (self.correction.longest - 1) * self.correction.tree_width if self.correction else 0

@@ -25,6 +25,7 @@ Config = TypeVar("Config", "SparsityConfig", "CorrectionConfig", "SamplingConfig
 
 AUTO = "auto"
 LONGEST = 32  # the longest window that period "auto" chooses
+SEEDS = 2**32  # as many as torch's generator on the CPU tells apart
 
 # Turns the scores of the next token [m, V] into others, given all tokens before it [m, n], row by row, as those of
 # transformers do.
@@ -112,7 +113,7 @@ class CorrectionConfig:
             raise ConfigError(f"tree_width counts branches, at least 1 (a chain); got {self.tree_width}")
         if not 0 <= self.prune <= 1:
             raise ConfigError(f"prune is a share of the best branch's probability, from 0 to 1; got {self.prune}")
-        if isinstance(self.ablate, str) or not set(self.ablate) <= set(get_args(Ablation)):
+        if not isinstance(self.ablate, tuple | list) or any(part not in get_args(Ablation) for part in self.ablate):
             raise ConfigError(f"ablate takes some of {', '.join(get_args(Ablation))}; got {self.ablate!r}")
         object.__setattr__(self, "ablate", tuple(self.ablate))
 
@@ -166,8 +167,8 @@ class SamplingConfig:
         penalty = self.repetition_penalty
         if penalty is not None and not (penalty > 0 and isfinite(penalty)):
             raise ConfigError(f"repetition_penalty is a positive number, 1 is off; got {penalty}")
-        if self.seed is not None and not 0 <= self.seed < 2**63:
-            raise ConfigError(f"seed is a whole number from 0 to 2**63 - 1; got {self.seed}")
+        if self.seed is not None and not 0 <= self.seed < SEEDS:
+            raise ConfigError(f"seed is a whole number from 0 to {SEEDS - 1}; got {self.seed}")
 
 
 def as_config(kind: type[Config], value: Any) -> Config:

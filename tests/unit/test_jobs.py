@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sirius.core import CorrectionConfig, Round
 from sirius.batch import Completion
+from sirius.core import CorrectionConfig, Round
 from sirius.errors import FileError
 from sirius.jobs import BadLine, Job, Output, read_jobs
 from sirius.stats import DENSE, Parameters, Setting, summarise
@@ -17,7 +17,9 @@ from sirius.stats import DENSE, Parameters, Setting, summarise
 SETTINGS = {"model": "here", "stop": ["\n"], "sparsity": {"method": "coarse", "keep": 0.5}}
 BREAKS = "\u2028 \u2029 \x85 \x0b \x0c \x1c"  # `str.splitlines` breaks a line at each of them
 STATS = summarise(
-    [Round((5,)), Round((6, 7), ("draft", "bonus"), draft=(6,), accepted=1, steps=1, period=2)], Setting(Parameters(9, 1, 1, 1, 1), DENSE, CorrectionConfig(2), False), 0.5
+    [Round((5,)), Round((6, 7), ("draft", "bonus"), draft=(6,), accepted=1, steps=1, period=2)],
+    Setting(Parameters(9, 1, 1, 1, 1), DENSE, CorrectionConfig(2), False),
+    0.5,
 )
 DONE = Completion("two\nlines", (5, 6, 7), "length", ("full", "draft", "bonus"), (-0.5, -0.25, -1.0), STATS)
 

@@ -5,8 +5,9 @@ from dataclasses import dataclass, field
 from sirius.core import AUTO, LONGEST, CorrectionConfig
 
 CHOICES = tuple(k for k in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32) if k <= LONGEST)
-FIRST = 8  # a period to begin with, before anything is measured
+FIRST, SECOND = 8, 4  # periods to begin with: one size alone does not tell what a token of a check costs
 GAIN = 1.05  # another period must promise that much more speed: noise alone should change nothing
+SPREAD = 0.02  # below this share of their squares, sizes are too alike to fit a line through noise
 FORGET = 0.9  # weight of the past at each window
 PROBE_EVERY, PROBE = 64, 4  # at period 1 nothing is learnt of acceptance, so a window is drafted now and then
 
@@ -51,7 +52,9 @@ class AutoPeriod(Period):
     judged: float = 5.0
     drafts: list[float] = field(default_factory=lambda: [0.0, 0.0])  # seconds, passes
     checks: list[float] = field(default_factory=lambda: [0.0] * 5)  # weight, K, seconds, K^2, K * seconds
+    slope: float = 0.0  # seconds of a check per token, kept while windows of one size teach nothing of it
     idle: int = 0
+    rounds: int = 0
 
     def learn(self, measured: Measured) -> None:
         """Take note of a round, and change the period where that promises enough."""
@@ -61,8 +64,10 @@ class AutoPeriod(Period):
         if measured.steps:
             judged = measured.kept + measured.rejected
             self.kept, self.judged = _mixed((self.kept, self.judged), (measured.kept, judged))
-        best = max(CHOICES, key=self.speed)
-        if self.speed(best) > GAIN * self.speed(self.now):
+        self._fit()
+        self.rounds += 1
+        best = max(CHOICES, key=self.speed) if self.rounds > 1 else SECOND
+        if self.rounds == 1 or self.speed(best) > GAIN * self.speed(self.now):
             self.now = best
         self._probe()
 
@@ -74,11 +79,16 @@ class AutoPeriod(Period):
         tokens = sum(acceptance**i for i in range(period))
         return tokens / ((period - 1) * step + self._check(period))
 
-    def _check(self, period: int) -> float:
+    def _fit(self) -> None:
         weight, size, seconds, squares, products = self.checks
         spread = squares - size * size / weight
-        slope = max(0.0, (products - size * seconds / weight) / spread) if spread > 1e-3 * squares else 0.0
-        return max((seconds + slope * (period * weight - size)) / weight, 1e-9)
+        if spread > SPREAD * squares:
+            slope = (products - size * seconds / weight) / spread
+            self.slope = min(max(slope, 0.0), seconds / size)  # no check is cheaper than nothing
+
+    def _check(self, period: int) -> float:
+        weight, size, seconds, *_ = self.checks
+        return max((seconds + self.slope * (period * weight - size)) / weight, 1e-9)
 
     def _probe(self) -> None:
         self.idle = self.idle + 1 if self.now == 1 else 0

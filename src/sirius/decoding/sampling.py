@@ -24,6 +24,7 @@ class Noise:
 
     def at(self, token: int, like: Tensor) -> Tensor:
         """Return the noise of a new token, counted from 0, in the shape, dtype and place of its scores [V]."""
+        assert token >= self.first, f"the noise of token {token} is forgotten, up to {self.first}"
         if self.generator is None:
             self.generator = torch.Generator(like.device).manual_seed(self.seed)
         while self.first + len(self.drawn) <= token:
@@ -33,5 +34,6 @@ class Noise:
 
     def forget(self, before: int) -> None:
         """Let go of the noise of tokens that are certain."""
+        assert self.first <= before <= self.first + len(self.drawn), f"{before} is not drawn, or forgotten"
         del self.drawn[: before - self.first]
         self.first = before

@@ -146,7 +146,9 @@ class SlotCache(Cache):
         table, (rows, most) = self.table, path.shape
         lengths = table.lengths[:rows]
         places = torch.arange(most).expand(rows, most)
-        path = torch.where(places < counts[:, None], path, places)
+        kept = places < counts[:, None]
+        first = torch.where(kept[:, :1], path[:, :1], 0)
+        path, places = torch.where(kept, path, first), torch.where(kept, places, 0)  # the rest repeats the first
         if rows > table.rows or bool((path < 0).any() | (counts > most).any() | (counts < 0).any()):
             raise ValueError(
                 f"a path of {list(path.shape)}, {counts.tolist()} long, fits no cache of {table.rows} rows"

@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from importlib.metadata import entry_points
 from math import ceil
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -92,14 +93,15 @@ class TokenSparsity(Sparsity):
         """Return which neurons to keep, [..., F] bool, given |act(gate(x))| [..., F], or several tokens' mean of it."""
 
 
+Method = TypeVar("Method", bound=Sparsity)
 Factory = Callable[[SparsityConfig, tuple[int, ...]], Sparsity]
 _METHODS: dict[str, Factory] = {}
 
 
-def register(*names: str) -> Callable[[type[Sparsity]], type[Sparsity]]:
+def register(*names: str) -> Callable[[type[Method]], type[Method]]:
     """Register a method under its name and aliases: `@register("coarse", "griffin")` above the class."""
 
-    def add(method: type[Sparsity]) -> type[Sparsity]:
+    def add(method: type[Method]) -> type[Method]:
         for name in names:
             if name == "none" or _METHODS.get(name, method) is not method:
                 raise ConfigError(f"a sparsity method named {name!r} is already there; choose another name")

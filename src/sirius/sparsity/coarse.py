@@ -35,7 +35,7 @@ class CoarseSparsity(PromptSparsity):
         Ours; the paper's reference never looks at the activations of its checks.
         """
         share, held, new = self.config.refresh, self.energy[layer], _energy(z)
-        self.energy[layer] = (1 - share) * held / held.sum() + share * new / new.sum()
+        self.energy[layer] = (1 - share) * normalize(held, p=1, dim=0) + share * normalize(new, p=1, dim=0)
 
 
 def _energy(z: Tensor) -> Tensor:
