@@ -112,13 +112,15 @@ class Engine:
 
     def batch(self, *, rows: int = 8, **options: Unpack[BatchOptions]) -> Batch:
         """Open a batch of up to `rows` texts at a time; fill it with `batch.add(engine.text(prompt))`."""
+        _check_known(options, BatchOptions)
         chosen = as_config(SparsityConfig, options.get("sparsity", "coarse"))
         asked = options.get("correction", CorrectionConfig())
         correction = None if asked is None else as_config(CorrectionConfig, asked)
         return Batch(self.model, chosen, correction, ends=self.ends, rows=rows)
 
     def text(self, prompt: Prompt, **options: Unpack[TextOptions]) -> Text:
-        """Return a prompt with its options, checked and ready for a batch; raise as `stream` does."""
+        """Return a prompt with its options, checked and ready for one use in a batch; raise as `stream` does."""
+        _check_known(options, TextOptions)
         tokens = self.encode(prompt)
         room = self._room(len(tokens))
         asked, stop = options.get("max_new_tokens"), options.get("stop", ())
@@ -225,12 +227,16 @@ def end_tokens(model: PreTrainedModel) -> frozenset[int]:
 
 def _sorted_out(options: Options) -> tuple[BatchOptions, TextOptions]:
     """Part the options of a batch from those of a text, and refuse what is neither."""
-    batch, text = get_type_hints(BatchOptions), get_type_hints(TextOptions)
-    if unknown := options.keys() - batch.keys() - text.keys():
-        raise TypeError(f"unknown option {', '.join(sorted(unknown))}; there are {', '.join([*text, *batch])}")
-    shared = {name: value for name, value in options.items() if name in batch}
-    own = {name: value for name, value in options.items() if name in text}
+    _check_known(options, Options)
+    shared = {name: value for name, value in options.items() if name in get_type_hints(BatchOptions)}
+    own = {name: value for name, value in options.items() if name not in shared}
     return cast("BatchOptions", shared), cast("TextOptions", own)
+
+
+def _check_known(options: Mapping[str, object], kind: type) -> None:
+    known = get_type_hints(kind)
+    if unknown := options.keys() - known.keys():
+        raise TypeError(f"unknown option {', '.join(sorted(unknown))}; there are {', '.join(known)}")
 
 
 def _steps(batch: Batch) -> Iterator[Update]:

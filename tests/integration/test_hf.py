@@ -19,6 +19,8 @@ pytestmark = pytest.mark.integration
 PROMPTS = [[5, 17, 93, 41, 8], [60, 22], [7, 8, 9, 10, 11, 12, 13]]
 NEW = 30
 EXACT = {"accept": "argmax", "period": 7}
+TREE = {**EXACT, "tree_width": 4}
+SAMPLED = {"accept": "sampling", "period": 4}
 
 
 class Recorder(BaseStreamer):
@@ -54,11 +56,19 @@ def left_padded(prompts: list[list[int]], pad: int = 0) -> dict[str, torch.Tenso
     return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
 
 
-def both(model, inputs: dict, **options):
+def both(model, inputs: dict, correction: dict = EXACT, **options):
     """Return transformers' own greedy output and ours, of the same call."""
     options = {"max_new_tokens": NEW, "do_sample": False, **options}
     own = model.generate(**inputs, **options)
-    return own, model.generate(**inputs, **options, custom_generate=sirius.decode, correction=EXACT)
+    return own, model.generate(**inputs, **options, custom_generate=sirius.decode, correction=correction)
+
+
+def sampled(model, inputs: dict, seed: int = 0, correction: object = SAMPLED, **options):
+    """Return what `generate` samples our way under a seed of torch."""
+    options = {"max_new_tokens": NEW, "do_sample": True, "temperature": 0.9, "top_k": 20, **options}
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return model.generate(**inputs, **options, custom_generate=sirius.decode, correction=correction)
 
 
 @pytest.mark.parametrize("sparsity", ["coarse", {"method": "fine", "keep": 0.2}, sirius.SparsityConfig("none")])
@@ -75,9 +85,10 @@ def test_a_single_prompt_equals_transformers_greedy_decoding(model, sparsity):
     assert torch.equal(want, got)
 
 
-def test_a_left_padded_batch_gives_each_row_its_text_alone(model):
+@pytest.mark.parametrize("correction", [EXACT, TREE], ids=["chain", "tree"])
+def test_a_left_padded_batch_gives_each_row_its_text_alone(model, correction):
     inputs = left_padded(PROMPTS)
-    own, ours = both(model, inputs)
+    own, ours = both(model, inputs, correction)
     assert torch.equal(own, ours)
     longest = max(map(len, PROMPTS))
     for row, prompt in zip(ours, PROMPTS, strict=True):
@@ -127,9 +138,10 @@ def test_the_output_is_transformers_with_our_figures(model):
     [{"repetition_penalty": 1.7}, {"no_repeat_ngram_size": 1}, {"min_new_tokens": 20}, {"suppress_tokens": [9, 90]}],
     ids=lambda o: next(iter(o)),
 )
-def test_logits_processors_act_on_draft_and_full_model(options):
+@pytest.mark.parametrize("correction", [EXACT, TREE], ids=["chain", "tree"])
+def test_logits_processors_act_on_draft_and_full_model(options, correction):
     model = tiny_model(eos_token_id=greedy(tiny_model(eos_token_id=None), PROMPTS[0], NEW)[3])
-    own, ours = both(model, left_padded(PROMPTS), pad_token_id=0, **options)
+    own, ours = both(model, left_padded(PROMPTS), correction, pad_token_id=0, **options)
     assert torch.equal(own, ours)
 
 
@@ -186,8 +198,10 @@ def test_between_calls_the_model_is_the_ordinary_one(model):
 @pytest.mark.parametrize(
     ("options", "error", "says"),
     [
-        ({"do_sample": True}, ConfigError, "do_sample=False"),
+        ({"do_sample": True, "correction": EXACT}, ConfigError, "accept 'argmax' is for greedy text"),
         ({"num_beams": 3}, ConfigError, "num_beams=1"),
+        ({"num_beams": 3, "do_sample": True}, ConfigError, "num_beams=1"),
+        ({"guidance_scale": 1.5}, ConfigError, "guidance_scale=1"),
         ({"return_dict_in_generate": True, "output_attentions": True}, ConfigError, "output_attentions"),
         ({"sparsity": "dense"}, ConfigError, "known are"),
         ({"sparsity": {"keeps": 0.5}}, ConfigError, "method, keep, threshold"),
@@ -247,10 +261,74 @@ def test_the_first_end_token_pads_where_no_pad_token_is_set():
     assert torch.equal(own, ours) and (ours[0, -1] == ends[0])
 
 
-def test_logits_beside_processors_and_guidance_are_refused(model):
-    ids, options = torch.tensor([PROMPTS[0]]), {"max_new_tokens": 3, "do_sample": False}
-    with pytest.raises(ConfigError, match="output_scores"):
-        raw = {"return_dict_in_generate": True, "output_logits": True, "repetition_penalty": 1.3}
-        sirius.generate(model, ids, **raw, **options)
-    with pytest.raises(ConfigError, match="guidance_scale=1"):
-        sirius.generate(model, ids, guidance_scale=1.5, **options)
+@pytest.mark.parametrize("correction", [EXACT, TREE], ids=["chain", "tree"])
+def test_scores_and_logits_beside_a_processor_are_those_of_transformers(model, correction):
+    raw = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True, "repetition_penalty": 1.7}
+    own, ours = both(model, left_padded(PROMPTS), correction, **raw)
+    assert torch.equal(own.sequences, ours.sequences)
+    for name in ("scores", "logits"):
+        for mine, theirs in zip(ours[name], own[name], strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(ours.scores[0], ours.logits[0], atol=0.1), "the processor changed nothing"
+
+
+def test_sampling_is_reproducible_under_torch_s_seed(model):
+    inputs = left_padded(PROMPTS)
+    first = sampled(model, inputs)
+    assert torch.equal(sampled(model, inputs), first)
+    assert not torch.equal(sampled(model, inputs, seed=1), first)
+    assert not torch.equal(model.generate(**inputs, max_new_tokens=NEW, do_sample=False), first)
+
+
+def test_rows_of_the_same_prompt_are_sampled_apart(model):
+    rows = sampled(model, left_padded([PROMPTS[0]] * 4)).tolist()
+    assert len({tuple(row) for row in rows}) == 4
+
+
+@pytest.mark.parametrize("sparsity", ["coarse", {"method": "fine", "keep": 0.2}])
+def test_a_sample_is_the_same_whatever_is_drafted(model, sparsity):
+    inputs = left_padded(PROMPTS)
+    want = sampled(model, inputs, sparsity="none")
+    corrections = 0
+    for period in (1, 2, 9, "auto"):
+        for width in (1, 4):
+            correction = {**SAMPLED, "period": period, "tree_width": width}
+            got = sampled(model, inputs, correction=correction, sparsity=sparsity, return_dict_in_generate=True)
+            assert torch.equal(got.sequences, want), correction
+            assert all(s.lossless for s in got.stats)
+            corrections += sum(s.corrections for s in got.stats)
+    assert corrections, "a draft that is always right shows nothing"
+
+
+FALSE_ALARM = 1e-6  # the chance that right code fails the chi-square test, were torch's seed drawn anew
+
+
+@pytest.mark.parametrize("width", [1, 4])
+def test_the_first_tokens_have_the_distribution_of_the_full_model(width):
+    """The first one comes with the prompt, the second one is drafted and checked."""
+    vocabulary, rows, heat, prompt = 7, 600, 0.5, [1, 2, 3]
+    model = tiny_model(vocab_size=7, initializer_range=0.2, pad_token_id=None, bos_token_id=None, eos_token_id=None)
+    options = {"temperature": heat, "top_k": 5, "max_new_tokens": 4, "sparsity": {"method": "fine", "keep": 0.1}}
+    correction = {**SAMPLED, "tree_width": width}
+    drawn = sampled(model, left_padded([prompt] * rows), correction=correction, **options)[:, 3:5]
+    counts = (drawn @ torch.tensor([vocabulary, 1])).bincount(minlength=vocabulary**2).double()
+    assert chance(counts, rows * exact_pairs(model, prompt, vocabulary, heat, top=5)) > FALSE_ALARM
+    assert chance(counts, rows * exact_pairs(model, prompt, vocabulary, 1.0, top=5)) < FALSE_ALARM, "too few rows"
+
+
+def exact_pairs(model, prompt: list[int], vocabulary: int, heat: float, top: int) -> torch.Tensor:
+    """Return the full model's probability of each pair of first tokens, [V * V] float64."""
+    ids = torch.tensor([[*prompt, token] for token in range(vocabulary)])
+    with torch.inference_mode():
+        scores = model(ids).logits[:, -2:].double() / heat
+    scores = scores.masked_fill(scores < scores.topk(top).values[..., -1:], -torch.inf)
+    return (scores[0, 0].softmax(-1)[:, None] * scores[:, 1].softmax(-1)).flatten()
+
+
+def chance(counts: torch.Tensor, expected: torch.Tensor) -> float:
+    """Return Pearson's probability of counts at least this far from the expected ones; rare ones go together."""
+    assert not counts[expected == 0].any(), "a token that top_k leaves out"
+    rare = expected < 5
+    counts, expected = (torch.cat([each[~rare], each[rare].sum()[None]]) for each in (counts, expected))
+    statistic = ((counts - expected).square() / expected).sum()
+    return float(torch.special.gammaincc(torch.tensor((len(counts) - 1) / 2).double(), statistic / 2))

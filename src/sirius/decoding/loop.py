@@ -95,15 +95,18 @@ def next_round(model: LanguageModel, rows: Sequence[Row], plan: Plan) -> list[Ro
 
 
 def draft(model: LanguageModel, rows: Sequence[Row], plan: Plan) -> Tree:
-    """Guess up to K-1 tokens on every branch, one sparse pass a level, as far as budget and ends of text allow."""
+    """Guess up to K-1 tokens on every branch, one sparse pass a level, as far as budget and ends of text allow.
+
+    A branch that ends the text goes no further, nor does one that is less likely than it.
+    """
     tree = Tree.root(_on(model, [row.tokens[-1] for row in rows]))
     depth = _on(model, [min(plan.period.now, row.room) - 1 for row in rows])
     ends = _on(model, sorted(plan.ends))
     for level in range(int(depth.max())):
         here = tree.last
-        going = tree.alive[:, here] & (depth[:, None] > level)
-        if level:
-            going &= ~torch.isin(tree.tokens[:, here], ends)
+        ended = torch.isin(tree.tokens, ends) & tree.alive & (tree.depths > 0)
+        bar = torch.where(ended, tree.scores, -torch.inf).amax(1, keepdim=True)  # a likelier branch is complete
+        going = tree.alive[:, here] & ~ended[:, here] & (tree.scores[:, here] > bar) & (depth[:, None] > level)
         if not bool(going.any()):
             break
         scores = model.read(tree.tokens[:, here], Mode.SPARSE, tree.window(here))
