@@ -132,6 +132,7 @@ class Batch:
         neurons = tuple(mlp.size for mlp in mlps)
         self.model, self.rows, self.sparsity = model, rows, chosen
         self.session = Session(model, mlps, lambda: sparsity.create(chosen, neurons))
+        self.asked = correction
         self.correction = PLAIN if self.session.shared is None else correction
         self.plan = _make_plan(self.correction, ends)
         self.waiting: deque[_Entry] = deque()
@@ -146,7 +147,7 @@ class Batch:
     def add(self, text: Text) -> int:
         """Put a text in line and return its ticket; raise ConfigError where its sampling contradicts the rule."""
         request = text.request
-        check_together(request.sampling, self.correction)
+        check_together(request.sampling, self.asked)
         if request.sampling.temperature > 0:
             seed = request.sampling.seed
             noise = Noise(int(torch.randint(SEEDS, ())) if seed is None else seed)

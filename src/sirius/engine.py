@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypedDict, Unpack, cast, get_type_hints
 
@@ -108,7 +109,15 @@ class Engine:
         """
         shared, own = _sorted_out(options)
         batch = self.batch(rows=batch_size, **shared)
-        return self._results(batch, prompts, own)
+        indices: dict[int, int] = {}
+        refused: list[tuple[int, SiriusError]] = []
+        for index, prompt in enumerate(prompts):
+            try:
+                indices[batch.add(self.text(prompt, **own))] = index
+            except RequestError as error:
+                refused.append((index, error))
+        ended = ((indices[u.ticket], u.completion or u.error) for u in _steps(batch))
+        return chain(refused, ((index, done) for index, done in ended if done))
 
     def batch(self, *, rows: int = 8, **options: Unpack[BatchOptions]) -> Batch:
         """Open a batch of up to `rows` texts at a time; fill it with `batch.add(engine.text(prompt))`."""
@@ -155,19 +164,6 @@ class Engine:
         if not tokens:
             raise RequestError("the prompt holds no token; give it at least one")
         return tuple(token for token in tokens if isinstance(token, int))
-
-    def _results(
-        self, batch: Batch, prompts: Iterable[Prompt], options: TextOptions
-    ) -> Iterator[tuple[int, Completion | SiriusError]]:
-        indices: dict[int, int] = {}
-        for index, prompt in enumerate(prompts):
-            try:
-                indices[batch.add(self.text(prompt, **options))] = index
-            except RequestError as error:
-                yield index, error
-        for update in _steps(batch):
-            if done := update.completion or update.error:
-                yield indices[update.ticket], done
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Return the text of token ids, special tokens shown."""

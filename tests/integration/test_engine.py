@@ -83,7 +83,7 @@ def test_options_out_of_range_are_refused_before_anything_is_decoded(engine, opt
 
 @pytest.mark.parametrize(
     "change",
-    [{"period": 0}, {"threshold": -0.1}, {"threshold": 1.1}, {"accept_temperature": 0.0}, {"accept": "sampling"}],
+    [{"period": 0}, {"threshold": -0.1}, {"threshold": 1.1}, {"accept_temperature": 0.0}, {"accept": "sampled"}],
     ids=str,
 )
 def test_a_correction_out_of_range_is_refused(change):

@@ -1,0 +1,261 @@
+"""Texts side by side: they join, end, fail and are cancelled, and none disturbs another."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+
+from conftest import greedy, tiny_model
+from sirius.batch import Batch, Completion, Text, Update
+from sirius.core import CorrectionConfig, SparsityConfig
+from sirius.engine import Engine
+from sirius.errors import ConfigError, RequestError
+from sirius.model.session import Session
+
+pytestmark = pytest.mark.integration
+
+PROMPTS = [[5, 17, 93], [9], [70, 3, 12, 88, 41, 6, 19], [33, 20], [101, 55, 20, 33, 8]]
+NEW = 24
+RULE = CorrectionConfig(period=5, accept="argmax", tree_width=2)
+SPARSITY = SparsityConfig("coarse", 0.3)
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    return Engine(tiny_model(eos_token_id=None, max_position_embeddings=60))
+
+
+@pytest.fixture(scope="module")
+def alone(engine) -> list[list[int]]:
+    return [greedy(engine.model, prompt, NEW) for prompt in PROMPTS]
+
+
+def open_batch(engine: Engine, rows: int = 8, **options) -> Batch:
+    return engine.batch(rows=rows, **{"sparsity": SPARSITY, "correction": RULE, **options})
+
+
+def drain(batch: Batch) -> dict[int, Completion | Exception | None]:
+    """Run a batch to its end; return what became of each ticket that still had something to come."""
+    updates: list[Update] = []
+    while batch.busy:
+        updates += batch.step()
+    return {update.ticket: update.completion or update.error for update in updates if update.last}
+
+
+def fed(monkeypatch) -> list[tuple[int, int]]:
+    """Watch the passes of the model; return the list to which each adds its rows and tokens of a row."""
+    passes, forward = [], Session._forward
+
+    def watched(self, tokens, *args, **kwargs):
+        passes.append(tuple(tokens.shape))
+        return forward(self, tokens, *args, **kwargs)
+
+    monkeypatch.setattr(Session, "_forward", watched)
+    return passes
+
+
+def test_waiting_texts_take_the_rows_of_those_that_ended(engine, alone):
+    batch = open_batch(engine, rows=2)
+    tickets = [batch.add(engine.text(prompt, max_new_tokens=NEW)) for prompt in PROMPTS]
+    most = 0
+    done = {}
+    while batch.busy:
+        done |= {update.ticket: update.completion for update in batch.step() if update.completion}
+        most = max(most, len(batch.active))
+    assert most == 2
+    assert [list(done[ticket].token_ids) for ticket in tickets] == alone
+
+
+def test_a_text_that_joins_costs_the_others_no_pass(engine, monkeypatch):
+    passes = fed(monkeypatch)
+    batch = open_batch(engine)
+    batch.add(engine.text(PROMPTS[0], max_new_tokens=NEW))
+    batch.step()
+    batch.step()
+    del passes[:]
+    batch.add(engine.text(PROMPTS[2], max_new_tokens=NEW))
+    [update] = batch.step()
+    assert passes == [(1, len(PROMPTS[2]))] and update.round.origins == ("full",)
+    batch.step()
+    assert {rows for rows, _ in passes[1:]} == {2}
+
+
+def test_a_text_that_leaves_costs_the_others_no_pass(engine, alone, monkeypatch):
+    passes = fed(monkeypatch)
+    batch = open_batch(engine)
+    first, *others = [batch.add(engine.text(prompt, max_new_tokens=NEW)) for prompt in PROMPTS[:3]]
+    batch.step()
+    before = len(passes)
+    batch.cancel(first)
+    assert len(passes) == before and len(batch.active) == len(batch.session.methods) == 2
+    done = drain(batch)
+    assert [list(done[ticket].token_ids) for ticket in others] == alone[1:3]
+    assert first not in done
+
+
+def test_a_cancelled_text_that_waits_never_starts(engine, alone):
+    batch = open_batch(engine, rows=1)
+    tickets = [batch.add(engine.text(prompt, max_new_tokens=NEW)) for prompt in PROMPTS[:3]]
+    batch.step()
+    batch.cancel(tickets[1])
+    batch.cancel(tickets[1])
+    done = drain(batch)
+    assert {ticket: list(text.token_ids) for ticket, text in done.items()} == {
+        tickets[0]: alone[0],
+        tickets[2]: alone[2],
+    }
+
+
+@pytest.mark.parametrize("when", [3, 4, 9])
+def test_a_processor_that_breaks_ends_its_own_text_alone(engine, alone, when):
+    def breaks(tokens, scores):
+        if tokens.shape[1] >= when:
+            raise KeyError("no such token")
+        return scores
+
+    batch = open_batch(engine)
+    texts = [engine.text(prompt, max_new_tokens=NEW) for prompt in PROMPTS[:3]]
+    texts[0] = Text(texts[0].request, texts[0].ending, process=breaks)
+    tickets = [batch.add(text) for text in texts]
+    done = drain(batch)
+    assert isinstance(done[tickets[0]], RequestError) and "no such token" in str(done[tickets[0]])
+    assert [list(done[ticket].token_ids) for ticket in tickets[1:]] == alone[1:3]
+
+
+@pytest.mark.parametrize(
+    "result", [torch.zeros(1, 3), torch.full((1, 131), -torch.inf), torch.full((1, 131), torch.nan)]
+)
+def test_a_processor_that_leaves_no_scores_is_told_of(engine, result):
+    batch = open_batch(engine)
+    text = engine.text(PROMPTS[0])
+    ticket = batch.add(Text(text.request, text.ending, process=lambda tokens, scores: result))
+    assert "logits processor failed" in str(drain(batch)[ticket])
+
+
+def test_no_memory_for_a_prompt_is_that_texts_affair_alone(engine, alone, monkeypatch):
+    read = Session.open
+
+    def full(self, prompt, slots):
+        if len(prompt) == len(PROMPTS[2]):
+            raise torch.OutOfMemoryError("full")
+        return read(self, prompt, slots)
+
+    monkeypatch.setattr(Session, "open", full)
+    done = dict(engine.generate_many(PROMPTS, max_new_tokens=NEW, sparsity=SPARSITY, correction=RULE))
+    assert isinstance(done[2], RequestError) and "lower max_new_tokens or the batch size" in str(done[2])
+    assert all(list(done[i].token_ids) == alone[i] for i in (0, 1, 3, 4))
+
+
+def test_no_memory_for_a_round_ends_the_texts_in_it_and_the_batch_goes_on(engine, alone, monkeypatch):
+    batch = open_batch(engine, rows=2)
+    tickets = [batch.add(engine.text(prompt, max_new_tokens=NEW)) for prompt in PROMPTS[:3]]
+    batch.step()
+    with monkeypatch.context() as broken:
+        broken.setattr(Session, "read", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("full")))
+        assert all(isinstance(update.error, RequestError) for update in batch.step())
+    done = drain(batch)
+    assert list(done) == tickets[2:] and list(done[tickets[2]].token_ids) == alone[2]
+
+
+def test_prompts_that_cannot_be_decoded_yield_their_error_and_the_others_their_text(engine, alone):
+    prompts = [PROMPTS[0], [], PROMPTS[1], [500], list(range(60)), PROMPTS[2]]
+    done = dict(engine.generate_many(prompts, batch_size=2, max_new_tokens=NEW, sparsity=SPARSITY, correction=RULE))
+    assert [isinstance(done[index], RequestError) for index in (1, 3, 4)] == [True] * 3
+    assert [list(done[index].token_ids) for index in (0, 2, 5)] == alone[:3]
+
+
+def test_no_prompts_give_no_completions(engine):
+    assert list(engine.generate_many([])) == []
+
+
+@pytest.mark.parametrize("rows", [0, -1])
+def test_a_batch_of_no_rows_is_refused(engine, rows):
+    with pytest.raises(ConfigError, match=f"at least one row; got {rows}"):
+        engine.generate_many(PROMPTS, batch_size=rows)
+
+
+def test_unknown_options_are_refused(engine):
+    for call in (
+        lambda: engine.batch(perod=3),
+        lambda: engine.text([5], perod=3),
+        lambda: engine.generate_many([], a=1),
+    ):
+        with pytest.raises(TypeError, match="unknown option"):
+            call()
+
+
+def test_a_closed_stream_frees_its_cache_at_once(engine, monkeypatch):
+    sessions = []
+    opened = Session.open
+
+    def watched(self, prompt, slots):
+        sessions.append(weakref.ref(self))
+        return opened(self, prompt, slots)
+
+    monkeypatch.setattr(Session, "open", watched)
+    gc.disable()
+    try:
+        stream = engine.stream(PROMPTS[0], max_new_tokens=NEW, correction=RULE)
+        next(stream), next(stream)
+        stream.close()
+        assert sessions[0]() is None
+    finally:
+        gc.enable()
+
+
+def test_the_pieces_of_a_stream_make_up_the_completion(engine, alone):
+    updates = list(engine.stream(PROMPTS[0], max_new_tokens=NEW, sparsity=SPARSITY, correction=RULE))
+    done = updates[-1].completion
+    rounds = [update.round for update in updates]
+    assert [token for r in rounds for token in r.tokens] == list(done.token_ids) == alone[0]
+    assert done.origins == tuple(origin for r in rounds for origin in r.origins)
+    assert done.logprobs == tuple(p for r in rounds for p in r.logprobs)
+    assert [update.last for update in updates] == [False] * (len(updates) - 1) + [True]
+
+
+@pytest.mark.parametrize("width", [1, 4, 8])
+def test_a_tree_takes_its_width_in_slots_for_each_level_and_no_more(engine, width):
+    batch = open_batch(engine, correction=CorrectionConfig(period=6, accept="argmax", tree_width=width))
+    for prompt in PROMPTS[:2]:
+        batch.add(engine.text(prompt, max_new_tokens=NEW))
+    batch.step()
+    before = [store.data_ptr() for layer in batch.session.cache.slot_layers for store in layer.stores]
+    longest = max(len(prompt) for prompt in PROMPTS[:2]) + NEW + 5 * width
+    assert batch.session.cache.table.slots == longest
+    while len(batch.active) == 2:
+        batch.step()
+    assert [store.data_ptr() for layer in batch.session.cache.slot_layers for store in layer.stores] == before
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"per_row": True}, {"refresh": 0.3}, {"per_row": True, "refresh": 0.3}], ids=str
+)
+def test_neurons_are_chosen_anew_when_rows_come_or_go_and_not_otherwise(engine, options, monkeypatch):
+    from sirius.model import session as module
+
+    chosen, packed = [], module.packed
+    monkeypatch.setattr(
+        module, "packed", lambda methods, layer, mlp: chosen.append(len(methods)) or packed(methods, layer, mlp)
+    )
+    batch = open_batch(engine, sparsity=SparsityConfig("coarse", 0.3, **options))
+    for prompt in PROMPTS[:2]:
+        batch.add(engine.text(prompt, max_new_tokens=40))
+    batch.step()
+    batch.step()
+    assert chosen == [2, 2]  # once a layer
+    batch.step()
+    assert len(chosen) == (4 if options.get("refresh") else 2)
+    batch.cancel(1)
+    batch.step()
+    assert chosen[-2:] == [1, 1]
+
+
+def test_a_rows_own_neurons_make_a_lossy_text_independent_of_its_neighbours(engine):
+    def text(prompts, **options):
+        sparsity = SparsityConfig("coarse", 0.2, **options)
+        done = dict(engine.generate_many(prompts, max_new_tokens=NEW, sparsity=sparsity, correction=None))
+        return done[0].token_ids
+
+    assert text(PROMPTS, per_row=True) == text(PROMPTS[:1], per_row=True) == text(PROMPTS[:1])
+    assert text(PROMPTS) != text(PROMPTS[:1])

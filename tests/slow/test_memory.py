@@ -1,0 +1,44 @@
+"""Nothing grows over a long generation."""
+
+import resource
+from pathlib import Path
+
+import pytest
+
+from conftest import tiny_model
+from sirius.core import CorrectionConfig
+from sirius.engine import Engine
+
+pytestmark = pytest.mark.slow
+
+TOKENS, PERIOD, WIDTH = 10_000, 16, 8
+ALLOWED = 16 * 2**20  # bytes; the text's own tokens and rounds are about 4 MB
+
+
+def resident() -> int:
+    """Return the bytes of memory that this process holds."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize()
+
+
+def test_ten_thousand_tokens_of_a_wide_tree_take_the_slots_of_the_first_round_and_no_memory_besides():
+    engine = Engine(tiny_model(eos_token_id=None, max_position_embeddings=16_384))
+    batch = engine.batch(
+        rows=1, sparsity="fine", correction=CorrectionConfig(PERIOD, accept="argmax", tree_width=WIDTH)
+    )
+    batch.add(engine.text([5, 17, 93], max_new_tokens=TOKENS))
+    batch.step()
+    slots, stores = (
+        batch.session.cache.table.slots,
+        [id(s) for layer in batch.session.cache.slot_layers for s in layer.stores],
+    )
+    assert slots == 3 + TOKENS + (PERIOD - 1) * WIDTH
+    count, early = 1, None
+    while batch.busy:
+        count += sum(len(update.round.tokens) for update in batch.step())
+        if early is None and count > 0.2 * TOKENS:
+            early = resident()
+    assert count == TOKENS and early is not None
+    assert [id(s) for layer in batch.session.cache.slot_layers for s in layer.stores] == stores
+    assert batch.session.cache.table.slots == slots
+    assert resident() - early < ALLOWED, f"{(resident() - early) / 2**20:.0f} MB more"
