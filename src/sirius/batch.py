@@ -177,15 +177,25 @@ class Batch:
 
     def _admit(self, entry: _Entry) -> Update:
         began = perf_counter()
-        wanted = max(e.row.slots for e in (entry, *self.waiting))
         try:
-            self.session.reserve(min(self.rows, len(self.active) + 1 + len(self.waiting)), wanted)
-            done = start(self.session, entry.row)
+            done = self._start(entry)
         except torch.OutOfMemoryError as error:
             return self._failed(entry, _out_of_memory(entry.row.slots, error))
         entry.seconds += perf_counter() - began
         self.active.append(entry)
         return self._took(entry, done)
+
+    def _start(self, entry: _Entry) -> Round | None:
+        """Read a prompt, with room for those behind it where memory has that, so that nothing moves twice."""
+        rows = min(self.rows, len(self.active) + 1 + len(self.waiting))
+        try:
+            self.session.reserve(rows, max(e.row.slots for e in (entry, *self.waiting)))
+            return start(self.session, entry.row)
+        except torch.OutOfMemoryError:
+            if not self.active:
+                self.session.release()
+            self.session.reserve(len(self.active) + 1, entry.row.slots)
+            return start(self.session, entry.row)
 
     def _round(self) -> list[Update]:
         began = perf_counter()

@@ -10,7 +10,8 @@ from conftest import greedy, tiny_model
 from sirius.batch import Batch, Completion, Text, Update
 from sirius.core import CorrectionConfig, SparsityConfig
 from sirius.engine import Engine
-from sirius.errors import ConfigError, RequestError
+from sirius.errors import ConfigError, ModelError, RequestError
+from sirius.model.cache import SlotLayer
 from sirius.model.session import Session
 
 pytestmark = pytest.mark.integration
@@ -156,6 +157,78 @@ def test_no_memory_for_a_round_ends_the_texts_in_it_and_the_batch_goes_on(engine
         assert all(isinstance(update.error, RequestError) for update in batch.step())
     done = drain(batch)
     assert list(done) == tickets[2:] and list(done[tickets[2]].token_ids) == alone[2]
+
+
+@pytest.mark.parametrize("place", [0, 1, 3], ids=["first", "among them", "last"])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_text_too_large_for_the_memory_ends_alone_wherever_it_stands_in_line(rows, place, monkeypatch):
+    """As a device would refuse it: every allocation of more than 100 slots fails."""
+    allocate, grow = SlotLayer.lazy_initialization, SlotLayer.grow
+
+    def refused(slots: int) -> None:
+        if slots > 100:
+            raise torch.OutOfMemoryError("full")
+
+    def allocated(self, *states):
+        refused(self.table.slots)
+        allocate(self, *states)
+
+    def grown(self, rows, slots):
+        refused(slots if self.is_initialized else 0)
+        grow(self, rows, slots)
+
+    monkeypatch.setattr(SlotLayer, "lazy_initialization", allocated)
+    monkeypatch.setattr(SlotLayer, "grow", grown)
+    engine = Engine(tiny_model(eos_token_id=None))
+    budgets = [NEW] * 3
+    budgets.insert(place, 400)
+    batch = open_batch(engine, rows=rows)
+    tickets = [batch.add(engine.text(p, max_new_tokens=n)) for p, n in zip(PROMPTS[:4], budgets, strict=True)]
+    done = drain(batch)
+    for index, ticket in enumerate(tickets):
+        if index == place:
+            assert "out of memory" in str(done[ticket])
+        else:
+            assert list(done[ticket].token_ids) == greedy(engine.model, PROMPTS[index], NEW)
+
+
+def test_a_cache_that_could_grow_only_in_part_goes_on(monkeypatch):
+    engine = Engine(tiny_model(eos_token_id=None))
+    batch, grow = open_batch(engine, rows=2), SlotLayer.grow
+    tickets = [batch.add(engine.text(PROMPTS[0], max_new_tokens=NEW))]
+    batch.step()
+    first, second, *_ = batch.session.cache.slot_layers
+
+    def second_layer_fails(self, rows, slots):
+        if self is second and slots > 300:
+            raise torch.OutOfMemoryError("full")
+        return grow(self, rows, slots)
+
+    monkeypatch.setattr(SlotLayer, "grow", second_layer_fails)
+    tickets.append(batch.add(engine.text(PROMPTS[1], max_new_tokens=300)))
+    [refused] = batch.step()
+    assert isinstance(refused.error, RequestError)
+    assert first.stores[0].shape[1] > 300 > second.stores[0].shape[1]
+    tickets.append(batch.add(engine.text(PROMPTS[2], max_new_tokens=NEW + 9)))
+    done = drain(batch)
+    assert list(done[tickets[0]].token_ids) == greedy(engine.model, PROMPTS[0], NEW)
+    assert list(done[tickets[2]].token_ids) == greedy(engine.model, PROMPTS[2], NEW + 9)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"], ids=["sdpa", "eager"])
+def test_a_text_whose_scores_are_no_numbers_leaves_nothing_to_the_one_that_takes_its_row(family):
+    model = tiny_model(family, eos_token_id=None)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[99] = float("nan")
+        model.lm_head.weight[99] = 0  # never drafted
+    engine = Engine(model)
+    batch = open_batch(engine, rows=2)
+    asked = [([5, 17, 93] * 10, 40), ([7, 7, 99] * 6, 30), ([9], 20)]
+    first, broken, successor = [batch.add(engine.text(prompt, max_new_tokens=new)) for prompt, new in asked]
+    done = drain(batch)
+    assert isinstance(done[broken], ModelError)
+    for ticket, (prompt, new) in ((first, asked[0]), (successor, asked[2])):
+        assert list(done[ticket].token_ids) == greedy(model, prompt, new)
 
 
 def test_prompts_that_cannot_be_decoded_yield_their_error_and_the_others_their_text(engine, alone):

@@ -105,11 +105,12 @@ def test_a_model_without_a_tokenizer_takes_ids_and_gives_ids():
             bare.generate(**options)
 
 
-def test_a_damaged_model_ends_in_an_error_of_ours():
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_a_damaged_model_ends_in_an_error_of_ours(temperature):
     model = tiny_model()
     torch.nn.init.constant_(model.get_input_embeddings().weight, float("nan"))
     with pytest.raises(ModelError, match="not numbers"):
-        Engine(model).generate([5, 6, 7])
+        Engine(model).generate([5, 6, 7], sampling=temperature)
 
 
 @pytest.mark.parametrize(("given", "ends"), [(2, {2}), ([2, 9], {2, 9}), (None, {2})])

@@ -200,7 +200,7 @@ def _processed(rows: Sequence[Row], tree: Tree, level: slice, scores: Tensor) ->
 
 def _row_processed(row: Row, tokens: Tensor, scores: Tensor) -> Tensor:
     """Apply a row's processor to scores [m, V] of what follows tokens [m, n]; a failure becomes the row's error."""
-    if row.process is None or row.error is not None:
+    if row.process is None or row.error is not None or bool(scores.isnan().any()):
         return scores
     try:
         processed = row.process(tokens, scores.clone())

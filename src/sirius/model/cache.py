@@ -48,15 +48,17 @@ class SlotLayer(CacheLayerMixin):
         return (self.keys, self.values) if self.keys is not None and self.values is not None else ()
 
     def grow(self, rows: int, slots: int) -> None:
-        """Move what is held into a larger store."""
-        if not self.is_initialized:
-            return
+        """Move what is held into a larger store, unless an earlier call that ended midway did so here."""
         larger = []
         for store in self.stores:
+            rows, slots = max(rows, store.shape[0]), max(slots, store.shape[1])
+            if store.shape[:2] == (rows, slots):
+                return
             new = store.new_zeros(rows, slots, *store.shape[2:])
             new[: store.shape[0], : store.shape[1]] = store
             larger.append(new)
-        self.keys, self.values = larger
+        if larger:
+            self.keys, self.values = larger
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Return how many slots a pass sees, and the first of them."""
@@ -164,13 +166,18 @@ class SlotCache(Cache):
         table.lengths = torch.cat([lengths + counts, table.lengths[rows:]])
 
     def move(self, source: int, target: int) -> None:
-        """Let row `target` hold what row `source` held, which is empty afterwards."""
+        """Let row `target` hold what row `source` held, which is empty afterwards.
+
+        Freed slots are zeros again: masked ones weigh nothing in attention, but nothing times NaN is NaN.
+        """
         length = int(self.lengths[source])
-        if source != target:
-            for layer in self.slot_layers:
-                for store in layer.stores:
+        for layer in self.slot_layers:
+            for store in layer.stores:
+                if source != target:
                     store[target, :length] = store[source, :length]
-            self.lengths[target] = length
+                    store[target, length:] = 0
+                store[source] = 0
+        self.lengths[target] = length
         self.lengths[source] = 0
 
     def copy(self, first: int) -> list[Tensor]:
@@ -190,7 +197,8 @@ class SlotCache(Cache):
         assert bool(((table.lengths >= 0) & (table.lengths <= table.slots)).all()), f"lengths {table.lengths.tolist()}"
         for index, layer in enumerate(self.slot_layers):
             for store in layer.stores:
-                assert store.shape[:2] == (table.rows, table.slots), f"layer {index} holds {list(store.shape)}"
+                room = store.shape[0] >= table.rows and store.shape[1] >= table.slots
+                assert room, f"layer {index} holds {list(store.shape)}"
                 for row, length in enumerate(table.lengths.tolist()):
                     assert bool(store[row, :length].isfinite().all()), f"layer {index}, row {row} holds no numbers"
 

@@ -28,7 +28,7 @@ class Session:
     def __init__(self, model: PreTrainedModel, mlps: list[SparseMLP], make: MakeMethod = lambda: None) -> None:
         """Open an empty session; `make` gives a method for a prompt, or None to draft with every neuron."""
         self.model, self.mlps, self.make = model, mlps, make
-        self.cache = SlotCache(model.config.get_text_config().num_hidden_layers, 0, 0, model.device)
+        self.cache = self._empty_cache()
         eager = model.config._attn_implementation == "eager"
         self.mask_dtype = model.dtype if eager else None
         self.dense: list[Route | None] = [None] * len(mlps)
@@ -47,6 +47,11 @@ class Session:
     def reserve(self, rows: int, slots: int) -> None:
         """Make room for rows and slots to come, so that the cache is not moved when they do."""
         self.cache.reserve(rows, slots)
+
+    def release(self) -> None:
+        """Give back the memory of a session without rows."""
+        assert not self.methods, f"{len(self.methods)} rows are open"
+        self.cache = self._empty_cache()
 
     @torch.no_grad()
     def open(self, prompt: Tensor, slots: int) -> Tensor:
@@ -111,6 +116,9 @@ class Session:
         """Return which share of its neurons a draft token of a row reads."""
         method = self.methods[row]
         return DENSE if method is None else method.touched()
+
+    def _empty_cache(self) -> SlotCache:
+        return SlotCache(self.model.config.get_text_config().num_hidden_layers, 0, 0, self.model.device)
 
     def _forward(self, tokens: Tensor, positions: Tensor, mask: Tensor, last: int = 0) -> Tensor:
         scores = self.model(
