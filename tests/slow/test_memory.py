@@ -27,10 +27,8 @@ def test_ten_thousand_tokens_of_a_wide_tree_take_the_slots_of_the_first_round_an
     batch = engine.batch(rows=1, sparsity=SparsityConfig("fine", 0.98), correction=wide)  # few rounds, or it takes long
     batch.add(engine.text([5, 17, 93], max_new_tokens=TOKENS))
     batch.step()
-    slots, stores = (
-        batch.session.cache.table.slots,
-        [id(s) for layer in batch.session.cache.slot_layers for s in layer.stores],
-    )
+    cache = batch.session.cache
+    slots, stores = cache.table.slots, [id(store) for layer in cache.slot_layers for store in layer.stores]
     assert slots == 3 + TOKENS + (PERIOD - 1) * WIDTH
     count, early = 1, None
     while batch.busy:
@@ -38,6 +36,6 @@ def test_ten_thousand_tokens_of_a_wide_tree_take_the_slots_of_the_first_round_an
         if early is None and count > 0.2 * TOKENS:
             early = resident()
     assert count == TOKENS and early is not None
-    assert [id(s) for layer in batch.session.cache.slot_layers for s in layer.stores] == stores
-    assert batch.session.cache.table.slots == slots
+    assert [id(store) for layer in cache.slot_layers for store in layer.stores] == stores
+    assert batch.session.cache is cache and cache.table.slots == slots
     assert resident() - early < ALLOWED, f"{(resident() - early) / 2**20:.0f} MB more"
