@@ -1,8 +1,9 @@
 """Texts decoded side by side: they join and leave between rounds, and none disturbs another."""
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from time import perf_counter
 from typing import Protocol
 
@@ -31,7 +32,7 @@ from sirius.model.prepare import count_parameters, prepare
 from sirius.model.session import Session
 from sirius.stats import Setting, Stats, summarise
 
-PLAIN = CorrectionConfig(period=1, accept="sampling")  # every round is one dense pass
+PLAIN = CorrectionConfig(period=1, accept="sampling")  # every round is one dense pass of the whole model
 
 
 class Ending(Protocol):
@@ -51,10 +52,13 @@ class Ending(Protocol):
 
 @dataclass(frozen=True)
 class Text:
-    """A request with what the tokens alone do not say: where it ends, and what changes its scores."""
+    """A request with what the tokens alone do not say: where it ends, and what changes its scores.
+
+    make_ending  gives a fresh `Ending`; what it raises ends this text alone
+    """
 
     request: Request
-    ending: Ending
+    make_ending: Callable[[], Ending]
     process: Processor | None = None
     keep_scores: bool = False
 
@@ -104,6 +108,7 @@ class _Entry:
 
     ticket: int
     text: Text
+    ending: Ending
     row: Row
     rounds: list[Round] = field(default_factory=list)
     seconds: float = 0.0
@@ -126,8 +131,8 @@ class Batch:
         rows: int = 8,
     ) -> None:
         """Open an empty batch; `ends` are token ids at which drafts stop, correction None is the sparse model alone."""
-        if rows < 1:
-            raise ConfigError(f"a batch needs at least one row; got {rows}")
+        if type(rows) is not int or rows < 1:
+            raise ConfigError(f"a batch has a whole number of rows, at least 1; got {rows!r}")
         mlps = prepare(model)
         neurons = tuple(mlp.size for mlp in mlps)
         self.model, self.rows, self.sparsity = model, rows, chosen
@@ -157,7 +162,7 @@ class Batch:
         slots = len(request.prompt) + request.max_new_tokens + window
         row = Row(list(request.prompt), request.max_new_tokens, slots, text.process, noise, text.keep_scores)
         self.tickets += 1
-        self.waiting.append(_Entry(self.tickets, text, row))
+        self.waiting.append(_Entry(self.tickets, text, text.make_ending(), row))
         return self.tickets
 
     def cancel(self, ticket: int) -> None:
@@ -189,7 +194,7 @@ class Batch:
         """Read a prompt, with room for those behind it where memory has that, so that nothing moves twice."""
         rows = min(self.rows, len(self.active) + 1 + len(self.waiting))
         try:
-            self.session.reserve(rows, max(e.row.slots for e in (entry, *self.waiting)))
+            self.session.reserve(rows, max(e.row.slots for e in (entry, *islice(self.waiting, self.rows))))
             return start(self.session, entry.row)
         except torch.OutOfMemoryError:
             if not self.active:
@@ -218,9 +223,13 @@ class Batch:
             assert entry.row.error is not None
             self._close(self.active.index(entry))
             return self._failed(entry, entry.row.error)
-        ending = entry.text.ending
+        ending = entry.ending
         shown = len(ending.text)
-        used = done.until(ending.push(done.tokens))
+        try:
+            used = done.until(ending.push(done.tokens))
+        except Exception as error:  # whatever a user's criterion raises is this text's affair alone
+            self._close(self.active.index(entry))
+            return self._failed(entry, _caused(f"a stopping criterion failed: {error!r}", error))
         entry.rounds.append(used)
         if not ending.stopped and entry.row.room:
             return Update(entry.ticket, ending.text[shown:], used)
@@ -230,7 +239,7 @@ class Batch:
         return Update(entry.ticket, ending.text[shown:], used, completion)
 
     def _completed(self, entry: _Entry) -> Completion:
-        rounds, ending = entry.rounds, entry.text.ending
+        rounds, ending = entry.rounds, entry.ending
         touched = self.session.touched(self.active.index(entry))
         sampled = entry.text.request.sampling.temperature > 0
         setting = Setting(count_parameters(self.model), touched, self.correction, self._lossless(sampled))
@@ -275,9 +284,14 @@ def _make_plan(correction: CorrectionConfig | None, ends: frozenset[int]) -> Pla
 
 
 def _out_of_memory(slots: int, error: torch.OutOfMemoryError) -> RequestError:
-    failed = RequestError(
+    return _caused(
         f"out of memory with {slots} cache slots for a text; lower max_new_tokens or the batch size, shorten the "
-        "prompt, or load the model in a narrower dtype"
+        "prompt, or load the model in a narrower dtype",
+        error,
     )
+
+
+def _caused(message: str, error: Exception) -> RequestError:
+    failed = RequestError(message)
     failed.__cause__ = error
     return failed

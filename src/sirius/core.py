@@ -25,6 +25,7 @@ Config = TypeVar("Config", "SparsityConfig", "CorrectionConfig", "SamplingConfig
 
 AUTO = "auto"
 LONGEST = 32  # the longest window that period "auto" chooses
+COLDEST = 1e-5  # the lowest temperature above 0: scores divided by less overflow
 SEEDS = 2**32  # as many as torch's generator on the CPU tells apart
 
 # Turns the scores of the next token [m, V] into others, given all tokens before it [m, n], row by row, as those of
@@ -36,7 +37,6 @@ class Mode(Enum):
     """How a pass runs the gated MLPs."""
 
     DENSE = "dense"  # every neuron
-    OBSERVE = "observe"  # every neuron, and the sparsity method looks on
     SPARSE = "sparse"  # the neurons that the sparsity method chose
 
 
@@ -143,7 +143,8 @@ class SamplingConfig:
     top_p, top_k, min_p least likely tokens left out, as in transformers; 1, 0 and 0 leave out none
     repetition_penalty  None: what the checkpoint's generation config says
     seed                None: another text each time. With a seed the text is the same for every lossless rule,
-                        sparsity, period, tree and batch, and the same as without a draft
+                        sparsity, period, tree and batch, and the same as without a draft. It is a text's own: two
+                        copies of a prompt with one seed are one text twice
     """
 
     temperature: float = 0.0
@@ -156,8 +157,8 @@ class SamplingConfig:
     def __post_init__(self) -> None:
         _check_kinds(self, temperature=float, top_p=float, top_k=int, min_p=float)
         _check_kinds(self, repetition_penalty=float | None, seed=int | None)
-        if not (self.temperature >= 0 and isfinite(self.temperature)):
-            raise ConfigError(f"temperature is 0 (greedy) or a positive number; got {self.temperature}")
+        if self.temperature != 0 and not (self.temperature >= COLDEST and isfinite(self.temperature)):
+            raise ConfigError(f"temperature is 0 (greedy) or a number from {COLDEST} on; got {self.temperature}")
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p is a probability, above 0 and at most 1 (off); got {self.top_p}")
         if self.top_k < 0:
@@ -240,14 +241,19 @@ class Verdict:
     origin: Origin
     tip: tuple[int, ...]
 
+    @property
+    def accepted(self) -> int:
+        """How many guesses come out."""
+        return len(self.path) + (self.origin == "draft")
+
 
 @dataclass(frozen=True)
 class Round:
     """What one round did to one text, from the draft to the tokens that came out.
 
     tokens    what the round adds to the text: kept guesses, then one token of the full model unless a stop cut it off
-    origins   where each token comes from: "full" (nothing was drafted), "draft", "correction" (in place of a guess) or
-              "bonus" (after a draft that passed whole)
+    origins   where each token comes from: "full" (nothing was drafted), "draft", "bonus" (after a draft that passed
+              to its full depth) or "correction" (before that: the guess there was rejected, or dropped from the tree)
     logprobs  the natural log of the full model's probability of each token, at temperature 1 before any processor
               (of the sparse model's where it decodes alone)
     draft     the branch of the draft that went furthest; draft[accepted:] was rolled back

@@ -2,7 +2,9 @@
 
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import chain
+from functools import partial
+from itertools import chain, islice, repeat
+from numbers import Integral
 from pathlib import Path
 from typing import Any, TypedDict, Unpack, cast, get_type_hints
 
@@ -11,7 +13,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sirius.batch import Batch, Completion, Text, Update
-from sirius.core import CorrectionConfig, Request, SamplingConfig, SparsityConfig, as_config
+from sirius.core import CorrectionConfig, Request, SamplingConfig, SparsityConfig, as_config, check_together
 from sirius.errors import RequestError, SiriusError
 from sirius.model.loading import Source, load_model, load_tokenizer
 from sirius.model.prepare import check_sliding, context_limit, prepare, sliding_window
@@ -27,12 +29,12 @@ class TextOptions(TypedDict, total=False):
     """What one text may ask for.
 
     max_new_tokens  None: 256, or as many as the model's context has room for
-    stop            strings that end the text
+    stop            strings that end the text; None: no strings
     sampling        a temperature, a SamplingConfig or a mapping of its fields; greedy if left out
     """
 
     max_new_tokens: int | None
-    stop: str | Sequence[str]
+    stop: str | Sequence[str] | None
     sampling: SamplingConfig | Mapping[str, Any] | float
 
 
@@ -40,11 +42,12 @@ class BatchOptions(TypedDict, total=False):
     """What the texts of a batch have in common.
 
     sparsity    a method's name at keep 0.5, a SparsityConfig, or a mapping of its fields; "coarse" if left out
-    correction  a period, a CorrectionConfig or a mapping of its fields; None leaves the sparse model alone (lossy)
+    correction  a period (or "auto"), a CorrectionConfig or a mapping of its fields; None leaves the sparse model alone
+                (lossy)
     """
 
     sparsity: SparsityConfig | Mapping[str, Any] | str
-    correction: CorrectionConfig | Mapping[str, Any] | int | None
+    correction: CorrectionConfig | Mapping[str, Any] | int | str | None
 
 
 class Options(TextOptions, BatchOptions, total=False):
@@ -100,24 +103,45 @@ class Engine:
         return _raising(_steps(batch))
 
     def generate_many(
-        self, prompts: Iterable[Prompt], *, batch_size: int = 8, **options: Unpack[Options]
+        self,
+        prompts: Iterable[Prompt],
+        *,
+        batch_size: int = 8,
+        each: Iterable[TextOptions] = (),
+        **options: Unpack[Options],
     ) -> Iterator[tuple[int, Completion | SiriusError]]:
         """Decode prompts side by side, `batch_size` at a time; yield each one's index and completion as it finishes.
 
+        prompts  any number of them; they are taken a few ahead of those at work
+        each     options of each prompt, in their order, that go before the common ones; fewer leave the rest as it is
+
         A prompt that cannot be decoded yields its error in place of a completion, and the others go on. The order is
-        that in which texts end. Raises ConfigError of options that do not fit.
+        that in which texts end; closing the iterator drops those at work. Raises ConfigError of common options that do
+        not fit, RequestError where `prompts` is a single one.
         """
+        if isinstance(prompts, str | bytes) or (isinstance(prompts, Sequence) and prompts and is_chat(prompts)):
+            raise RequestError("generate_many takes several prompts; give a single one to generate, or in a list")
         shared, own = _sorted_out(options)
         batch = self.batch(rows=batch_size, **shared)
+        check_together(_request((0,), own, budget=1).sampling, batch.asked)
+        asked = zip(prompts, chain(each, repeat(TextOptions())), strict=False)
+        return self._many(enumerate(asked), batch, own)
+
+    def _many(
+        self, asked: Iterator[tuple[int, tuple[Prompt, TextOptions]]], batch: Batch, own: TextOptions
+    ) -> Iterator[tuple[int, Completion | SiriusError]]:
         indices: dict[int, int] = {}
-        refused: list[tuple[int, SiriusError]] = []
-        for index, prompt in enumerate(prompts):
-            try:
-                indices[batch.add(self.text(prompt, **own))] = index
-            except RequestError as error:
-                refused.append((index, error))
-        ended = ((indices[u.ticket], u.completion or u.error) for u in _steps(batch))
-        return chain(refused, ((index, done) for index, done in ended if done))
+        while True:
+            for index, (prompt, options) in islice(asked, max(0, batch.rows - len(batch.waiting))):
+                try:
+                    indices[batch.add(self.text(prompt, **{**own, **options}))] = index
+                except SiriusError as error:
+                    yield index, error
+            if not batch.busy:
+                return
+            for update in batch.step():
+                if done := update.completion or update.error:
+                    yield indices.pop(update.ticket), done
 
     def batch(self, *, rows: int = 8, **options: Unpack[BatchOptions]) -> Batch:
         """Open a batch of up to `rows` texts at a time; fill it with `batch.add(engine.text(prompt))`."""
@@ -128,14 +152,12 @@ class Engine:
         return Batch(self.model, chosen, correction, ends=self.ends, rows=rows)
 
     def text(self, prompt: Prompt, **options: Unpack[TextOptions]) -> Text:
-        """Return a prompt with its options, checked and ready for one use in a batch; raise as `stream` does."""
+        """Return a prompt with its options, checked and ready for a batch; raise as `stream` does."""
         _check_known(options, TextOptions)
         tokens = self.encode(prompt)
         room = self._room(len(tokens))
-        asked, stop = options.get("max_new_tokens"), options.get("stop", ())
-        budget = min(DEFAULT_NEW_TOKENS, room) if asked is None else asked
-        sampling = as_config(SamplingConfig, options.get("sampling", SamplingConfig()))
-        request = Request(tokens, budget, (stop,) if isinstance(stop, str) else tuple(stop), sampling)
+        request = _request(tokens, options, budget=min(DEFAULT_NEW_TOKENS, room))
+        budget = request.max_new_tokens
         if budget > room:
             check_sliding(self.model.config, len(tokens), budget)
             raise RequestError(
@@ -144,26 +166,21 @@ class Engine:
             )
         if request.stop and self.tokenizer is None:
             raise RequestError("stop strings need a tokenizer, and this model has none; stop at token ids instead")
-        ending = StopAt(self.tokenizer, self.ends, request.stop)
-        return Text(request, ending, make_processor(sampling, self.model))
+        make_ending = partial(StopAt, self.tokenizer, self.ends, request.stop)
+        return Text(request, make_ending, make_processor(request.sampling, self.model))
 
     def encode(self, prompt: Prompt) -> tuple[int, ...]:
         """Return the token ids of a prompt, chat messages by the model's template; raise RequestError of bad ones."""
-        if not isinstance(prompt, Sequence) or len(prompt) == 0:
-            raise RequestError(f"the prompt is empty, or neither text, token ids nor messages: {prompt!r:.60}")
         if isinstance(prompt, str):
             tokens = self._tokenized(prompt)
-        elif is_chat(prompt):
+        elif isinstance(prompt, Sequence) and prompt and all(isinstance(each, Mapping) for each in prompt):
             tokens = self._templated(prompt)
         else:
             tokens = prompt
-        vocabulary = self.model.config.get_text_config().vocab_size
-        for token in tokens:
-            if type(token) is not int or not 0 <= token < vocabulary:
-                raise RequestError(f"a prompt's token ids are whole numbers from 0 to {vocabulary - 1}; got {token!r}")
-        if not tokens:
-            raise RequestError("the prompt holds no token; give it at least one")
-        return tuple(token for token in tokens if isinstance(token, int))
+        checked = self._checked(tokens)
+        if not checked:
+            raise RequestError("the prompt is empty; give it at least one token")
+        return checked
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Return the text of token ids, special tokens shown."""
@@ -185,6 +202,17 @@ class Engine:
         limits = [each for each in (limit, sliding and sliding[1]) if each is not None]
         return min(limits, default=sys.maxsize) - prompt
 
+    def _checked(self, prompt: Any) -> tuple[int, ...]:
+        """Return token ids, given as a list or tuple, a 1-D tensor or array."""
+        ids = prompt.tolist() if hasattr(prompt, "tolist") else prompt
+        if not isinstance(ids, Sequence) or isinstance(ids, bytes):
+            raise RequestError(f"a prompt is a text, token ids or chat messages; got {prompt!r:.60}")
+        vocabulary = self.model.config.get_text_config().vocab_size
+        for token in ids:
+            if isinstance(token, bool) or not isinstance(token, Integral) or not 0 <= int(token) < vocabulary:
+                raise RequestError(f"a prompt's token ids are whole numbers from 0 to {vocabulary - 1}; got {token!r}")
+        return tuple(int(token) for token in ids)
+
     def _tokenized(self, text: str) -> list[int]:
         try:
             return self._needed_tokenizer().encode(text)
@@ -192,6 +220,8 @@ class Engine:
             raise RequestError(f"the prompt is not text that can be encoded: {text!r:.60}") from error
 
     def _templated(self, messages: Any) -> list[int]:
+        if not is_chat(messages):
+            raise RequestError(f"a chat message has a role and a content, both texts; got {messages!r:.80}")
         tokenizer = self._needed_tokenizer()
         if not tokenizer.chat_template:
             raise RequestError("this model's tokenizer has no chat template; give the prompt as a text")
@@ -203,7 +233,7 @@ class Engine:
 
     def _needed_tokenizer(self) -> PreTrainedTokenizerBase:
         if self.tokenizer is None:
-            raise RequestError("this model has no tokenizer; give the prompt as token ids")
+            raise RequestError("this model has no tokenizer; give the prompt as token ids (in a file: prompt_ids)")
         return self.tokenizer
 
 
@@ -219,6 +249,15 @@ def end_tokens(model: PreTrainedModel) -> frozenset[int]:
     ids = model.generation_config.eos_token_id if model.generation_config else None
     ids = model.config.get_text_config().eos_token_id if ids is None else ids
     return frozenset([ids] if isinstance(ids, int) else ids or ())
+
+
+def _request(prompt: tuple[int, ...], options: TextOptions, budget: int) -> Request:
+    """Return a prompt with its options, checked but for the model; `budget` is the one where none is asked for."""
+    asked, stop = options.get("max_new_tokens"), options.get("stop") or ()
+    sampling = as_config(SamplingConfig, options.get("sampling", SamplingConfig()))
+    return Request(
+        prompt, budget if asked is None else asked, (stop,) if isinstance(stop, str) else tuple(stop), sampling
+    )
 
 
 def _sorted_out(options: Options) -> tuple[BatchOptions, TextOptions]:

@@ -19,6 +19,7 @@ from transformers import (
     StoppingCriteriaList,
     StopStringCriteria,
 )
+from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
@@ -72,6 +73,9 @@ def decode(  # noqa: PLR0913 - transformers' own arguments, and ours
     do_sample   samples as the processors and warpers of `generate` say, seeded by torch's generator; lossless under
                 the rule "sampling"
     streamer, tokenizer, stop   bind these with functools.partial, or use `sirius.generate`
+
+    Stopping criteria get scores None, as in assisted decoding. `use_cache` and `cache_implementation` change nothing:
+    the cache is ours. A text that passes the model's context is warned of and no more, as in transformers.
 
     Returns [B, P + new] int64 padded on the right, or a `SiriusOutput` where `return_dict_in_generate` is set. The
     model is left prepared (it computes what it did before); `sirius.restore(model)` undoes it. Raises ConfigError of
@@ -182,7 +186,7 @@ class _Job:
         sampling = SamplingConfig(temperature=1.0 if self.generation.do_sample else 0.0)  # warpers are processors here
         process = self._row_processor(input_ids, index, len(row) - len(real)) if self.processors else None
         request = Request(tuple(real.tolist()), budget, (), sampling)
-        return Text(request, _Criteria(self.criteria, row[None]), process, keep_scores=self.wants_scores)
+        return Text(request, partial(_Criteria, self.criteria, row[None]), process, keep_scores=self.wants_scores)
 
     def packed(self, input_ids: Tensor, rows: list[_Row]) -> Tensor | SiriusOutput:
         """Return the rows in transformers' form, the shorter ones padded on the right."""
@@ -223,8 +227,12 @@ class _Job:
 
 
 def _check(generation: GenerationConfig, model_kwargs: Mapping[str, Any]) -> None:
-    if generation.num_beams not in (None, 1):
-        raise ConfigError(f"sirius searches no beams; set num_beams=1, got {generation.num_beams}")
+    mode = generation.get_generation_mode(model_kwargs.get("assistant_model"))
+    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+        raise ConfigError(
+            f"sirius decodes greedily or samples, and these options ask for {mode.value.replace('_', ' ')}; leave out "
+            "num_beams, penalty_alpha, dola_layers, prompt_lookup_num_tokens and assistant_model"
+        )
     if generation.guidance_scale not in (None, 1):
         raise ConfigError(
             "classifier-free guidance keeps a cache that a rejected draft would spoil; set guidance_scale=1"

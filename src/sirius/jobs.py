@@ -4,32 +4,48 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields, replace
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
-from sirius.engine import Completion, Prompt, is_chat
-from sirius.errors import FileError
+from sirius.core import Request, SamplingConfig
+from sirius.engine import Completion, Prompt, TextOptions, is_chat
+from sirius.errors import ConfigError, FileError
 
 Identity = str | int
 
 OPENING = b'{"id": '  # how every line that `Output` writes begins
 DETAILS = ("origins", "logprobs")
+SAMPLING = tuple(each.name for each in fields(SamplingConfig))
+OPTIONS = ("max_new_tokens", "stop", *SAMPLING)  # what a line may say for itself
 
 
 @dataclass(frozen=True)
 class Job:
-    """One line of an input file: its number from 1, its id (the number where it gives none) and its prompt."""
+    """One line of an input file.
+
+    line     its number from 1
+    id       the number where it gives none
+    options  those of `OPTIONS` that it gives, which go before the command's
+    """
 
     line: int
     id: Identity
     prompt: Prompt
+    options: dict[str, Any] = field(default_factory=dict)
 
     @property
     def digest(self) -> str:
-        """A fingerprint of the prompt, so that a resumed file cannot give one prompt another's text."""
-        return sha256(json.dumps(self.prompt).encode()).hexdigest()
+        """A fingerprint of prompt and options, so that a resumed file cannot give one prompt another's text."""
+        asked = [self.prompt, self.options] if self.options else self.prompt
+        return sha256(json.dumps(asked).encode()).hexdigest()
+
+    def over(self, common: Mapping[str, Any]) -> TextOptions:
+        """Return the line's options, in the place of the common ones."""
+        own = {name: value for name, value in self.options.items() if name not in SAMPLING}
+        sampled = {name: value for name, value in self.options.items() if name in SAMPLING}
+        return cast("TextOptions", {**own, "sampling": replace(common["sampling"], **sampled)})
 
 
 @dataclass(frozen=True)
@@ -41,8 +57,9 @@ class BadLine:
 
 
 def read_jobs(path: Path) -> Iterator[Job | BadLine]:
-    """Read a JSONL file; a line has `prompt` (text or chat messages) or `prompt_ids`, and may have `id`.
+    """Read a JSONL file; a line has `prompt` (text or chat messages) or `prompt_ids`, and may have `id` and `OPTIONS`.
 
+    Whatever else a line holds is the user's own.
     Blank lines are passed over, broken ones are yielded as `BadLine`. Raises FileError where it cannot be read.
     """
     try:
@@ -55,7 +72,7 @@ def read_jobs(path: Path) -> Iterator[Job | BadLine]:
             continue
         job = _parse(number, line)
         if isinstance(job, Job) and job.id in first:
-            job = BadLine(number, f"id {job.id!r} already stands on line {first[job.id]}")
+            job = BadLine(number, f"id {job.id!r} is line {first[job.id]}'s (its number, if it gives no id)")
         elif isinstance(job, Job):
             first[job.id] = number
         yield job
@@ -83,7 +100,17 @@ def _parse(number: int, line: str) -> Job | BadLine:
         return BadLine(number, "prompt_ids must be a list of whole numbers")
     if given == ["prompt"] and not (isinstance(prompt, str) or is_chat(prompt)):
         return BadLine(number, 'prompt must be a string or a list of {"role": ..., "content": ...}')
-    return Job(number, identity, prompt)
+    options = {name: record[name] for name in OPTIONS if record.get(name) is not None}
+    try:
+        SamplingConfig(**{name: value for name, value in options.items() if name in SAMPLING})
+        Request((0,), options.get("max_new_tokens", 1), _stops(options.get("stop", ())))
+    except ConfigError as error:
+        return BadLine(number, str(error))
+    return Job(number, identity, prompt, options)
+
+
+def _stops(value: Any) -> tuple[str, ...]:
+    return tuple(value) if isinstance(value, list | tuple) else (value,)
 
 
 def _is_identity(value: Any) -> bool:
@@ -94,8 +121,9 @@ def to_record(job: Job | None, done: Completion, settings: Mapping[str, Any], de
     """Return a completion as the JSON object that sirius writes; `details` are each token's origin and logprob."""
     asked = {} if job is None else {"id": job.id}
     digest = {} if job is None else {"prompt_sha256": job.digest}
-    fields = {name: value for name, value in asdict(done).items() if details or name not in DETAILS}
-    return {**asked, **fields, **digest, "settings": dict(settings)}
+    own = {"options": job.options} if job and job.options else {}
+    shown = {name: value for name, value in asdict(done).items() if details or name not in DETAILS}
+    return {**asked, **shown, **digest, **own, "settings": dict(settings)}
 
 
 class Output:
@@ -135,7 +163,7 @@ class Output:
         """Tell whether a job's line stands in the file; raise FileError where it was made from another prompt."""
         if self.done.get(job.id, job.digest) != job.digest:
             raise FileError(
-                f"{self.path} holds {job.id!r} with another prompt than line {job.line} of the input; "
+                f"{self.path} holds {job.id!r} with another prompt or options than line {job.line} of the input; "
                 "choose another output"
             )
         return job.id in self.done

@@ -69,7 +69,7 @@ class Stats:
     rounds               windows checked (without correction: sparse steps); the prompt's pass is not one
     rounds_complete      those drafted in full and not cut by a stop
     drafted, accepted    passes of the draft model, and guesses that stand in the text
-    corrections          windows in which the full model replaced a guess, each a rollback of the cache
+    corrections          windows that did not pass to the full depth of their draft, each a rollback of the cache
     rolled_back          guesses that those windows threw away, of the branch that went furthest
     corrections_per_token  corrections / tokens
     tokens               new tokens, the prompt's first one included

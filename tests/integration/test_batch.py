@@ -2,17 +2,20 @@
 
 import gc
 import weakref
+from dataclasses import replace
+from itertools import count, islice
 
 import pytest
 import torch
 
 from conftest import greedy, tiny_model
-from sirius.batch import Batch, Completion, Text, Update
+from sirius.batch import Batch, Completion, Update
 from sirius.core import CorrectionConfig, SparsityConfig
 from sirius.engine import Engine
 from sirius.errors import ConfigError, ModelError, RequestError
 from sirius.model.cache import SlotLayer
 from sirius.model.session import Session
+from sirius.sparsity.coarse import CoarseSparsity
 
 pytestmark = pytest.mark.integration
 
@@ -117,7 +120,7 @@ def test_a_processor_that_breaks_ends_its_own_text_alone(engine, alone, when):
 
     batch = open_batch(engine)
     texts = [engine.text(prompt, max_new_tokens=NEW) for prompt in PROMPTS[:3]]
-    texts[0] = Text(texts[0].request, texts[0].ending, process=breaks)
+    texts[0] = replace(texts[0], process=breaks)
     tickets = [batch.add(text) for text in texts]
     done = drain(batch)
     assert isinstance(done[tickets[0]], RequestError) and "no such token" in str(done[tickets[0]])
@@ -130,8 +133,78 @@ def test_a_processor_that_breaks_ends_its_own_text_alone(engine, alone, when):
 def test_a_processor_that_leaves_no_scores_is_told_of(engine, result):
     batch = open_batch(engine)
     text = engine.text(PROMPTS[0])
-    ticket = batch.add(Text(text.request, text.ending, process=lambda tokens, scores: result))
+    ticket = batch.add(replace(text, process=lambda tokens, scores: result))
     assert "logits processor failed" in str(drain(batch)[ticket])
+
+
+def test_a_criterion_that_breaks_ends_its_own_text_alone(engine, alone):
+    class Breaks:
+        text, stopped = "", False
+
+        def push(self, tokens):
+            raise KeyError("no such token")
+
+        def finish(self): ...
+
+    batch = open_batch(engine)
+    texts = [engine.text(prompt, max_new_tokens=NEW) for prompt in PROMPTS[:3]]
+    tickets = [batch.add(text) for text in (replace(texts[0], make_ending=Breaks), *texts[1:])]
+    done = drain(batch)
+    assert "stopping criterion failed: KeyError('no such token')" in str(done[tickets[0]])
+    assert [list(done[ticket].token_ids) for ticket in tickets[1:]] == alone[1:3]
+
+
+def test_a_text_may_be_decoded_several_times(engine, alone):
+    batch, text = open_batch(engine), engine.text(PROMPTS[0], max_new_tokens=NEW)
+    tickets = [batch.add(text) for _ in range(3)]
+    done = drain(batch)
+    assert [list(done[ticket].token_ids) for ticket in tickets] == [alone[0]] * 3
+
+
+def test_prompts_without_end_are_taken_as_rows_come_free_and_can_be_left(engine, alone):
+    taken = []
+
+    def endless():
+        for index in count():
+            taken.append(index)
+            yield PROMPTS[index % len(PROMPTS)]
+
+    results = engine.generate_many(endless(), batch_size=2, max_new_tokens=NEW, sparsity=SPARSITY, correction=RULE)
+    for index, done in islice(results, 7):
+        assert list(done.token_ids) == alone[index % len(PROMPTS)]
+    assert len(taken) <= 7 + 2 * 2
+    results.close()
+    assert len(taken) <= 7 + 2 * 2
+
+
+def test_each_prompt_may_have_options_of_its_own(engine, alone):
+    each = [{"max_new_tokens": 3}, {}, {"sampling": -1.0}]
+    results = engine.generate_many(PROMPTS[:4], each=each, max_new_tokens=NEW, sparsity=SPARSITY, correction=RULE)
+    done = dict(results)
+    assert "temperature" in str(done.pop(2))
+    assert {index: list(text.token_ids) for index, text in done.items()} == {
+        0: alone[0][:3],
+        1: alone[1],
+        3: alone[3],
+    }
+
+
+@pytest.mark.parametrize("prompts", ["a text", [{"role": "user", "content": "a"}]])
+def test_a_single_prompt_is_not_taken_for_many(engine, prompts):
+    with pytest.raises(RequestError, match="give a single one to generate"):
+        engine.generate_many(prompts)
+
+
+@pytest.mark.parametrize("company", [[], PROMPTS[1:]])
+def test_the_density_of_a_text_is_measured_on_it_alone(engine, company):
+    def density(prompts):
+        sparsity = SparsityConfig("fine", threshold=0.3)
+        rule = CorrectionConfig(5, accept="argmax", tree_width=3)
+        done = dict(engine.generate_many(prompts, max_new_tokens=NEW, sparsity=sparsity, correction=rule))
+        return done[0].stats.density
+
+    assert density([PROMPTS[0], *company]) == pytest.approx(density(PROMPTS[:1]))
+    assert density(PROMPTS[:1]) < 0.99
 
 
 def test_no_memory_for_a_prompt_is_that_texts_affair_alone(engine, alone, monkeypatch):
@@ -244,7 +317,7 @@ def test_no_prompts_give_no_completions(engine):
 
 @pytest.mark.parametrize("rows", [0, -1])
 def test_a_batch_of_no_rows_is_refused(engine, rows):
-    with pytest.raises(ConfigError, match=f"at least one row; got {rows}"):
+    with pytest.raises(ConfigError, match=f"at least 1; got {rows}"):
         engine.generate_many(PROMPTS, batch_size=rows)
 
 
@@ -322,6 +395,30 @@ def test_neurons_are_chosen_anew_when_rows_come_or_go_and_not_otherwise(engine, 
     batch.cancel(1)
     batch.step()
     assert chosen[-2:] == [1, 1]
+
+
+@pytest.mark.parametrize("width", [1, 3])
+def test_the_statistic_is_refreshed_by_the_tokens_that_were_kept_alone(engine, width, monkeypatch):
+    """Against a method that saw, with nothing drafted, the prompt and each round's tokens in a pass of their own."""
+    shown, refresh = [], CoarseSparsity.refresh
+
+    def watched(self, layer, z):
+        shown.append((layer, z.clone()))
+        refresh(self, layer, z)
+
+    monkeypatch.setattr(CoarseSparsity, "refresh", watched)
+
+    def seen(correction):
+        shown.clear()
+        sparsity = SparsityConfig("coarse", 0.1, refresh=0.3)
+        engine.generate(PROMPTS[0], max_new_tokens=NEW, sparsity=sparsity, correction=correction)
+        return [torch.cat([z for layer, z in shown if layer == want]) for want in range(2)]
+
+    windows = seen(CorrectionConfig(5, accept="argmax", tree_width=width))
+    one_by_one = seen(CorrectionConfig(1, accept="argmax"))
+    for got, want in zip(windows, one_by_one, strict=True):
+        torch.testing.assert_close(got, want[: len(got)], atol=1e-4, rtol=1e-4)
+        assert len(got) > NEW / 2
 
 
 def test_a_rows_own_neurons_make_a_lossy_text_independent_of_its_neighbours(engine):

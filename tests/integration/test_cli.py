@@ -213,7 +213,7 @@ def test_an_interrupted_run_keeps_what_is_finished_and_is_gone_on_with(generate,
     monkeypatch.setattr(Output, "write", interrupted)
     printed = generate("--input", jobs, "--output", out, *alone)
     assert printed.code == 130
-    assert "error: interrupted; what was finished is saved" in printed.err
+    assert "error: what was finished is saved; run the same command again" in printed.err
     [first] = read_results(out)
     cut = b'{"id": 2, "text": "w'
     out.write_bytes(out.read_bytes() + cut)
@@ -253,11 +253,30 @@ def test_logprobs_come_with_the_origin_of_each_token(generate):
     assert record["origins"][0] == "full" and all(value <= 0 for value in record["logprobs"])
 
 
+def test_a_line_is_decoded_by_its_own_options_where_it_has_some(generate, tmp_path):
+    own = {"max_new_tokens": 2, "temperature": 1.0, "seed": 3}
+    jobs = write_jobs(tmp_path / "in.jsonl", {"prompt": "w5"}, {"prompt": "w5", **own}, {"prompt": "w5", "seed": 4})
+    lossless = ("--accept", "sampling")
+    first, second, third = generate("--input", jobs, "--json", *lossless, *SHORT).records
+    by_id = {record["id"]: record for record in (first, second, third)}
+    [alone] = generate("w5", "--json", *lossless, "--temperature", "1", "--seed", "3", "--max-new-tokens", "2").records
+    assert by_id[2]["token_ids"] == alone["token_ids"] and by_id[2]["options"] == own
+    assert by_id[1]["token_ids"] == by_id[3]["token_ids"] and len(by_id[1]["token_ids"]) == 6
+
+
 def test_other_settings_do_not_go_on_with_an_output(generate, tmp_path):
     jobs, out = write_jobs(tmp_path / "in.jsonl", {"prompt": "w5"}), tmp_path / "out.jsonl"
     generate("--input", jobs, "--output", out, *SHORT)
     before = out.read_bytes()
-    for changed in (("--keep", "0.4"), ("--period", "3"), ("--dtype", "float64"), ("--chat",), ("--revision", "v2")):
+    for changed in (
+        ("--batch-size", "3"),
+        ("--logprobs",),
+        ("--keep", "0.4"),
+        ("--period", "3"),
+        ("--dtype", "float64"),
+        ("--chat",),
+        ("--revision", "v2"),
+    ):
         message = mistake(generate("--input", jobs, "--output", out, *SHORT, *changed))
         assert "was made with other settings (" in message
     assert out.read_bytes() == before
@@ -325,6 +344,11 @@ def mistake(printed: Printed) -> str:
         (["--device", "abacus"], "device 'abacus' cannot be used here"),
         (["--input", "in.jsonl"], "give one of a prompt and --input FILE.jsonl"),
         (["--output", "out.jsonl"], "--output goes with --input"),
+        (["--no-correct", "--tree-width", "4"], "--tree-width would change nothing without correction"),
+        (["--top-p", "0.5", "--top-k", "3"], "--top-p, --top-k would change nothing at temperature 0"),
+        (["--per-branch"], "coarse has one set for all tokens"),
+        (["--sparsity", "fine", "--per-row"], "fine has a set for each row in any case"),
+        (["--sparsity", "none", "--refresh", "0.1"], "sparsity 'none' keeps every neuron"),
     ],
 )
 def test_a_wrong_option_is_one_line(generate, options, words):
@@ -334,7 +358,7 @@ def test_a_wrong_option_is_one_line(generate, options, words):
 def test_a_prompt_that_cannot_be_decoded_is_one_line(generate):
     assert "the prompt is empty" in mistake(generate(""))
     assert "the prompt is empty" in mistake(generate("", "--chat"))
-    assert "the prompt holds no token" in mistake(generate("  "))
+    assert "the prompt is empty" in mistake(generate("  "))
     message = mistake(generate("w5 " * CONTEXT))
     assert f"the prompt has {CONTEXT} tokens and the model's context holds {CONTEXT}" in message
 

@@ -39,7 +39,7 @@ def test_a_prompt_is_a_text_token_ids_or_a_chat(engine):
     [
         ("", "empty"),
         ([], "empty"),
-        ("   ", "no token"),
+        ("   ", "the prompt is empty"),
         ([5, 131], "from 0 to 130; got 131"),
         ([5, -1], "got -1"),
         ([5, "w5"], "got 'w5'"),

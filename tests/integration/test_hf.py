@@ -199,8 +199,11 @@ def test_between_calls_the_model_is_the_ordinary_one(model):
     ("options", "error", "says"),
     [
         ({"do_sample": True, "correction": EXACT}, ConfigError, "accept 'argmax' is for greedy text"),
-        ({"num_beams": 3}, ConfigError, "num_beams=1"),
-        ({"num_beams": 3, "do_sample": True}, ConfigError, "num_beams=1"),
+        ({"num_beams": 3}, ConfigError, "num_beams"),
+        ({"num_beams": 3, "do_sample": True}, ConfigError, "num_beams"),
+        ({"penalty_alpha": 0.6, "top_k": 4}, ConfigError, "contrastive search"),
+        ({"dola_layers": "high"}, ConfigError, "dola generation"),
+        ({"prompt_lookup_num_tokens": 3}, ConfigError, "assisted generation"),
         ({"guidance_scale": 1.5}, ConfigError, "guidance_scale=1"),
         ({"return_dict_in_generate": True, "output_attentions": True}, ConfigError, "output_attentions"),
         ({"sparsity": "dense"}, ConfigError, "known are"),

@@ -104,7 +104,8 @@ def by_brute_force(check: Check, passed: Tensor, row: int) -> Verdict:
     every = [branch(check, row, n) for n in range(check.choice.shape[1]) if check.tree.alive[row, n]]
     path = furthest(check, row, [b for b in every if all(passed[row, n] for n in b)])
     tip = furthest(check, row, [b for b in every if b[: len(path)] == path])
-    origin = "full" if not tip else "bonus" if tip == path else "correction"
+    depth = max(map(len, every))
+    origin = "full" if depth == 0 else "bonus" if len(path) == depth else "correction"
     return Verdict(path, int(check.choice[row, path[-1] if path else 0]), origin, tip)
 
 
@@ -139,7 +140,7 @@ def test_the_next_token_is_read_at_the_last_kept_guess():
 
 def test_a_sibling_whose_continuations_were_dropped_may_win():
     tree = tree_of([[0, 0, 0, 1]], [[0, 1, 2, 3]], [[0.0, -1.0, -2.0, -1.5]])
-    assert verdict_of(tree, [False, False, True, True], [2, 0, 4, 0]) == Verdict((2,), 4, "bonus", (2,))
+    assert verdict_of(tree, [False, False, True, True], [2, 0, 4, 0]) == Verdict((2,), 4, "correction", (2,))
 
 
 def test_the_tip_follows_what_was_kept_and_not_the_deepest_guess_of_all():

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sirius.batch import Completion
-from sirius.core import CorrectionConfig, Round
+from sirius.core import CorrectionConfig, Round, SamplingConfig
 from sirius.errors import FileError
 from sirius.jobs import BadLine, Job, Output, read_jobs
 from sirius.stats import DENSE, Parameters, Setting, summarise
@@ -90,6 +90,10 @@ def test_unicode_line_breaks_inside_a_string_break_no_line(path, ascii_only):
         ({"prompt": "a", "id": True}, "got True"),
         ({"prompt": "a", "id": [1]}, "got [1]"),
         ('{"prompt": "\\ud83d"}', "surrogate"),
+        ({"prompt": "a", "temperature": -1}, "temperature is 0 (greedy)"),
+        ({"prompt": "a", "seed": "x"}, "seed must be"),
+        ({"prompt": "a", "max_new_tokens": 0}, "max_new_tokens must be at least 1"),
+        ({"prompt": "a", "stop": ["x", 5]}, "stop takes strings"),
     ],
 )
 def test_a_broken_line_is_named_with_its_reason_and_the_others_are_read(path, line, reason):
@@ -102,11 +106,24 @@ def test_a_broken_line_is_named_with_its_reason_and_the_others_are_read(path, li
 
 def test_an_id_that_stands_twice_is_broken_the_second_time(path):
     jobs = jobs_of(path, "", {"prompt": "a", "id": "x"}, {"prompt": "b", "id": "x"}, {"prompt": "c", "id": 5})
-    assert jobs == [Job(2, "x", "a"), BadLine(3, "id 'x' already stands on line 2"), Job(4, 5, "c")]
+    assert jobs == [Job(2, "x", "a"), BadLine(3, "id 'x' is line 2's (its number, if it gives no id)"), Job(4, 5, "c")]
 
 
 def test_a_line_number_taken_for_an_id_may_not_stand_before_it(path):
-    assert jobs_of(path, {"prompt": "a", "id": 2}, {"prompt": "b"})[1] == BadLine(2, "id 2 already stands on line 1")
+    second = jobs_of(path, {"prompt": "a", "id": 2}, {"prompt": "b"})[1]
+    assert second == BadLine(2, "id 2 is line 1's (its number, if it gives no id)")
+
+
+def test_a_line_may_have_options_of_its_own_and_a_digest_with_them(path):
+    plain, own = jobs_of(
+        path,
+        {"prompt": "a", "id": 1, "answer": 5, "seed": None},
+        {"prompt": "a", "seed": 3, "stop": "x", "max_new_tokens": 7},
+    )
+    common = {"stop": ("y",), "sampling": SamplingConfig(0.5, seed=1), "max_new_tokens": 9}
+    assert plain.over(common) == {"sampling": common["sampling"]}
+    assert own.over(common) == {"stop": "x", "max_new_tokens": 7, "sampling": SamplingConfig(0.5, seed=3)}
+    assert plain.digest == Job(1, 1, "a").digest != own.digest
 
 
 def test_a_number_and_the_same_number_as_text_are_two_ids(path):
@@ -215,6 +232,6 @@ def test_another_prompt_under_a_known_id_is_refused(path):
     write(path, Job(1, 1, "a"))
     output = Output(path, SETTINGS)
     assert output.has(Job(1, 1, "a")) and not output.has(Job(2, 2, "b"))
-    with pytest.raises(FileError, match="holds 1 with another prompt than line 3"):
+    with pytest.raises(FileError, match="holds 1 with another prompt or options than line 3"):
         output.has(Job(3, 1, "b"))
     output.close()

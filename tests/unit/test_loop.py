@@ -117,7 +117,7 @@ def test_a_correction_read_at_the_wrong_node_is_caught(monkeypatch):
     def wrong(check, passed):
         row = torch.arange(len(check.choice))
         return [
-            replace(v, next=int(check.choice[row[b], v.tip[len(v.path)]])) if v.origin == "correction" else v
+            replace(v, next=int(check.choice[row[b], v.tip[len(v.path)]])) if len(v.tip) > len(v.path) else v
             for b, v in enumerate(right(check, passed))
         ]
 
@@ -178,6 +178,25 @@ def test_a_tree_holds_every_guess_of_the_chain_where_it_keeps_enough_branches():
     assert len(tree) <= len(chain)
 
 
+@pytest.mark.parametrize("ends", [frozenset(), frozenset({2, 5})], ids=["none", "two"])
+def test_a_tree_is_no_shorter_than_the_chain_where_texts_may_end(ends):
+    """Over texts of one length that go on after an end of text, so that windows alone differ."""
+
+    def windows(width):
+        prompts = [[seed, 1, 4] for seed in range(6)]
+        return sum(len(run(Toy(0.3), plan_of(8, width, ends=ends), p, new_tokens=120)) - 1 for p in prompts)
+
+    chain = windows(1)
+    assert windows(4) <= chain and windows(8) <= chain
+
+
+def test_no_branch_goes_on_where_the_text_has_more_likely_ended_than_not():
+    free = dense_greedy(PROMPT, 30)
+    end = free[4]
+    plan = Plan(Period(10), ends=frozenset({end}), width=4, temperature=0.05)  # the greedy branch is all but certain
+    assert run(Toy(noise=0.0), plan, new_tokens=30)[1].steps == free.index(end, 1)
+
+
 def test_pruned_branches_cost_no_places():
     def places(prune):
         toy, total = Toy(noise=0.3), 0
@@ -212,6 +231,28 @@ def forbid_repeats(tokens, scores):
 def test_a_processor_sees_every_prefix_of_both_models(period, width):
     rounds = run(Toy(noise=0.4), plan_of(period, width), new_tokens=40, process=forbid_repeats)
     assert text(rounds) == dense_greedy(PROMPT, 40, forbid_repeats)
+
+
+def test_a_processor_acts_on_the_draft_so_that_a_perfect_one_passes_whole():
+    windows = run(Toy(noise=0.0), plan_of(5), new_tokens=1 + 3 * 5, process=forbid_repeats)[1:]
+    assert [w.accepted for w in windows] == [4, 4, 4]
+
+
+def test_noise_acts_on_the_draft_so_that_a_perfect_one_passes_whole():
+    windows = run(Toy(noise=0.0), plan_of(5), new_tokens=1 + 3 * 5, noise=Noise(5))[1:]
+    assert [w.accepted for w in windows] == [4, 4, 4]
+
+
+@pytest.mark.parametrize("width", [1, 4])
+@pytest.mark.parametrize("interleave", [True, False])
+def test_the_automatic_period_is_shown_what_was_kept_and_how_many_drafts_fell_short(width, interleave):
+    learnt = []
+    plan = plan_of(6, width, interleave=interleave)
+    plan.period.learn = learnt.append
+    windows = run(Toy(noise=0.3), plan, new_tokens=80)[1:]
+    assert [m.kept for m in learnt] == [w.accepted for w in windows]
+    assert [m.rejected for m in learnt] == [int(w.accepted < w.steps) for w in windows]
+    assert {m.rejected for m in learnt} == {0, 1}
 
 
 @pytest.mark.parametrize("width", [1, 4])

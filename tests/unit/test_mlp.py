@@ -7,7 +7,7 @@ from torch import nn
 from sirius import sparsity
 from sirius.core import SparsityConfig
 from sirius.errors import ConfigError
-from sirius.model.mlp import Chosen, Observe, Route, SparseMLP, agrees, packed
+from sirius.model.mlp import Chosen, Observe, Route, SparseMLP, Tally, agrees, packed
 from sirius.sparsity import PromptSparsity, TokenSparsity
 from sirius.sparsity.coarse import CoarseSparsity
 
@@ -79,8 +79,13 @@ def marked(index: torch.Tensor) -> torch.Tensor:
     return torch.zeros(F, dtype=torch.bool).index_fill(0, index, True)
 
 
-def no_weights() -> torch.Tensor:
-    raise AssertionError("a token alone needs no weight")
+def tally(x: torch.Tensor, weights: torch.Tensor | None = None) -> Tally:
+    """The book of a pass over x [B, T, H] whose branches are all alive."""
+    book = Tally()
+    for _ in x:
+        book.join(x.device)
+    book.weights = torch.full(x.shape[:2], 1 / x.shape[1]) if weights is None else weights
+    return book
 
 
 def masked(mlp: SparseMLP, x: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
@@ -174,7 +179,7 @@ def test_a_method_that_keeps_every_neuron_is_the_dense_route(original, per_row):
 @pytest.mark.parametrize("keep", [0.05, 0.5, 0.95])
 def test_the_fine_route_is_the_mlp_of_each_tokens_neurons(original, keep, rows):
     mlp, x, method = sparse_mlp(original), tokens(1, rows), fine(keep)
-    close(routed(mlp, Chosen(method, 0, no_weights), x), masked(mlp, x, method.choose(0, sizes(mlp, x))))
+    close(routed(mlp, Chosen(method, 0, tally(x)), x), masked(mlp, x, method.choose(0, sizes(mlp, x))))
 
 
 @pytest.mark.parametrize("rows", [1, 2], ids=["rows gathered", "mask"])
@@ -183,18 +188,33 @@ def test_a_rows_branches_share_the_neurons_of_their_weighed_mean(original, rows)
     weights = torch.tensor([[0.7, 0.3, 0.0], [0.2, 0.2, 0.6]])[:rows]
     mean = sum(weights[:, [t], None].double() * sizes(mlp, x)[:, [t]] for t in range(3))
     assert isinstance(mean, torch.Tensor) and mean.shape == (rows, 1, F)
-    close(routed(mlp, Chosen(method, 0, lambda: weights), x), masked(mlp, x, method.choose(0, mean)))
+    close(routed(mlp, Chosen(method, 0, tally(x, weights)), x), masked(mlp, x, method.choose(0, mean)))
 
 
 @pytest.mark.parametrize("rows", [1, 2])
 def test_branches_have_neurons_of_their_own_where_that_is_asked_for(original, rows):
     mlp, x, method = sparse_mlp(original), tokens(3, rows), fine(0.4, per_branch=True)
-    close(routed(mlp, Chosen(method, 0, no_weights), x), masked(mlp, x, method.choose(0, sizes(mlp, x))))
+    close(routed(mlp, Chosen(method, 0, tally(x)), x), masked(mlp, x, method.choose(0, sizes(mlp, x))))
+
+
+@pytest.mark.parametrize("per_branch", [False, True])
+def test_what_a_rows_steps_read_is_counted_for_it_alone(original, per_branch):
+    mlp, x, method = sparse_mlp(original), tokens(2, 3), fine(threshold=0.2, per_branch=per_branch)
+    book = tally(x, torch.tensor([[0.8, 0.2], [1.0, 0.0], [0.0, 0.0]]))  # whole, half dead, not drafted for
+    for _ in range(2):
+        routed(mlp, Chosen(method, 0, book), x)
+    size = sizes(mlp, x)
+    first = (size[0] > 0.2).any(0) if per_branch else (0.8 * size[0, 0] + 0.2 * size[0, 1]) > 0.2
+    want = [int(first.sum()) / F, int((size[1, 0] > 0.2).sum()) / F, 1.0]
+    assert 0 < want[1] != want[0] < 1
+    assert [book.share(row) for row in range(3)] == want
+    book.leave(0)
+    assert [book.share(row) for row in range(2)] == [want[2], want[1]]
 
 
 def test_a_threshold_that_nothing_passes_leaves_the_bias_alone(original):
     mlp, x = sparse_mlp(original), tokens(1)
-    got = routed(mlp, Chosen(fine(threshold=1e9), 0, no_weights), x)
+    got = routed(mlp, Chosen(fine(threshold=1e9), 0, tally(x)), x)
     assert torch.equal(got, masked(mlp, x, torch.zeros(F)))
 
 

@@ -114,22 +114,21 @@ def test_fine_drops_the_smallest_activations_of_each_token(keep, tokens, seed):
 def test_rounding_follows_the_published_code():
     """CSparse keeps int(.2 * 672) = 134 neurons, FSparse drops int(.8 * 672) and keeps 135."""
     assert coarse(0.2, neurons=672).touched().gate == 134 / 672
-    assert fine(0.2, neurons=672).touched().up == 135 / 672
+    assert fine(0.2, neurons=672).touched(1.0).up == 135 / 672
 
 
-def test_fine_with_a_threshold_reports_what_it_kept():
-    method = fine(threshold=0.7)
-    assert method.touched() == Touched(1.0, 1.0, 1.0)
+def test_fine_with_a_threshold_keeps_what_is_above_it():
     size = activations(5).abs()
-    assert torch.equal(method.choose(0, size), size > 0.7)
-    share = float((size > 0.7).float().mean())
-    assert method.touched().up == method.touched().down == pytest.approx(share)
+    assert torch.equal(fine(threshold=0.7).choose(0, size), size > 0.7)
 
 
 def test_touched_rows_are_those_of_the_method():
     kept = int(0.5 * F) / F
     assert coarse().touched() == Touched(kept, kept, kept)
-    assert fine().touched() == Touched(1.0, (F - int(0.5 * F)) / F, (F - int(0.5 * F)) / F)
+    kept = (F - int(0.5 * F)) / F
+    assert fine().touched(1.0) == Touched(1.0, kept, kept)
+    measured = Touched(1.0, 0.7, 0.7)
+    assert fine(threshold=0.7).touched(0.7) == fine(per_branch=True).touched(0.7) == measured
 
 
 def test_aliases_make_the_same_method():
@@ -185,8 +184,7 @@ def test_a_third_party_adds_a_method_with_the_decorator(clean_register):
 
 def test_what_is_neither_per_prompt_nor_per_token_is_refused(clean_register):
     class Odd(Sparsity):
-        def touched(self):
-            return Touched(1.0, 1.0, 1.0)
+        pass
 
     sparsity.register("odd")(Odd)
     with pytest.raises(ConfigError, match="'odd' is a Odd: neither per prompt nor per token"):

@@ -119,7 +119,8 @@ def longest_paths(check: Check, passed: Tensor) -> list[Verdict]:
     row = torch.arange(len(end), device=end.device)
     branches = torch.stack([tree.seen[row, end], tree.seen[row, tip]], 1).tolist()
     chosen = check.choice[row, end].tolist()
-    return [_verdict(path, tip, token) for (path, tip), token in zip(branches, chosen, strict=True)]
+    deepest = torch.where(tree.alive, tree.depths, 0).amax(1).tolist()
+    return [_verdict(*each) for each in zip(branches, chosen, deepest, strict=True)]
 
 
 def without_interleave(verdict: Verdict, tokens: list[int]) -> Verdict:
@@ -139,7 +140,8 @@ def _deepest(tree: Tree, among: Tensor) -> Tensor:
     return torch.where(deepest, tree.scores, -torch.inf).argmax(1)
 
 
-def _verdict(path: list[bool], tip: list[bool], choice: int) -> Verdict:
-    kept, furthest = (tuple(place for place, on in enumerate(branch) if on and place) for branch in (path, tip))
-    origin: Origin = "full" if not furthest else "bonus" if kept == furthest else "correction"
+def _verdict(branches: list[list[bool]], choice: int, depth: int) -> Verdict:
+    """Return the verdict on a tree `depth` guesses deep; branches are the kept one, and that to its tip."""
+    kept, furthest = (tuple(place for place, on in enumerate(branch) if on and place) for branch in branches)
+    origin: Origin = "full" if depth == 0 else "bonus" if len(kept) == depth else "correction"
     return Verdict(kept, choice, origin, furthest)

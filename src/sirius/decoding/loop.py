@@ -90,23 +90,25 @@ def next_round(model: LanguageModel, rows: Sequence[Row], plan: Plan) -> list[Ro
     verdicts = accept(check, plan)
     checked = perf_counter()
     rounds = keep(model, rows, check, raw, verdicts, plan)
-    _learn(plan.period, tree, verdicts, (drafted - began, checked - drafted))
+    kept, rejected = sum(v.accepted for v in verdicts), sum(v.origin == "correction" for v in verdicts)
+    plan.period.learn(Measured(drafted - began, checked - drafted, len(tree.levels) - 2, kept, rejected))
     return rounds
 
 
 def draft(model: LanguageModel, rows: Sequence[Row], plan: Plan) -> Tree:
     """Guess up to K-1 tokens on every branch, one sparse pass a level, as far as budget and ends of text allow.
 
-    A branch that ends the text goes no further, nor does one that is less likely than it.
+    A branch that ends the text goes no further, and none does where branches of one length have likelier ended than
+    not.
     """
     tree = Tree.root(_on(model, [row.tokens[-1] for row in rows]))
     depth = _on(model, [min(plan.period.now, row.room) - 1 for row in rows])
     ends = _on(model, sorted(plan.ends))
     for level in range(int(depth.max())):
         here = tree.last
-        ended = torch.isin(tree.tokens, ends) & tree.alive & (tree.depths > 0)
-        bar = torch.where(ended, tree.scores, -torch.inf).amax(1, keepdim=True)  # a likelier branch is complete
-        going = tree.alive[:, here] & ~ended[:, here] & (tree.scores[:, here] > bar) & (depth[:, None] > level)
+        scores, ended = tree.scores[:, here], torch.isin(tree.tokens[:, here], ends) & (level > 0)
+        over, on = (torch.where(which, scores, -torch.inf).logsumexp(1, keepdim=True) for which in (ended, ~ended))
+        going = ~ended & (scores > -torch.inf) & (over <= on) & (depth[:, None] > level)
         if not bool(going.any()):
             break
         scores = model.read(tree.tokens[:, here], Mode.SPARSE, tree.window(here))
@@ -177,7 +179,7 @@ def _advanced(row: Row, kept: tuple[int, ...], verdict: Verdict, raw: Tensor, sc
         tokens,
         ("draft",) * len(kept) + (verdict.origin,),
         tuple(logprobs),
-        accepted=len(kept) + (verdict.origin == "draft"),
+        accepted=verdict.accepted,
         scores=scores.clone() if row.keep_scores else None,
         logits=raw.clone() if row.keep_scores else None,
     )
@@ -220,17 +222,6 @@ def _noisy(rows: Sequence[Row], scores: Tensor, depth: int) -> Tensor:
     none = torch.zeros_like(scores[0, 0])
     noise = [row.noise.at(row.new + depth, none) if row.noise else none for row in rows]
     return scores + torch.stack(noise)[:, None]
-
-
-def _learn(period: Period, tree: Tree, verdicts: Sequence[Verdict], seconds: tuple[float, float]) -> None:
-    period.learn(
-        Measured(
-            *seconds,
-            steps=len(tree.levels) - 2,
-            kept=sum(len(v.path) for v in verdicts),
-            rejected=sum(v.origin == "correction" for v in verdicts),
-        )
-    )
 
 
 def _on(model: LanguageModel, values: list[int]) -> Tensor:

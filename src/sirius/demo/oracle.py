@@ -46,7 +46,7 @@ def run(
     points = []
     alone = replace(sparsity, per_row=True)  # each text by neurons of its own, whatever its neighbours
     for bar in bars:
-        rule = CorrectionConfig(period=2, threshold=bar, ablate=("interleave",))
+        rule = CorrectionConfig(period=2, threshold=bar, accept_temperature=1.0, ablate=("interleave",))
         right, stats = 0, []
         options = {"max_new_tokens": budget, "sparsity": alone, "correction": rule}
         for index, done in engine.generate_many(messages, **options):

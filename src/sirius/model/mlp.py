@@ -94,6 +94,46 @@ class Packed:
         return kernel.gated_mlp(x, self.neurons, mlp.activation)
 
 
+class Tally:
+    """What the rows of a batch have to do with the sets of their draft steps, row by row.
+
+    weights  [B, T]  how likely each branch of the pass at hand is, 0 of a dead one
+    kept     [B]     neurons that the rows' steps have read so far, over all layers
+    offered  [B]     neurons that were there for them
+    """
+
+    def __init__(self) -> None:
+        self.weights = torch.ones(0, 1)
+        self.kept = self.offered = torch.zeros(0, dtype=torch.int64)
+
+    def share(self, row: int) -> float:
+        """Return the share that a row's steps have read, 1 before the first."""
+        offered = int(self.offered[row])
+        return int(self.kept[row]) / offered if offered else 1.0
+
+    def join(self, device: torch.device) -> None:
+        """Add a row."""
+        self.kept, self.offered = (
+            torch.cat([each.to(device), each.new_zeros(1, device=device)]) for each in self._both
+        )
+
+    def leave(self, row: int) -> None:
+        """Drop a row; the last one takes its number."""
+        for each in self._both:
+            each[row] = each[-1]
+        self.kept, self.offered = (each[:-1].clone() for each in self._both)
+
+    def add(self, kept: Tensor) -> None:
+        """Count what a step of one layer keeps, [B, 1 or T, F] bool."""
+        lives = self.weights.sum(1) > 0
+        self.kept += kept.any(1).sum(1) * lives
+        self.offered += lives * kept.shape[2]
+
+    @property
+    def _both(self) -> tuple[Tensor, Tensor]:
+        return self.kept, self.offered
+
+
 class Chosen:
     """The sparse route of a set per token: the gate in full, then up and down of the neurons it opens.
 
@@ -102,17 +142,19 @@ class Chosen:
     (arXiv 2409.03856), its repository's option `patternstrict`; the weights are ours (LOG.md has what they bring).
     """
 
-    def __init__(self, method: TokenSparsity, layer: int, weights: Callable[[], Tensor]) -> None:
-        """Take what gives the weights of the pass at hand, [B, T]."""
-        self.method, self.layer, self.weights = method, layer, weights
+    def __init__(self, method: TokenSparsity, layer: int, tally: Tally) -> None:
+        self.method, self.layer, self.tally = method, layer, tally
 
     def __call__(self, mlp: SparseMLP, x: Tensor) -> Tensor:
         neurons = mlp.neurons
         gated = kernel.gate(x, neurons, mlp.activation)
         size = gated.abs()
         if x.shape[1] > 1 and not self.method.config.per_branch:
-            size = (size * self.weights().to(size)[..., None]).sum(1, keepdim=True)
+            size = (size * self.tally.weights.to(size)[..., None]).sum(1, keepdim=True)
         kept = self.method.choose(self.layer, size)
+        if kept.shape[1] > 1:
+            kept = kept & (self.tally.weights > 0)[..., None]
+        self.tally.add(kept)
         if kept.shape[:-1].numel() > 1:  # several sets
             return kernel.project(kernel.combine(gated * kept, x, neurons), neurons)
         return kernel.gated_mlp_rows(gated, x, neurons, kept.flatten().nonzero()[:, 0])

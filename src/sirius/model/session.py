@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from sirius.core import Mode, Window
 from sirius.model.cache import SlotCache
 from sirius.model.mask import chain_mask, tree_mask
-from sirius.model.mlp import Chosen, Observe, Route, SparseMLP, packed
+from sirius.model.mlp import Chosen, Observe, Route, SparseMLP, Tally, packed
 from sirius.sparsity.base import PromptSparsity, Sparsity, TokenSparsity
 from sirius.stats import DENSE, Touched
 
@@ -34,7 +34,7 @@ class Session:
         self.dense: list[Route | None] = [None] * len(mlps)
         self.shared = make()
         self.methods: list[Sparsity | None] = []  # one for each row
-        self.weights = torch.ones(0, 1)  # of the branches of the pass at hand
+        self.tally = Tally()
         self.drafts = self._routes_per_token()
         self.seen: dict[int, Tensor] = {}  # z of the last check, [B, T, F] a layer, while the method is refreshed
         self.refreshing = self.shared is not None and self.shared.config.refresh > 0
@@ -70,6 +70,7 @@ class Session:
             scores = self._forward(prompt[None], placed, mask, last=1)
         self.cache.advance(row, length)
         self.methods.append(method)
+        self.tally.join(self.device)
         self._rows_changed()
         return scores[0, 0]
 
@@ -86,7 +87,7 @@ class Session:
         held = lengths.to(table.device)
         mask = tree_mask(held, window.seen, table.visible, self.mask_dtype)
         before = self.cache.copy(window.fixed) if window.fixed else []
-        self.weights = window.weights
+        self.tally.weights = window.weights
         with self._routed(self._routes(mode)):
             scores = self._forward(tokens, held[:, None] + window.depths, mask)
         if window.fixed:
@@ -110,12 +111,15 @@ class Session:
         self.cache.move(len(self.methods) - 1, row)
         self.methods[row] = self.methods[-1]
         self.methods.pop()
+        self.tally.leave(row)
         self._rows_changed()
 
     def touched(self, row: int) -> Touched:
         """Return which share of its neurons a draft token of a row reads."""
         method = self.methods[row]
-        return DENSE if method is None else method.touched()
+        if isinstance(method, TokenSparsity):
+            return method.touched(self.tally.share(row))
+        return method.touched() if isinstance(method, PromptSparsity) else DENSE
 
     def _empty_cache(self) -> SlotCache:
         return SlotCache(self.model.config.get_text_config().num_hidden_layers, 0, 0, self.model.device)
@@ -134,6 +138,14 @@ class Session:
     def _method_of_row(self) -> Sparsity | None:
         return self.make() if isinstance(self.shared, PromptSparsity) else self.shared
 
+    def _watching(self) -> list[Route | None]:
+        """Return the routes of a check of which `keep` will show the kept tokens to their methods."""
+
+        def show(layer: int, z: Tensor) -> None:
+            self.seen[layer] = z
+
+        return [Observe(partial(show, layer)) for layer in range(len(self.mlps))]
+
     def _observing(self, method: Sparsity | None) -> list[Route | None]:
         """Return the routes of a prompt's pass: dense, with a prompt method looking on."""
         if not isinstance(method, PromptSparsity):
@@ -146,8 +158,7 @@ class Session:
 
     def _routes(self, mode: Mode) -> list[Route | None]:
         if mode is Mode.DENSE:
-            see = partial(partial, self.seen.__setitem__)
-            return [Observe(see(i)) for i in range(len(self.mlps))] if self.refreshing else self.dense
+            return self._watching() if self.refreshing else self.dense
         if self.drafts is None:
             prompts = [method for method in self.methods if isinstance(method, PromptSparsity)]
             self.drafts = [packed(prompts, layer, mlp) for layer, mlp in enumerate(self.mlps)]
@@ -164,7 +175,7 @@ class Session:
         token = self.shared
         if not isinstance(token, TokenSparsity):
             return self.dense
-        return [Chosen(token, layer, lambda: self.weights) for layer in range(len(self.mlps))]
+        return [Chosen(token, layer, self.tally) for layer in range(len(self.mlps))]
 
     @contextmanager
     def _routed(self, routes: list[Route | None]) -> Iterator[None]:

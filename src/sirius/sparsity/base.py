@@ -17,7 +17,7 @@ from sirius.stats import Touched
 ENTRY_POINTS = "sirius.sparsity"
 
 
-class Sparsity(ABC):
+class Sparsity:
     """One method at work for one generation, over all layers; subclass `PromptSparsity` or `TokenSparsity`."""
 
     def __init__(self, config: SparsityConfig, neurons: tuple[int, ...]) -> None:
@@ -25,12 +25,8 @@ class Sparsity(ABC):
         self.config = config
         self.neurons = neurons
 
-    @abstractmethod
-    def touched(self) -> Touched:
-        """Return the fractions of the rows of gate, up and down that a draft token reads."""
 
-
-class PromptSparsity(Sparsity):
+class PromptSparsity(Sparsity, ABC):
     """One set of neurons per prompt: it looks at the prompt's activations and scores each layer's neurons.
 
     The int(keep * F) neurons of highest score stay. Where the rows of a batch share a set, each row's method has its
@@ -43,6 +39,8 @@ class PromptSparsity(Sparsity):
             raise ConfigError(
                 f"{config.method} keeps a fixed fraction and knows no threshold; use 'fine', or keep alone"
             )
+        if config.per_branch:
+            raise ConfigError(f"{config.method} has one set for all tokens, so none per branch; leave per_branch out")
         if config.refresh and type(self).refresh is PromptSparsity.refresh:
             raise ConfigError(f"{config.method} cannot be refreshed; set refresh to 0")
         self.counts = tuple(int(config.keep * n) for n in neurons)
@@ -75,22 +73,31 @@ class PromptSparsity(Sparsity):
         return score.topk(self.counts[layer]).indices.sort().values
 
     def touched(self) -> Touched:
-        """Return the kept fraction, the same for all three matrices."""
+        """Return the fractions of the rows of gate, up and down that a draft token reads: the kept one of all three."""
         kept = sum(self.counts) / sum(self.neurons)
         return Touched(kept, kept, kept)
 
 
-class TokenSparsity(Sparsity):
+class TokenSparsity(Sparsity, ABC):
     """A set of neurons per token, chosen in the midst of the MLP from the gate's activations."""
 
     def __init__(self, config: SparsityConfig, neurons: tuple[int, ...]) -> None:
         super().__init__(config, neurons)
         if config.refresh:
             raise ConfigError(f"{config.method} chooses anew for each token and has nothing to refresh; leave it at 0")
+        if config.per_row:
+            raise ConfigError(f"{config.method} has a set for each row in any case; leave per_row out")
 
     @abstractmethod
     def choose(self, layer: int, size: Tensor) -> Tensor:
         """Return which neurons to keep, [..., F] bool, given |act(gate(x))| [..., F], or several tokens' mean of it."""
+
+    def touched(self, kept: float) -> Touched:
+        """Return the fractions of the rows of gate, up and down that a draft step reads.
+
+        kept  the share of the neurons that the text's steps kept, as measured; where branches differ, any branch
+        """
+        return Touched(1.0, kept, kept)
 
 
 Method = TypeVar("Method", bound=Sparsity)
@@ -136,6 +143,8 @@ def create(config: SparsityConfig, neurons: tuple[int, ...]) -> Sparsity | None:
     """Return a fresh method for one generation of a model with `neurons` F in each layer, None of "none"."""
     factory = find(config.method)
     if factory is None:
+        if config.threshold is not None or config.refresh or config.per_row or config.per_branch:
+            raise ConfigError("sparsity 'none' keeps every neuron and takes no further option; name a method, or none")
         return None
     method = factory(config, neurons)
     if not isinstance(method, PromptSparsity | TokenSparsity):

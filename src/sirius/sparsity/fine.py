@@ -19,22 +19,16 @@ class FineSparsity(TokenSparsity):
     def __init__(self, config: SparsityConfig, neurons: tuple[int, ...]) -> None:
         super().__init__(config, neurons)
         self.counts = tuple(n - int((1 - config.keep) * n) for n in neurons)
-        self.seen = 0
-        self.passed: Tensor | int = 0
 
-    def touched(self) -> Touched:
-        """Return a whole gate and the kept fraction of up and down, measured so far where a threshold decides."""
-        kept = sum(self.counts) / sum(self.neurons)
-        if self.config.threshold is not None:
-            kept = int(self.passed) / self.seen if self.seen else 1.0
-        return Touched(1.0, kept, kept)
+    def touched(self, kept: float) -> Touched:
+        """Return a whole gate, and of up and down the fixed fraction, or what was measured where none is fixed."""
+        if self.config.threshold is None and not self.config.per_branch:
+            kept = sum(self.counts) / sum(self.neurons)
+        return super().touched(kept)
 
     def choose(self, layer: int, size: Tensor) -> Tensor:
         """Return which neurons to keep, [..., F] bool, given |act(gate(x))| [..., F]."""
-        if self.config.threshold is None:
-            top = size.topk(self.counts[layer]).indices
-            return torch.zeros_like(size, dtype=torch.bool).scatter_(-1, top, True)
-        kept = size > self.config.threshold
-        self.seen += kept.numel()
-        self.passed = self.passed + kept.sum()
-        return kept
+        if self.config.threshold is not None:
+            return size > self.config.threshold
+        top = size.topk(self.counts[layer]).indices
+        return torch.zeros_like(size, dtype=torch.bool).scatter_(-1, top, True)

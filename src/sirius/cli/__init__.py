@@ -1,0 +1,50 @@
+"""The command `sirius`: parse, call one function, print."""
+
+import sys
+from typing import Annotated
+
+import typer
+
+from sirius import __version__
+from sirius.cli.demo import demo_app
+from sirius.cli.generate import generate
+from sirius.cli.terminal import INTERRUPTED, WRONG_INPUT, complain, out
+from sirius.errors import SiriusError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # its boxes cut the options' names at 80 columns
+    help="Faster decoding of large language models: a sparse model drafts, the full model corrects.",
+)
+app.command()(generate)
+app.add_typer(demo_app, name="demo")
+
+
+def main() -> None:
+    """Run the command; a user's mistake is one line and exit code 2, never a traceback."""
+    try:
+        app()
+    except SiriusError as error:
+        complain(str(error))
+        sys.exit(WRONG_INPUT)
+    except SystemExit as end:
+        if end.code == INTERRUPTED:  # typer's exit code of Ctrl-C
+            complain("interrupted")
+        raise
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        out.print(f"sirius {__version__}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Faster decoding of large language models: a sparse model drafts, the full model corrects."""

@@ -1,0 +1,87 @@
+"""`sirius demo`: the method at work on the embedded model."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sirius.cli.terminal import load, out, progress, quieten, saved_as_it_goes
+
+demo_app = typer.Typer(rich_markup_mode=None, help="See the method at work on the embedded model.")
+
+
+@demo_app.callback(invoke_without_command=True)
+def demo(
+    context: typer.Context,
+    problems: Annotated[int, typer.Option(min=1, help="Problems of each task.")] = 40,
+    seed: Annotated[int, typer.Option(help="Which problems.")] = 0,
+    keep: Annotated[float | None, typer.Option(help="Fraction of neurons that coarse keeps. [default: 0.4]")] = None,
+    model: Annotated[Path | None, typer.Option(help="A folder that `sirius demo train` wrote.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print the table as JSON, and no example.")] = False,
+) -> None:
+    """Compare full, sparse and corrected decoding on two tasks, then show one problem token by token."""
+    if context.invoked_subcommand is not None:
+        return
+    from dataclasses import asdict
+
+    import torch
+
+    from sirius.demo import show, showcase
+    from sirius.demo.problems import TASKS
+
+    torch.set_num_threads(1)  # the model is too small to share out: a second thread only waits
+    settings = showcase.make_settings() if keep is None else showcase.make_settings(keep)
+    engine = load(None if model is None else str(model), "auto", "cpu", None, False)
+    with progress("decoding", problems * len(TASKS) * len(settings)) as advance:
+        rows = showcase.run(engine, settings, problems, seed, on_problem=advance)
+    if json:
+        import json as encoder
+
+        sys.stdout.write(encoder.dumps([asdict(row) for row in rows], indent=2) + "\n")
+        return
+    out.print(show.table(rows))
+    out.print(show.example(engine, settings, seed))
+
+
+@demo_app.command()
+def oracle(
+    problems: Annotated[int, typer.Option(min=1, help="Reasoning problems at each bar.")] = 40,
+    seed: Annotated[int, typer.Option(help="Which problems.")] = 0,
+    sparsity: Annotated[str, typer.Option(help="coarse or fine.")] = "coarse",
+    keep: Annotated[float, typer.Option(help="Fraction of the neurons kept.")] = 0.4,
+    json: Annotated[bool, typer.Option("--json", help="Print the points as JSON.")] = False,
+) -> None:
+    """Step both models side by side and replace unlikely tokens: accuracy against the share replaced."""
+    import json as encoder
+    from dataclasses import asdict
+
+    import torch
+
+    from sirius.core import SparsityConfig
+    from sirius.demo import oracle as study
+    from sirius.demo import show
+
+    chosen = SparsityConfig(sparsity, keep)
+    torch.set_num_threads(1)
+    engine = load(None, "auto", "cpu", None, False)
+    with progress("decoding", problems * len(study.BARS)) as advance:
+        points = study.run(engine, chosen, problems, seed, on_problem=advance)
+    if json:
+        sys.stdout.write(encoder.dumps([asdict(point) for point in points], indent=2) + "\n")
+    else:
+        out.print(show.curve(points))
+
+
+@demo_app.command()
+def train(
+    folder: Annotated[Path, typer.Argument(help="Where the model goes; an unfinished run there is gone on with.")],
+) -> None:
+    """Train the embedded model from nothing: about an hour on two cores."""
+    quieten()
+    from sirius.demo.train import Recipe, train
+
+    recipe = Recipe()
+    with saved_as_it_goes(), progress("training", recipe.steps) as advance:
+        train(folder, recipe, on_step=lambda p: advance(p.step, f"training, loss {p.loss:.3f}"))
+    out.print(f"the model is in {folder}; try it: sirius demo --model {folder}", highlight=False)

@@ -1,0 +1,75 @@
+"""What all commands share: the terminal, a model's loading, and what is said when something is wrong."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+if TYPE_CHECKING:
+    from sirius.engine import Engine
+
+out, err = Console(soft_wrap=True, emoji=False), Console(stderr=True, soft_wrap=True, emoji=False)
+
+WRONG_INPUT, INTERRUPTED = 2, 130
+
+
+def complain(message: str) -> None:
+    """Name a mistake in one line."""
+    err.print(f"[bold red]error:[/] {escape(message)}", highlight=False)
+
+
+@contextmanager
+def saved_as_it_goes() -> Iterator[None]:
+    """Tell a user who interrupts what follows that nothing finished is lost."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        complain("what was finished is saved; run the same command again to go on")
+        raise
+
+
+def load(model: str | None, dtype: str, device: str, revision: str | None, trust_remote_code: bool) -> "Engine":
+    """Return the engine of a model folder or hub id, of the embedded model where there is none."""
+    quieten()
+    from sirius.demo.embedded import FOLDER, check_embedded
+    from sirius.engine import Engine
+
+    if model is None:
+        check_embedded()
+    with err.status("loading the model"):
+        return Engine.load(
+            model or str(FOLDER), dtype=dtype, device=device, revision=revision, trust_remote_code=trust_remote_code
+        )
+
+
+def quieten() -> None:
+    """Leave the terminal to us: no progress bars and notes of transformers and its hub."""
+    from huggingface_hub.utils import logging as hub_logging
+    from transformers.utils import logging
+
+    hub_logging.set_verbosity_error()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+@contextmanager
+def progress(what: str, total: int, shown: bool = True) -> Iterator[Callable[..., None]]:
+    """Show a progress bar on the terminal's error stream; yields what moves it on by one, or to a step."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=err, disable=not shown) as bar:
+        task = bar.add_task(what, total=total)
+
+        def advance(to: int | None = None, now: str = what) -> None:
+            done = bar.tasks[task].completed + 1 if to is None else to
+            bar.update(task, completed=done, description=now)
+
+        yield advance
