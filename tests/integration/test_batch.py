@@ -380,9 +380,11 @@ def test_a_tree_takes_its_width_in_slots_for_each_level_and_no_more(engine, widt
 def test_neurons_are_chosen_anew_when_rows_come_or_go_and_not_otherwise(engine, options, monkeypatch):
     from sirius.model import session as module
 
-    chosen, packed = [], module.packed
+    chosen, fixed_route = [], module.fixed_route
     monkeypatch.setattr(
-        module, "packed", lambda methods, layer, mlp: chosen.append(len(methods)) or packed(methods, layer, mlp)
+        module,
+        "fixed_route",
+        lambda methods, layer, mlp: chosen.append(len(methods)) or fixed_route(methods, layer, mlp),
     )
     batch = open_batch(engine, sparsity=SparsityConfig("coarse", 0.3, **options))
     for prompt in PROMPTS[:2]:

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from sirius.kernels.reference import Neurons, gated_mlp, gated_mlp_rows
+from sirius.kernels.gated import Neurons, gated_mlp, gated_mlp_rows
 
 F, H = 23, 7
 

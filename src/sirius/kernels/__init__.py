@@ -1,1 +1,1 @@
-"""The arithmetic of a gated MLP with and without its neurons; `reference` defines what every kernel must compute."""
+"""The arithmetic of a gated MLP with and without its neurons, on three operations that `reference` defines."""

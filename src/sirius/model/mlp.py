@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from sirius.errors import ConfigError
-from sirius.kernels import reference as kernel
-from sirius.kernels.reference import Neurons
+from sirius.kernels import gated as kernel
+from sirius.kernels.dispatch import reads_rows
+from sirius.kernels.gated import Neurons
 from sirius.sparsity.base import PromptSparsity, Sparsity, TokenSparsity
 
 Route = Callable[["SparseMLP", Tensor], Tensor]
@@ -81,7 +82,7 @@ class Observe:
         neurons = mlp.neurons
         z = kernel.combine(kernel.gate(x, neurons, mlp.activation), x, neurons)
         self.see(z)
-        return kernel.project(z, neurons)
+        return kernel.add_up(z, neurons)
 
 
 class Packed:
@@ -94,8 +95,22 @@ class Packed:
         return kernel.gated_mlp(x, self.neurons, mlp.activation)
 
 
+class Indexed:
+    """The sparse route of fixed neurons, read where they lie: one set [k] int64, or one for each row."""
+
+    def __init__(self, *sets: Tensor) -> None:
+        self.sets = sets
+
+    def __call__(self, mlp: SparseMLP, x: Tensor) -> Tensor:
+        neurons = mlp.neurons
+        if len(self.sets) == 1:
+            return kernel.gated_mlp(x, neurons, mlp.activation, self.sets[0])
+        each = zip(x, self.sets, strict=True)
+        return torch.stack([kernel.gated_mlp(row, neurons, mlp.activation, index) for row, index in each])
+
+
 class Tally:
-    """What the rows of a batch have to do with the sets of their draft steps, row by row.
+    """The branches of a batch's draft steps, and what the steps have read, row by row.
 
     weights  [B, T]  how likely each branch of the pass at hand is, 0 of a dead one
     kept     [B]     neurons that the rows' steps have read so far, over all layers
@@ -156,20 +171,23 @@ class Chosen:
             kept = kept & (self.tally.weights > 0)[..., None]
         self.tally.add(kept)
         if kept.shape[:-1].numel() > 1:  # several sets
-            return kernel.project(kernel.combine(gated * kept, x, neurons), neurons)
+            return kernel.add_up(kernel.combine(gated * kept, x, neurons), neurons)
         return kernel.gated_mlp_rows(gated, x, neurons, kept.flatten().nonzero()[:, 0])
 
 
-def packed(methods: Sequence[PromptSparsity], layer: int, mlp: SparseMLP) -> Route | None:
+def fixed_route(methods: Sequence[PromptSparsity], layer: int, mlp: SparseMLP) -> Route | None:
     """Return the draft's route for rows of prompts, each with its method; None is the dense one."""
-    first = methods[0]
-    if not first.config.per_row:
-        index = _checked(first.select(layer, methods[1:]), first, mlp.size)
-        return None if len(index) == mlp.size else Packed(mlp.neurons.rows(index))
-    each = [_checked(method.select(layer), method, mlp.size) for method in methods]
-    if all(len(index) == mlp.size for index in each):
+    first, neurons = methods[0], mlp.neurons
+    if first.config.per_row:
+        sets = [_checked(method.select(layer), method, mlp.size) for method in methods]
+    else:
+        sets = [_checked(first.select(layer, methods[1:]), first, mlp.size)]
+    if all(len(index) == mlp.size for index in sets):
         return None
-    return Packed(Neurons.stack([mlp.neurons.rows(index) for index in each]))
+    if reads_rows(neurons.gate):
+        return Indexed(*sets)
+    copies = [neurons.rows(index) for index in sets]
+    return Packed(Neurons.stack(copies) if first.config.per_row else copies[0])
 
 
 def _checked(index: Tensor, method: Sparsity, size: int) -> Tensor:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from sirius.errors import RequestError, UnsupportedModelError
+from sirius.model import linear
 from sirius.model.mlp import SparseMLP, agrees
 from sirius.stats import Parameters
 
@@ -40,6 +41,7 @@ def prepare(model: PreTrainedModel) -> list[SparseMLP]:
         undo.pop_all()
     for (parent, name, _), mlp in zip(found, mlps, strict=True):
         setattr(parent, name, mlp)
+    linear.take_over(model)
     return mlps
 
 
@@ -49,6 +51,7 @@ def restore(model: PreTrainedModel) -> None:
         for name, child in list(parent.named_children()):
             if isinstance(child, SparseMLP):
                 setattr(parent, name, child.restore())
+    linear.give_back(model)
 
 
 def sparse_mlps(model: nn.Module) -> list[SparseMLP]:

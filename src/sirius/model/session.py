@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from sirius.core import Mode, Window
 from sirius.model.cache import SlotCache
 from sirius.model.mask import chain_mask, tree_mask
-from sirius.model.mlp import Chosen, Observe, Route, SparseMLP, Tally, packed
+from sirius.model.mlp import Chosen, Observe, Route, SparseMLP, Tally, fixed_route
 from sirius.sparsity.base import PromptSparsity, Sparsity, TokenSparsity
 from sirius.stats import DENSE, Touched
 
@@ -161,7 +161,7 @@ class Session:
             return self._watching() if self.refreshing else self.dense
         if self.drafts is None:
             prompts = [method for method in self.methods if isinstance(method, PromptSparsity)]
-            self.drafts = [packed(prompts, layer, mlp) for layer, mlp in enumerate(self.mlps)]
+            self.drafts = [fixed_route(prompts, layer, mlp) for layer, mlp in enumerate(self.mlps)]
         return self.drafts
 
     def _rows_changed(self) -> None:

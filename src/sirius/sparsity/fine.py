@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from sirius.core import SparsityConfig
+from sirius.kernels.dispatch import largest
 from sirius.sparsity.base import TokenSparsity, register
 from sirius.stats import Touched
 
@@ -30,5 +31,5 @@ class FineSparsity(TokenSparsity):
         """Return which neurons to keep, [..., F] bool, given |act(gate(x))| [..., F]."""
         if self.config.threshold is not None:
             return size > self.config.threshold
-        top = size.topk(self.counts[layer]).indices
+        top = largest(size, self.counts[layer])
         return torch.zeros_like(size, dtype=torch.bool).scatter_(-1, top, True)

@@ -1,0 +1,63 @@
+"""Compiles the CPU kernels when sirius is installed; without a compiler it installs all the same, without them."""
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from hatchling.builders.hooks.plugin.interface import BuildHookInterface
+
+SOURCE = Path("src/sirius/kernels/csrc")
+LIBRARY = Path("src/sirius/kernels/libsirius_cpu.so")
+FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fopenmp", "-ffp-contract=fast"]
+GENERIC = {"generic": (4, [])}
+X86 = {**GENERIC, "avx2": (8, ["-march=x86-64-v3"]), "avx512": (16, ["-march=x86-64-v4"])}
+
+
+class KernelBuild(BuildHookInterface):
+    """The build hook that hatchling calls before it packs a wheel, an editable one too."""
+
+    def initialize(self, version: str, build_data: dict) -> None:
+        """Compile, and make the wheel this platform's own where that worked."""
+        compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+        try:
+            if compiler is None:
+                raise OSError("there is no C++ compiler")
+            build(compiler, Path(self.root))
+        except (OSError, subprocess.CalledProcessError) as error:
+            detail = getattr(error, "stderr", "") or error
+            self.app.display_warning(f"sirius is installed without its CPU kernels: {detail}")
+            return
+        build_data["artifacts"].append(LIBRARY.as_posix())
+        build_data["pure_python"] = False
+        build_data["tag"] = "py3-none-" + sysconfig.get_platform().replace("-", "_").replace(".", "_")
+
+
+def build(compiler: str, root: Path) -> None:
+    """Compile rows.cpp once for each instruction set, and link; raise CalledProcessError where that fails."""
+    sets = X86 if platform.machine().lower() in ("x86_64", "amd64") else GENERIC
+    with TemporaryDirectory() as folder, ThreadPoolExecutor() as pool:
+        commands = [
+            [f"-DSIRIUS_ISA={name}", f"-DSIRIUS_WIDTH={width}", *flags, "-c", str(root / SOURCE / "rows.cpp")]
+            for name, (width, flags) in sets.items()
+        ]
+        commands.append(["-c", str(root / SOURCE / "kernels.cpp")])
+        objects = [str(Path(folder) / f"{i}.o") for i in range(len(commands))]
+        jobs = [[compiler, *FLAGS, *command, "-o", out] for command, out in zip(commands, objects, strict=True)]
+        list(pool.map(run, jobs))
+        linked = Path(folder) / LIBRARY.name
+        run([compiler, "-shared", "-fopenmp", *objects, "-o", str(linked)])
+        shutil.move(linked, root / LIBRARY)  # a running process keeps the one it has
+
+
+def run(command: list[str]) -> None:
+    subprocess.run(command, check=True, capture_output=True, text=True)
+
+
+if __name__ == "__main__":
+    build(sys.argv[1] if len(sys.argv) > 1 else "c++", Path(__file__).parent)

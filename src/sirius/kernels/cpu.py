@@ -1,0 +1,100 @@
+"""The C++ kernels, bound by their plain C interface; csrc/ holds them, hatch_build.py compiles them at install.
+
+They run in the threads of torch's own OpenMP pool, which torch must therefore have loaded first.
+"""
+
+import ctypes
+import logging
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+LIBRARY = Path(__file__).with_name("libsirius_cpu.so")
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as in csrc/rows.h
+_Pointer, _Size = ctypes.c_void_p, ctypes.c_int64
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """Return the compiled kernels; None, with one line in the log, where there are none."""
+    try:
+        found = ctypes.CDLL(str(LIBRARY))
+    except OSError as error:
+        logging.getLogger("sirius").warning(
+            "no compiled CPU kernels (%s); plain PyTorch takes their place, slower. "
+            "Install a C++ compiler and sirius again to have them",
+            error,
+        )
+        return None
+    found.sirius_isa.restype = ctypes.c_char_p
+    tensors = [ctypes.c_int, _Pointer, _Size, _Size]
+    found.sirius_linear.argtypes = [*tensors, _Pointer, _Size, _Pointer, _Pointer, _Pointer]
+    found.sirius_project.argtypes = [*tensors, _Pointer, _Pointer, _Size, _Pointer, _Pointer]
+    found.sirius_largest.argtypes = [_Pointer, _Size, _Size, _Pointer]
+    for function in (found.sirius_linear, found.sirius_project, found.sirius_largest):
+        function.restype = None
+    return found
+
+
+def instructions() -> str | None:
+    """Return the instruction set that the kernels use here: "avx512", "avx2" or "generic"; None without kernels."""
+    found = library()
+    return found and found.sirius_isa().decode()
+
+
+def fits(x: Tensor, weight: Tensor) -> bool:
+    """Tell whether the kernels can take a product of x [..., H] or [..., F] with weight [F, H]."""
+    return (
+        weight.dtype in DTYPES
+        and x.dtype == weight.dtype
+        and weight.device.type == "cpu"
+        and weight.ndim == 2
+        and weight.is_contiguous()
+        and library() is not None
+    )
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, index: Tensor | None = None) -> Tensor:
+    """See `reference.linear`."""
+    x = x.contiguous()
+    count = len(weight) if index is None else len(index)
+    y = x.new_empty(*x.shape[:-1], count)
+    _library().sirius_linear(
+        DTYPES[x.dtype], _at(x), _rows(x), x.shape[-1], _at(weight), count, _at(index), _at(bias), _at(y)
+    )
+    return y
+
+
+def project(z: Tensor, weight: Tensor, bias: Tensor | None = None, index: Tensor | None = None) -> Tensor:
+    """See `reference.project`."""
+    z = z.contiguous()
+    y = z.new_empty(*z.shape[:-1], weight.shape[1])
+    _library().sirius_project(
+        DTYPES[z.dtype], _at(z), _rows(z), z.shape[-1], _at(index), _at(weight), weight.shape[1], _at(bias), _at(y)
+    )
+    return y
+
+
+def largest(values: Tensor, count: int) -> Tensor:
+    """See `reference.largest`; of equal values the first, NaN before all others."""
+    values = values.float().contiguous()
+    found = torch.empty(*values.shape[:-1], count, dtype=torch.int64)
+    for line, out in zip(values.view(-1, values.shape[-1]), found.view(-1, count), strict=True):
+        _library().sirius_largest(_at(line), len(line), count, _at(out))
+    return found
+
+
+def _library() -> ctypes.CDLL:
+    found = library()
+    assert found is not None, "no compiled kernels: `fits` was not asked"
+    return found
+
+
+def _rows(x: Tensor) -> int:
+    return x.numel() // x.shape[-1]
+
+
+def _at(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()

@@ -1,0 +1,69 @@
+// The plain C interface, and the choice of the instruction set when the library is first used.
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <vector>
+
+#include "rows.h"
+
+namespace {
+
+const Kernels& chosen() {
+  static const Kernels& kernels = [] () -> const Kernels& {
+#if defined(__x86_64__)
+    const char* limit = getenv("SIRIUS_ISA");  // for tests: no more than this
+    bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                  __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+    if (avx512 && (!limit || !strcmp(limit, "avx512"))) return kernels_avx512;
+    if (avx2 && (!limit || strcmp(limit, "generic"))) return kernels_avx2;
+#endif
+    return kernels_generic;
+  }();
+  return kernels;
+}
+
+}  // namespace
+
+extern "C" {
+
+const char* sirius_isa() { return chosen().name; }
+
+void sirius_linear(int dtype, const void* x, int64_t rows, int64_t width, const void* w, int64_t count,
+                   const int64_t* index, const void* bias, void* y) {
+  chosen().linear({Dtype(dtype), x, rows, width, w, count, index, bias, y});
+}
+
+void sirius_project(int dtype, const void* z, int64_t rows, int64_t count, const int64_t* index, const void* w,
+                    int64_t width, const void* bias, void* y) {
+  chosen().project({Dtype(dtype), z, rows, count, index, w, width, bias, y});
+}
+
+// Writes the places of the k largest of n values >= 0 to out [k], ascending; of equal ones the first.
+//
+// The bits of such floats are in the order of the values: a histogram of their upper bits finds the one bin in which
+// the k-th largest is, and only that bin is sorted out further. NaN counts as the largest.
+void sirius_largest(const float* values, int64_t n, int64_t k, int64_t* out) {
+  constexpr int kShift = 20;
+  const auto bits = [&](int64_t i) {
+    uint32_t b;
+    memcpy(&b, values + i, 4);
+    return b & 0x7fffffff;
+  };
+  std::vector<int64_t> bins(1 << (31 - kShift));
+  for (int64_t i = 0; i < n; i++) bins[bits(i) >> kShift]++;
+  int64_t bin = int64_t(bins.size()) - 1, above = 0;
+  while (above + bins[bin] < k) above += bins[bin--];
+  std::vector<uint32_t> within;
+  for (int64_t i = 0; i < n; i++)
+    if (bits(i) >> kShift == uint32_t(bin)) within.push_back(bits(i));
+  int64_t wanted = k - above;  // of `within`
+  std::nth_element(within.begin(), within.begin() + (wanted - 1), within.end(), std::greater<uint32_t>());
+  uint32_t bar = within[wanted - 1];
+  int64_t ties = wanted - std::count_if(within.begin(), within.end(), [&](uint32_t b) { return b > bar; });
+  for (int64_t i = 0; i < n; i++)
+    if (bits(i) > bar || (bits(i) == bar && ties-- > 0)) *out++ = i;
+}
+
+}  // extern "C"

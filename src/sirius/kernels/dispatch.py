@@ -1,0 +1,38 @@
+"""Which implementation an operation takes, decided here alone: a kernel where there is one, else plain PyTorch."""
+
+import torch
+from torch import Tensor
+
+from sirius.kernels import cpu, reference
+
+MANY = 64  # tokens from which on a matrix product of PyTorch's is the faster one
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, index: Tensor | None = None) -> Tensor:
+    """Return the products of x [..., H] with the rows of weight [F, H] at index; see `reference.linear`."""
+    chosen = cpu if _has_kernel(x, weight, index) else reference
+    return chosen.linear(x, weight, bias, index)
+
+
+def project(z: Tensor, weight: Tensor, bias: Tensor | None = None, index: Tensor | None = None) -> Tensor:
+    """Return the rows of weight [F, H] at index added up, weighed by z [..., F]; see `reference.project`."""
+    chosen = cpu if _has_kernel(z, weight, index) else reference
+    return chosen.project(z, weight, bias, index)
+
+
+def largest(values: Tensor, count: int) -> Tensor:
+    """Return the places of the `count` largest of values [..., F] at least 0, ascending; see `reference.largest`."""
+    kernel = values.device.type == "cpu" and values.dtype in cpu.DTYPES and cpu.library() is not None
+    return (cpu if kernel else reference).largest(values, count)
+
+
+def reads_rows(weight: Tensor) -> bool:
+    """Tell whether rows of weight [F, H] can be read where they lie, or must be copied together first."""
+    return cpu.fits(weight, weight)
+
+
+def _has_kernel(x: Tensor, weight: Tensor, index: Tensor | None) -> bool:
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        return False
+    few = x.numel() < MANY * x.shape[-1]
+    return (few or index is not None) and x.numel() > 0 and cpu.fits(x, weight)

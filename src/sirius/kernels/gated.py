@@ -1,0 +1,76 @@
+"""A gated MLP: down(act(gate(x)) * up(x)), with all of its neurons or some."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sirius.kernels.dispatch import linear, project
+
+Activation = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Neurons:
+    """The weights of some neurons of one MLP: gate, up, down [F, H], and the biases where the model has them.
+
+    Biases of gate and up are [F], of down [H].
+    """
+
+    gate: Tensor
+    up: Tensor
+    down: Tensor
+    gate_bias: Tensor | None = None
+    up_bias: Tensor | None = None
+    down_bias: Tensor | None = None
+
+    @staticmethod
+    def stack(sets: "Sequence[Neurons]") -> "Neurons":
+        """Return sets of equal size as one of stacked weights [B, F, H]."""
+        gate_bias, up_bias = (
+            None if sets[0].gate_bias is None else torch.stack([getattr(each, name) for each in sets])[:, None]
+            for name in ("gate_bias", "up_bias")
+        )
+        gate, up, down = (torch.stack([getattr(each, name) for each in sets]) for name in ("gate", "up", "down"))
+        return Neurons(gate, up, down, gate_bias, up_bias, sets[0].down_bias)
+
+    def rows(self, index: Tensor) -> "Neurons":
+        """Return a copy of the neurons at index [k] int64, row by row."""
+        return Neurons(
+            self.gate[index],
+            self.up[index],
+            self.down[index],
+            None if self.gate_bias is None else self.gate_bias[index],
+            None if self.up_bias is None else self.up_bias[index],
+            self.down_bias,
+        )
+
+
+def gate(x: Tensor, neurons: Neurons, activation: Activation, index: Tensor | None = None) -> Tensor:
+    """Return act(gate(x)) [..., F] of x [..., H], or of the neurons at index [k] int64 alone [..., k]."""
+    return activation(linear(x, neurons.gate, neurons.gate_bias, index))
+
+
+def combine(gated: Tensor, x: Tensor, neurons: Neurons, index: Tensor | None = None) -> Tensor:
+    """Return z = gated * up(x), what each neuron sends on, in the shape of gated."""
+    return gated * linear(x, neurons.up, neurons.up_bias, index)
+
+
+def add_up(z: Tensor, neurons: Neurons, index: Tensor | None = None) -> Tensor:
+    """Return down(z) [..., H], of the neurons at index where z is theirs alone."""
+    return project(z, neurons.down, neurons.down_bias, index)
+
+
+def gated_mlp(x: Tensor, neurons: Neurons, activation: Activation, index: Tensor | None = None) -> Tensor:
+    """Return down(act(gate(x)) * up(x)) [..., H] of x [..., H], with the neurons at index [k] int64 alone or all."""
+    return add_up(combine(gate(x, neurons, activation, index), x, neurons, index), neurons, index)
+
+
+def gated_mlp_rows(gated: Tensor, x: Tensor, neurons: Neurons, index: Tensor) -> Tensor:
+    """Return the MLP of x with the neurons at index [k] int64 alone: only their rows of up and down are read.
+
+    gated  [..., F]  act(gate(x)), computed in full
+    x      [..., H]
+    """
+    return add_up(combine(gated[..., index], x, neurons, index), neurons, index)
