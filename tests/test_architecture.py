@@ -14,7 +14,7 @@ TREES = {path: ast.parse(path.read_text()) for path in FILES}
 
 LAYERS = [  # from the top down; a module imports from its own layer's package or from below
     {"cli"},
-    {"demo"},
+    {"demo", "benchmark"},
     {"jobs", "hf"},
     {"engine"},
     {"batch"},

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from sirius import __version__
+from sirius.cli.bench import bench_app
 from sirius.cli.demo import demo_app
 from sirius.cli.generate import generate
 from sirius.cli.terminal import INTERRUPTED, WRONG_INPUT, complain, out
@@ -20,6 +21,7 @@ app = typer.Typer(
 )
 app.command()(generate)
 app.add_typer(demo_app, name="demo")
+app.add_typer(bench_app, name="bench")
 
 
 def main() -> None:

@@ -1,0 +1,68 @@
+"""The physical limit: what memory gives at best, and what a pass must read of it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from time import perf_counter
+
+import torch
+from transformers import PreTrainedConfig
+
+from sirius.kernels.dispatch import linear
+from sirius.stats import Parameters
+
+SIZE = 256 * 2**20  # bytes of each operand: far larger than the caches
+TRIES = 9
+
+
+@dataclass(frozen=True)
+class Ceiling:
+    """Measured bandwidths in GB/s (1e9 bytes): of a copy (bytes read and written), and of a matrix-vector product
+    in the model's dtype (bytes read). The higher one is the bar."""
+
+    copy: float
+    matvec: float
+
+    @property
+    def gb_per_s(self) -> float:
+        """The higher of both."""
+        return max(self.copy, self.matvec)
+
+
+def measure_ceiling(dtype: torch.dtype, device: str) -> Ceiling:
+    """Measure both bandwidths, each the best of a few tries: a limit is what is reached at best."""
+    source = torch.ones(SIZE // dtype.itemsize, dtype=dtype, device=device)
+    target = torch.empty_like(source)
+    matrix, x = source.view(-1, 4096), torch.ones(1, 4096, dtype=dtype, device=device)
+    copy = best_seconds(lambda: target.copy_(source), device)
+    matvec = best_seconds(lambda: linear(x, matrix), device)
+    return Ceiling(2 * SIZE / copy / 1e9, SIZE / matvec / 1e9)
+
+
+def best_seconds(call: Callable[[], object], device: str) -> float:
+    """Return the shortest of a few runs of a call, after one to warm up."""
+    seconds = []
+    for _ in range(TRIES + 1):
+        synchronize(device)
+        began = perf_counter()
+        call()
+        synchronize(device)
+        seconds.append(perf_counter() - began)
+    return min(seconds[1:])
+
+
+def synchronize(device: str) -> None:
+    """Wait until a GPU has done what it was given."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+
+
+def weight_bytes(parameters: Parameters, dtype: torch.dtype) -> int:
+    """Return the bytes of weights that a dense pass reads: all of them but the untied input embedding."""
+    return (parameters.total - parameters.embedding) * dtype.itemsize
+
+
+def cache_bytes(config: PreTrainedConfig, tokens: int, dtype: torch.dtype) -> int:
+    """Return the bytes of keys and values that a pass over a row of so many tokens reads."""
+    text = config.get_text_config()
+    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return 2 * text.num_hidden_layers * text.num_key_value_heads * head * tokens * dtype.itemsize

@@ -1,0 +1,234 @@
+"""Time per token of one stream, settings in turns in one run, beside what reading the weights must cost."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from statistics import mean, median, quantiles
+from time import perf_counter
+from typing import Any, cast
+
+import torch
+from transformers import PreTrainedModel
+from transformers.generation.streamers import BaseStreamer
+
+from sirius.benchmark import replay
+from sirius.benchmark.ceiling import Ceiling, cache_bytes, synchronize, weight_bytes
+from sirius.benchmark.memory import peak_bytes, reset_peak
+from sirius.core import CorrectionConfig, SparsityConfig
+from sirius.decoding.period import Measured, Period
+from sirius.engine import Engine
+from sirius.model.prepare import count_parameters, restore
+from sirius.stats import Parameters
+
+TRANSFORMERS, FULL = "transformers", "full"
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One stream: `context` tokens held while `tokens` more are decoded, in each of `cycles` turns.
+
+    histogram  weights of 0, 1, ... accepted guesses of a window
+    """
+
+    context: int
+    tokens: int
+    cycles: int
+    histogram: tuple[float, ...]
+    device: str = "cpu"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A way to decode; no sparsity is transformers' own generate."""
+
+    name: str
+    sparsity: SparsityConfig | None = None
+    correction: CorrectionConfig | None = None
+
+
+@dataclass
+class Times:
+    """Seconds of every pass or window of a setting, and of the parts of its windows."""
+
+    rounds: list[float] = field(default_factory=list)
+    drafts: list[float] = field(default_factory=list)
+    checks: list[float] = field(default_factory=list)
+    peaks: list[int] = field(default_factory=list)
+    density: float = 1.0
+    aal: float = 1.0
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a setting costs.
+
+    ms_per_token, p10, p90   milliseconds: median and percentiles over its windows (or steps), each over `aal` tokens
+    aal                      tokens of a window, the histogram's mean; 1 without a draft
+    gb_per_s                 bytes that its passes must read, over the median
+    share_of_ceiling         of the measured bandwidth
+    ratio_to_full, ratio_to_transformers   of the medians
+    draft, verify, rest      shares of a window's time; verify includes accepting, rest is keeping and the host's
+    """
+
+    name: str
+    ms_per_token: float
+    p10: float
+    p90: float
+    aal: float
+    gb_per_s: float
+    share_of_ceiling: float
+    ratio_to_full: float
+    ratio_to_transformers: float
+    peak_bytes: int | None
+    draft: float | None
+    verify: float | None
+    rest: float | None
+
+
+class _Watched(Period):
+    """A period that writes down what its windows cost."""
+
+    def __init__(self, now: int, times: Times) -> None:
+        super().__init__(now)
+        self.times = times
+
+    def learn(self, measured: Measured) -> None:
+        """Take note of a whole window."""
+        if measured.steps < self.now - 1:
+            return
+        self.times.drafts.append(measured.draft)
+        self.times.checks.append(measured.verify)
+
+
+class _Clock(BaseStreamer):
+    """Writes down when transformers gives each token."""
+
+    def __init__(self) -> None:
+        self.at: list[float] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        self.at.append(perf_counter())
+
+    def end(self) -> None:
+        """Nothing is held back."""
+
+
+def make_settings(keep: float, fine_keeps: Sequence[float], period: int, widths: Sequence[int]) -> list[Setting]:
+    """Return the settings of a run: transformers, our full decoding, each sparsity alone, and corrected ones."""
+    coarse, fines = SparsityConfig("coarse", keep), [SparsityConfig("fine", each) for each in fine_keeps]
+    settings = [Setting(TRANSFORMERS), Setting(FULL, SparsityConfig("none")), Setting(f"coarse {keep:g}", coarse)]
+    settings += [Setting(f"fine {each.keep:g}", each) for each in fines]
+    for width in widths:
+        tree = f", tree {width}" if width > 1 else ""
+        rule = CorrectionConfig(period, tree_width=width)
+        settings += [Setting(f"{s.method} {s.keep:g} corrected{tree}", s, rule) for s in (coarse, *fines[:1])]
+    return settings
+
+
+def run(
+    model: PreTrainedModel,
+    settings: Sequence[Setting],
+    workload: Workload,
+    ceiling: Ceiling,
+    on_turn: Callable[[], None] = lambda: None,
+) -> list[Row]:
+    """Time every setting in turns and return its figures; `on_turn` is called after each turn."""
+    times = {setting.name: Times() for setting in settings}
+    for _ in range(workload.cycles):
+        for setting in settings:
+            reset_peak(workload.device)
+            if setting.sparsity is None:
+                _run_transformers(model, workload, times[setting.name])
+            else:
+                _run_ours(Engine(model), setting, workload, times[setting.name])
+            if (peak := peak_bytes(workload.device)) is not None:
+                times[setting.name].peaks.append(peak)
+            on_turn()
+    engine = Engine(model)
+    return _rows(engine, settings, times, workload, ceiling)
+
+
+def _run_transformers(model: PreTrainedModel, workload: Workload, times: Times) -> None:
+    restore(model)
+    ids, clock = _prompt(model, workload), _Clock()
+    with torch.inference_mode():
+        cast("Any", model).generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=workload.tokens,
+            do_sample=False,
+            streamer=clock,
+            pad_token_id=0,
+        )
+    times.rounds += [b - a for a, b in zip(clock.at[1:], clock.at[2:], strict=False)]  # the first put is the prompt
+
+
+def _run_ours(engine: Engine, setting: Setting, workload: Workload, times: Times) -> None:
+    batch = engine.batch(rows=1, sparsity=setting.sparsity or "none", correction=setting.correction)
+    if setting.correction is not None:
+        assert isinstance(setting.correction.period, int)
+        period = _Watched(setting.correction.period, times)
+        batch.plan = replace(batch.plan, period=period, rule=replay.Replay(workload.histogram))
+        times.aal = replay.mean_advance(workload.histogram)
+    batch.add(engine.text(_prompt(engine.model, workload)[0].tolist(), max_new_tokens=workload.tokens))
+    batch.step()
+    whole = setting.correction.longest - 1 if setting.correction else 0
+    while batch.busy:
+        synchronize(workload.device)
+        began = perf_counter()
+        [update] = batch.step()
+        synchronize(workload.device)
+        if update.error is not None:
+            raise update.error
+        if update.round.steps == whole:  # the budget cuts the last ones
+            times.rounds.append(perf_counter() - began)
+        if update.completion is not None:
+            times.density = update.completion.stats.density_streamed
+
+
+def _prompt(model: PreTrainedModel, workload: Workload) -> torch.Tensor:
+    """Return ids [1, context] int64, the same at each call."""
+    generator = torch.Generator().manual_seed(0)
+    size = (1, workload.context)
+    return torch.randint(model.config.get_text_config().vocab_size, size, generator=generator).to(workload.device)
+
+
+def _rows(
+    engine: Engine, settings: Sequence[Setting], times: dict[str, Times], workload: Workload, ceiling: Ceiling
+) -> list[Row]:
+    parameters, dtype = count_parameters(engine.model), engine.model.dtype
+    held = cache_bytes(engine.model.config, workload.context + workload.tokens // 2, dtype)
+    medians = {name: median(each.rounds) / each.aal for name, each in times.items()}
+    rows = []
+    for setting in settings:
+        mine, seconds = times[setting.name], medians[setting.name]
+        tenths = [each / mine.aal for each in quantiles(mine.rounds, n=10)]
+        read = bytes_per_token(setting, mine, parameters, dtype, held)
+        window = mean(mine.rounds)
+        parts = (mean(mine.drafts) / window, mean(mine.checks) / window) if mine.drafts else None
+        rows.append(
+            Row(
+                name=setting.name,
+                ms_per_token=round(1e3 * seconds, 3),
+                p10=round(1e3 * tenths[0], 3),
+                p90=round(1e3 * tenths[-1], 3),
+                aal=round(mine.aal, 3),
+                gb_per_s=round(read / seconds / 1e9, 2),
+                share_of_ceiling=round(read / seconds / 1e9 / ceiling.gb_per_s, 3),
+                ratio_to_full=round(seconds / medians[FULL], 3),
+                ratio_to_transformers=round(seconds / medians[TRANSFORMERS], 3),
+                peak_bytes=max(mine.peaks, default=None),
+                draft=parts and round(parts[0], 3),
+                verify=parts and round(parts[1], 3),
+                rest=parts and round(1 - sum(parts), 3),
+            )
+        )
+    return rows
+
+
+def bytes_per_token(setting: Setting, times: Times, parameters: Parameters, dtype: torch.dtype, held: int) -> float:
+    """Return the bytes that a token must read: of the weights, and of `held` bytes of keys and values a pass."""
+    weights = weight_bytes(parameters, dtype)
+    sparse = times.density * weights + held
+    if setting.correction is None:
+        return sparse
+    return ((setting.correction.longest - 1) * sparse + weights + held) / times.aal

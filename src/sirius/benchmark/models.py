@@ -1,0 +1,81 @@
+"""Models of a known shape with random weights: speed does not depend on what the weights are."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
+
+from sirius.errors import ConfigError
+
+NOISE = 1_000_003  # random values that fill all weights, over and over: no multiple of any width
+SPREAD = 0.02
+
+_LLAMA: dict[str, Any] = {"model_type": "llama", "rms_norm_eps": 1e-5, "hidden_act": "silu"}
+_LLAMA_3 = {**_LLAMA, "vocab_size": 128_256, "rope_theta": 500_000.0, "max_position_embeddings": 131_072}
+
+
+def _shape(hidden: int, inner: int, layers: int, heads: int, kv_heads: int) -> dict[str, int]:
+    return {
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": hidden // heads,
+    }
+
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama-3.2-1b": {**_LLAMA_3, **_shape(2048, 8192, 16, 32, 8), "tie_word_embeddings": True},
+    "llama-3.2-3b": {**_LLAMA_3, **_shape(3072, 8192, 28, 24, 8), "tie_word_embeddings": True},
+    "llama-3-8b": {**_LLAMA_3, **_shape(4096, 14336, 32, 32, 8), "max_position_embeddings": 8192},
+    "llama-2-7b": {**_LLAMA, "vocab_size": 32_000, **_shape(4096, 11008, 32, 32, 32), "max_position_embeddings": 4096},
+    "llama-2-13b": {**_LLAMA, "vocab_size": 32_000, **_shape(5120, 13824, 40, 40, 40), "max_position_embeddings": 4096},
+}
+
+
+def make_config(shape: str, layers: int | None = None) -> PreTrainedConfig:
+    """Return the configuration of a named shape or of a config.json; `layers` of them alone where that is given.
+
+    Raises ConfigError of a name that is not known and of a file that is no configuration.
+    """
+    if shape in SHAPES:
+        fields = SHAPES[shape]
+    else:
+        try:
+            fields = json.loads(Path(shape).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            known = ", ".join(SHAPES)
+            raise ConfigError(f"--shape is one of {known}, or a config.json; cannot read {shape!r}: {error}") from error
+    if not isinstance(fields, dict) or "model_type" not in fields:
+        raise ConfigError(f"{shape} names no model_type, so it is no config.json of transformers")
+    changed = {**fields, **({} if layers is None else {"num_hidden_layers": layers})}
+    changed = {name: value for name, value in changed.items() if name not in ("eos_token_id", "quantization_config")}
+    try:
+        return AutoConfig.for_model(**changed, eos_token_id=None)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"{shape} is no configuration that transformers knows: {error}") from error
+
+
+def make_model(config: PreTrainedConfig, dtype: torch.dtype, device: str, seed: int = 0) -> PreTrainedModel:
+    """Return a model of a configuration, its weights random by a seed; it never ends a text."""
+    with no_init_weights(), torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    generator = torch.Generator().manual_seed(seed)
+    noise = (torch.randn(NOISE, generator=generator) * SPREAD).to(device, dtype)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            weight.fill_(1) if name.endswith("norm.weight") else _fill(weight, noise)
+    assert model.generation_config is not None
+    model.generation_config.eos_token_id = None
+    return model.eval()
+
+
+def _fill(weight: torch.Tensor, noise: torch.Tensor) -> None:
+    flat = weight.data.view(-1)
+    whole = len(flat) // len(noise) * len(noise)
+    flat[:whole].view(-1, len(noise)).copy_(noise.expand(whole // len(noise), -1))
+    flat[whole:].copy_(noise[: len(flat) - whole])

@@ -1,0 +1,55 @@
+"""Acceptance played back: random weights agree with themselves as no trained model does, so a stated share passes."""
+
+from collections.abc import Sequence
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from sirius.decoding.accept import Check
+from sirius.errors import ConfigError
+
+STEP = 0.6180339887498949  # the golden ratio's: multiples of it fill [0, 1) evenly, however few are taken
+
+
+def geometric(aal: float, period: int) -> tuple[float, ...]:
+    """Return the chances of 0 .. K-1 accepted guesses where each stands with one probability, and windows bring `aal`.
+
+    With acceptance a a window of K tokens brings 1 + a + ... + a^(K-1). Raises ConfigError where no a does.
+    """
+    if not 1 <= aal <= period:
+        raise ConfigError(f"windows of {period} tokens bring from 1 to {period} on average; got {aal}")
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if sum(middle**i for i in range(period)) < aal else (low, middle)
+    return (*((1 - low) * low**i for i in range(period - 1)), low ** (period - 1))
+
+
+def mean_advance(histogram: Sequence[float]) -> float:
+    """Return the tokens per window of a histogram over the accepted guesses: their mean, and one."""
+    return 1 + sum(i * share for i, share in enumerate(histogram)) / sum(histogram)
+
+
+class Replay:
+    """A rule of acceptance that looks at no token: as many levels pass as the histogram says, window by window.
+
+    The windows' counts follow a fixed even sequence, so that few windows have the histogram's mean already.
+    """
+
+    def __init__(self, histogram: Sequence[float]) -> None:
+        """Take the weights of 0, 1, ... accepted guesses."""
+        total = sum(histogram)
+        self.edges = list(accumulate(share / total for share in histogram))
+        self.windows = 0
+
+    def __call__(self, check: Check) -> Tensor:
+        """Return which guesses pass, [B, N] bool."""
+        depths = check.tree.depths
+        passed = torch.tensor([self._next() for _ in depths], device=depths.device)
+        return depths <= passed[:, None]
+
+    def _next(self) -> int:
+        self.windows += 1
+        place = self.windows * STEP % 1.0
+        return next((i for i, edge in enumerate(self.edges) if place < edge), len(self.edges) - 1)

@@ -1,0 +1,38 @@
+"""How a benchmark looks on a terminal."""
+
+from collections.abc import Sequence
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from sirius.benchmark.ceiling import Ceiling
+from sirius.benchmark.decode import Row
+
+LEGEND = """\
+wall: share of the ceiling that the bytes a token must read are moved at. full, hf: time over that of our full
+decoding, and of transformers' generate. draft/verify/rest: where a corrected window's time goes.
+"""
+
+
+def decoding(rows: Sequence[Row], ceiling: Ceiling) -> RenderableType:
+    """Return the figures of decoding as a table under the ceiling."""
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name in ("", "ms/token", "p10-p90", "GB/s", "wall", "full", "hf", "peak GB", "draft/verify/rest"):
+        table.add_column(name, justify="right" if name else "left", no_wrap=True)
+    for row in rows:
+        parts = [row.draft, row.verify, row.rest]
+        table.add_row(
+            row.name,
+            f"{row.ms_per_token:.2f}",
+            f"{row.p10:.1f}-{row.p90:.1f}",
+            f"{row.gb_per_s:.1f}",
+            f"{row.share_of_ceiling:.2f}",
+            f"{row.ratio_to_full:.2f}",
+            f"{row.ratio_to_transformers:.2f}",
+            "" if row.peak_bytes is None else f"{row.peak_bytes / 1e9:.2f}",
+            "/".join(f"{part:.0%}" for part in parts if part is not None),
+        )
+    bar = f"ceiling: {ceiling.gb_per_s:.1f} GB/s (copy {ceiling.copy:.1f}, matrix-vector {ceiling.matvec:.1f})"
+    return Group(bar, table, Text(LEGEND, "dim"))
