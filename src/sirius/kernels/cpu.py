@@ -6,6 +6,7 @@ They run in the threads of torch's own OpenMP pool, which torch must therefore h
 import ctypes
 import logging
 from functools import cache
+from math import prod
 from pathlib import Path
 
 import torch
@@ -93,7 +94,7 @@ def _library() -> ctypes.CDLL:
 
 
 def _rows(x: Tensor) -> int:
-    return x.numel() // x.shape[-1]
+    return prod(x.shape[:-1])
 
 
 def _at(tensor: Tensor | None) -> int | None:

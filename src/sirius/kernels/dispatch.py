@@ -1,5 +1,7 @@
 """Which implementation an operation takes, decided here alone: a kernel where there is one, else plain PyTorch."""
 
+from math import prod
+
 import torch
 from torch import Tensor
 
@@ -34,5 +36,5 @@ def reads_rows(weight: Tensor) -> bool:
 def _has_kernel(x: Tensor, weight: Tensor, index: Tensor | None) -> bool:
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         return False
-    few = x.numel() < MANY * x.shape[-1]
-    return (few or index is not None) and x.numel() > 0 and cpu.fits(x, weight)
+    few = prod(x.shape[:-1]) < MANY
+    return (few or index is not None) and cpu.fits(x, weight)
