@@ -7,6 +7,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from sirius.benchmark import kernels
 from sirius.benchmark.ceiling import Ceiling
 from sirius.benchmark.decode import Row
 
@@ -34,5 +35,19 @@ def decoding(rows: Sequence[Row], ceiling: Ceiling) -> RenderableType:
             "" if row.peak_bytes is None else f"{row.peak_bytes / 1e9:.2f}",
             "/".join(f"{part:.0%}" for part in parts if part is not None),
         )
-    bar = f"ceiling: {ceiling.gb_per_s:.1f} GB/s (copy {ceiling.copy:.1f}, matrix-vector {ceiling.matvec:.1f})"
-    return Group(bar, table, Text(LEGEND, "dim"))
+    return Group(_bar(ceiling), table, Text(LEGEND, "dim"))
+
+
+def operations(rows: Sequence[kernels.Row], ceiling: Ceiling) -> RenderableType:
+    """Return the figures of the kernels as a table under the ceiling."""
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name in ("operation", "batch", "density", "kernel ms", "reference ms", "GB/s", "wall", "GFLOP/s"):
+        table.add_column(name, justify="left" if name == "operation" else "right", no_wrap=True)
+    for row in rows:
+        figures = (f"{row.density:.2f}", f"{row.kernel_ms:.3f}", f"{row.reference_ms:.3f}", f"{row.gb_per_s:.1f}")
+        table.add_row(row.operation, str(row.batch), *figures, f"{row.share_of_ceiling:.2f}", f"{row.gflops:.0f}")
+    return Group(_bar(ceiling), table)
+
+
+def _bar(ceiling: Ceiling) -> str:
+    return f"ceiling: {ceiling.gb_per_s:.1f} GB/s (copy {ceiling.copy:.1f}, matrix-vector {ceiling.matvec:.1f})"

@@ -75,6 +75,40 @@ def decode(
         out.print(show.decoding(rows, ceiling))
 
 
+@bench_app.command()
+def kernels(
+    neurons: Annotated[int, typer.Option(min=1, help="F of the MLP.")] = 8192,
+    hidden: Annotated[int, typer.Option(min=1, help="H of the MLP.")] = 2048,
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    device: Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu, cuda.")] = "auto",
+    threads: Annotated[int | None, typer.Option(min=1, help="Of the CPU. [default: torch's]")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print the record as JSON.")] = False,
+) -> None:
+    """Every operation over densities 0 to 1 and batches 1 to 16: kernel, plain reference and ceiling."""
+    import torch
+
+    from sirius.benchmark import kernels as measure
+    from sirius.benchmark import show
+    from sirius.benchmark.ceiling import measure_ceiling
+    from sirius.benchmark.facts import facts
+    from sirius.model.loading import find_device, find_dtype
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    known = facts(" ".join(["sirius", *sys.argv[1:]]), torch.get_num_threads())
+    size = measure.Size(neurons, hidden, find_dtype(dtype), str(find_device(device)))
+    ceiling = measure_ceiling(size.dtype, size.device)
+    with progress("measuring", len(measure.BATCHES) * (2 * len(measure.DENSITIES) + 1)) as advance:
+        rows = measure.run(size, ceiling, on_row=advance)
+    if json:
+        import json as encoder
+
+        record = {**known, "ceiling": asdict(ceiling), "rows": [asdict(row) for row in rows]}
+        sys.stdout.write(encoder.dumps(record) + "\n")
+    else:
+        out.print(show.operations(rows, ceiling))
+
+
 def _histogram(path: Path, period: int) -> tuple[float, ...]:
     import json
 

@@ -1,0 +1,129 @@
+"""Every operation at every density and batch, the kernel beside its plain reference and the ceiling."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import cycle
+from statistics import median
+from time import perf_counter
+
+import torch
+from torch import Tensor
+
+from sirius.benchmark.ceiling import SIZE, Ceiling, synchronize
+from sirius.kernels import dispatch, reference
+
+DENSITIES = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)
+BATCHES = (1, 2, 4, 8, 16)
+LEAST, MOST = 5, 30  # runs of a call
+ENOUGH = 0.3  # seconds of them
+
+
+@dataclass(frozen=True)
+class Row:
+    """An operation on `batch` tokens at a density: milliseconds (medians) by kernel and by reference.
+
+    gb_per_s          of the weights that must be read, by the kernel
+    share_of_ceiling  of the measured bandwidth; small where many tokens make the operation compute-bound
+    gflops            1e9 operations a second, by the kernel
+    """
+
+    operation: str
+    batch: int
+    density: float
+    kernel_ms: float
+    reference_ms: float
+    gb_per_s: float
+    share_of_ceiling: float
+    gflops: float
+
+
+@dataclass(frozen=True)
+class Size:
+    """One MLP: F neurons of hidden size H, in a dtype on a device."""
+
+    neurons: int
+    hidden: int
+    dtype: torch.dtype
+    device: str
+
+
+def run(
+    size: Size,
+    ceiling: Ceiling,
+    densities: Sequence[float] = DENSITIES,
+    batches: Sequence[int] = BATCHES,
+    on_row: Callable[[], None] = lambda: None,
+) -> list[Row]:
+    """Time every operation; `on_row` is called after each row. Weights take turns, so that no cache holds them."""
+    matrix = size.neurons * size.hidden * size.dtype.itemsize
+    copies = max(2, -(-SIZE // matrix))
+    weights = [_random(size, size.neurons, size.hidden, seed=i) for i in range(copies)]
+    rows = []
+    for operation in ("linear", "project"):
+        for batch in batches:
+            for density in densities:
+                rows.append(_row(operation, size, batch, density, weights, ceiling))
+                on_row()
+    for batch in batches:
+        rows.append(_largest(size, batch, ceiling))
+        on_row()
+    return rows
+
+
+def _row(operation: str, size: Size, batch: int, density: float, weights: list[Tensor], ceiling: Ceiling) -> Row:
+    count = round(density * size.neurons)
+    order = torch.randperm(size.neurons, generator=torch.Generator().manual_seed(0))
+    index = None if count == size.neurons else order[:count].sort().values.to(size.device)
+    x = _random(size, batch, size.hidden if operation == "linear" else count)
+    of_kernel, of_reference = (
+        _milliseconds(_rotating(getattr(module, operation), x, weights, index), size.device)
+        for module in (dispatch, reference)
+    )
+    read = count * size.hidden * size.dtype.itemsize
+    speed = read / of_kernel / 1e6
+    return Row(
+        operation,
+        batch,
+        density,
+        round(of_kernel, 4),
+        round(of_reference, 4),
+        round(speed, 2),
+        round(speed / ceiling.gb_per_s, 3),
+        round(2 * batch * count * size.hidden / of_kernel / 1e6, 1),
+    )
+
+
+def _largest(size: Size, batch: int, ceiling: Ceiling) -> Row:
+    values, count = _random(size, batch, size.neurons).float().abs(), size.neurons // 2
+    of_kernel, of_reference = (
+        _milliseconds(lambda module=module: module.largest(values, count), size.device)
+        for module in (dispatch, reference)
+    )
+    speed = values.numel() * 4 / of_kernel / 1e6
+    share = round(speed / ceiling.gb_per_s, 3)
+    return Row("largest", batch, 0.5, round(of_kernel, 4), round(of_reference, 4), round(speed, 2), share, 0.0)
+
+
+def _rotating(
+    operation: Callable[..., Tensor], x: Tensor, weights: list[Tensor], index: Tensor | None
+) -> Callable[[], Tensor]:
+    turns = cycle(weights)
+    return lambda: operation(x, next(turns), None, index)
+
+
+def _milliseconds(call: Callable[[], object], device: str) -> float:
+    """Return the median of some runs of a call, after one to warm up."""
+    call()
+    seconds: list[float] = []
+    while len(seconds) < LEAST or (sum(seconds) < ENOUGH and len(seconds) < MOST):
+        synchronize(device)
+        began = perf_counter()
+        call()
+        synchronize(device)
+        seconds.append(perf_counter() - began)
+    return 1e3 * median(seconds)
+
+
+def _random(size: Size, *shape: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator).to(size.device, size.dtype)
