@@ -12,28 +12,28 @@ from sirius.benchmark.ceiling import Ceiling
 from sirius.benchmark.decode import Row
 
 LEGEND = """\
-wall: share of the ceiling that the bytes a token must read are moved at. full, hf: time over that of our full
-decoding, and of transformers' generate. draft/verify/rest: where a corrected window's time goes.
+wall: share of the ceiling at which the bytes that a token must read are moved.
+full, hf: time over that of our full decoding, and of transformers' generate.
+GB: peak memory. time: percent of a corrected window in drafts, check, and rest.
 """
 
 
 def decoding(rows: Sequence[Row], ceiling: Ceiling) -> RenderableType:
     """Return the figures of decoding as a table under the ceiling."""
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for name in ("", "ms/token", "p10-p90", "GB/s", "wall", "full", "hf", "peak GB", "draft/verify/rest"):
+    for name in ("", "ms/token", "GB/s", "wall", "full", "hf", "GB", "time"):
         table.add_column(name, justify="right" if name else "left", no_wrap=True)
     for row in rows:
         parts = [row.draft, row.verify, row.rest]
         table.add_row(
             row.name,
             f"{row.ms_per_token:.2f}",
-            f"{row.p10:.1f}-{row.p90:.1f}",
             f"{row.gb_per_s:.1f}",
             f"{row.share_of_ceiling:.2f}",
             f"{row.ratio_to_full:.2f}",
             f"{row.ratio_to_transformers:.2f}",
             "" if row.peak_bytes is None else f"{row.peak_bytes / 1e9:.2f}",
-            "/".join(f"{part:.0%}" for part in parts if part is not None),
+            "/".join(f"{100 * part:.0f}" for part in parts if part is not None),
         )
     return Group(_bar(ceiling), table, Text(LEGEND, "dim"))
 

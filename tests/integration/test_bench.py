@@ -1,0 +1,162 @@
+"""The benchmark at toy size: every figure is there, follows from the others, and bad input is one line."""
+
+import json
+import sys
+from statistics import mean
+
+import pytest
+import torch
+
+from conftest import tiny_config, tiny_model
+from sirius import cli
+from sirius.benchmark.ceiling import cache_bytes, weight_bytes
+from sirius.benchmark.decode import Setting, Times, bytes_per_token
+from sirius.benchmark.models import SHAPES, make_config, make_model
+from sirius.core import CorrectionConfig, SparsityConfig
+from sirius.engine import Engine
+from sirius.errors import ConfigError
+from sirius.model.prepare import count_parameters
+
+pytestmark = pytest.mark.integration
+
+
+@pytest.fixture
+def shape(tmp_path) -> str:
+    tiny_config("llama").save_pretrained(tmp_path)
+    return str(tmp_path / "config.json")
+
+
+@pytest.fixture
+def bench(monkeypatch, capsys):
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["sirius", "bench", *map(str, arguments)])
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as end:
+            code = int(end.code or 0)
+        printed = capsys.readouterr()
+        return code, printed.out, printed.err
+
+    return run
+
+
+SMALL = ("--dtype", "float32", "--device", "cpu", "--context", 8, "--tokens", 60, "--cycles", 2, "--period", 4)
+
+
+def test_a_record_holds_every_setting_with_figures_that_fit_together(bench, shape):
+    code, out, _ = bench("decode", "--shape", shape, *SMALL, "--aal", 3, "--tree-width", 1, "--tree-width", 2, "--json")
+    assert code == 0
+    record = json.loads(out)
+    rows = {row["name"]: row for row in record["rows"]}
+    assert list(rows) == [
+        "transformers",
+        "full",
+        "coarse 0.5",
+        "fine 0.5",
+        "fine 0.25",
+        "coarse 0.5 corrected",
+        "fine 0.5 corrected",
+        "coarse 0.5 corrected, tree 2",
+        "fine 0.5 corrected, tree 2",
+    ]
+    bar = max(record["ceiling"].values())
+    for name, row in rows.items():
+        corrected = "corrected" in name
+        assert row["p10"] <= row["ms_per_token"] <= row["p90"]
+        assert row["ratio_to_full"] == pytest.approx(row["ms_per_token"] / rows["full"]["ms_per_token"], abs=0.02)
+        assert row["share_of_ceiling"] == pytest.approx(row["gb_per_s"] / bar, abs=0.02)
+        assert row["aal"] == pytest.approx(3 if corrected else 1)
+        assert (row["draft"] is not None) == corrected
+        if corrected:
+            assert row["draft"] + row["verify"] + row["rest"] == pytest.approx(1, abs=0.01)
+    assert {"machine", "commit", "torch", "threads", "kernels", "command"} <= record.keys()
+
+
+def test_the_table_fits_a_terminal(bench, shape):
+    code, out, _ = bench("decode", "--shape", shape, *SMALL, "--aal", 3)
+    assert code == 0
+    assert "ceiling: " in out and "coarse 0.5 corrected" in out and "\N{HORIZONTAL ELLIPSIS}" not in out
+
+
+def test_a_histogram_may_be_played_back(bench, shape, tmp_path):
+    path = tmp_path / "stats.json"
+    path.write_text(json.dumps({"acceptance_histogram": [0, 1, 1, 0]}))
+    code, out, _ = bench("decode", "--shape", shape, *SMALL, "--replay", path, "--json")
+    assert code == 0
+    assert json.loads(out)["rows"][-1]["aal"] == 2.5
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--shape", "llama-9"), "--shape is one of llama-3.2-1b"),
+        (("--aal", 9), "from 1 to 4 on average; got 9"),
+        (("--replay", "none.json"), "none.json"),
+        (("--dtype", "int8"), "dtype is"),
+        (("--keep", 0), "keep is the fraction"),
+    ],
+)
+def test_a_wrong_option_is_one_line(bench, shape, options, says):
+    code, out, err = bench("decode", "--shape", shape, *SMALL, "--aal", 3, *options)
+    assert code == 2 and out == ""
+    assert err.startswith("error: ") and says in err and len(err.splitlines()) == 1
+
+
+def test_kernels_are_measured_at_every_density_and_batch(bench):
+    code, out, _ = bench("kernels", "--neurons", 40, "--hidden", 33, "--dtype", "float32", "--device", "cpu", "--json")
+    assert code == 0
+    rows = json.loads(out)["rows"]
+    assert len(rows) == 5 * (2 * 6 + 1)
+    assert all(row["kernel_ms"] > 0 and row["reference_ms"] > 0 for row in rows)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_named_shapes_have_their_published_sizes(name):
+    billions = {
+        "llama-3.2-1b": 1.236,
+        "llama-3.2-3b": 3.213,
+        "llama-3-8b": 8.030,
+        "llama-2-7b": 6.738,
+        "llama-2-13b": 13.016,
+    }
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(make_config(name))
+    assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(billions[name], abs=0.001)
+
+
+def test_random_weights_are_those_of_their_seed_and_keep_the_norms_at_one():
+    config = tiny_config("llama")
+    one, same = (make_model(config, torch.float32, "cpu", seed=1) for _ in range(2))
+    other = make_model(config, torch.float32, "cpu", seed=2)
+    for name, weight in one.named_parameters():
+        assert torch.equal(weight, same.get_parameter(name))
+        assert weight.isfinite().all()
+        assert torch.equal(weight, other.get_parameter(name)) == name.endswith("norm.weight")
+    assert Engine(one).generate([1, 2, 3], max_new_tokens=5).token_ids
+
+
+def test_the_bytes_of_a_token_are_those_of_its_passes():
+    model = tiny_model("llama")
+    parameters = count_parameters(Engine(model).model)
+    whole = weight_bytes(parameters, torch.float32)
+    assert whole == 4 * sum(p.numel() for n, p in model.named_parameters() if "embed" not in n)
+    text = model.config
+    held = cache_bytes(text, 10, torch.float32)
+    assert held == 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * 10 * 4
+    times = Times(density=0.5, aal=3.0)
+    alone = Setting("alone", SparsityConfig("coarse"))
+    corrected = Setting("corrected", SparsityConfig("coarse"), CorrectionConfig(4))
+    assert bytes_per_token(alone, times, parameters, torch.float32, held) == 0.5 * whole + held
+    passes = [0.5 * whole + held] * 3 + [whole + held]
+    assert bytes_per_token(corrected, times, parameters, torch.float32, held) == pytest.approx(4 * mean(passes) / 3)
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", "not json", '{"model_type": "no such"}'])
+def test_what_is_no_configuration_is_refused(tmp_path, content):
+    path = tmp_path / "config.json"
+    path.write_text(content)
+    with pytest.raises(ConfigError, match=r"config\.json"):
+        make_config(str(path))
