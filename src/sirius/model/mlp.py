@@ -95,7 +95,7 @@ class Packed:
 
 
 class Tally:
-    """What the rows of a batch have to do with the sets of their draft steps, row by row.
+    """The branches of a batch's draft steps, and what the steps have read, row by row.
 
     weights  [B, T]  how likely each branch of the pass at hand is, 0 of a dead one
     kept     [B]     neurons that the rows' steps have read so far, over all layers
