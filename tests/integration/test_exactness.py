@@ -25,7 +25,7 @@ PERIODS = (1, 2, 5, 16, 40)
 WIDTHS = (1, 2, 3, 4, 8)
 PROMPT = [5, 17, 93, 41, 8, 60, 22]
 PROMPTS = [PROMPT, [9, 9], [70, 3, 12, 88, 41, 6, 19, 101, 55, 20, 33]]
-NEW = 48
+NEW = 24
 BUDGET = 40  # the most that hypothesis asks for
 
 
@@ -106,7 +106,7 @@ TOKENS = st.lists(st.integers(3, VOCABULARY - 1), min_size=1, max_size=20).map(t
 ROWS = st.sampled_from([1, 3, 8])
 
 
-@settings(max_examples=60, derandomize=True, deadline=None)
+@settings(max_examples=40, derandomize=True, deadline=None)
 @given(SPARSITIES, CORRECTIONS, ROWS.flatmap(lambda n: st.lists(TOKENS, min_size=n, max_size=n)), st.data())
 def test_any_sparsity_tree_period_and_batch_give_each_prompt_its_greedy_text(sparsity, correction, prompts, data):
     seed, budget = data.draw(st.integers(0, 2)), data.draw(st.integers(1, BUDGET))
@@ -118,7 +118,7 @@ def test_any_sparsity_tree_period_and_batch_give_each_prompt_its_greedy_text(spa
     assert texts == {index: drawn_text(seed, prompt)[:budget] for index, prompt in enumerate(prompts)}
 
 
-@settings(max_examples=60, derandomize=True, deadline=None)
+@settings(max_examples=40, derandomize=True, deadline=None)
 @given(
     SPARSITIES,
     CORRECTIONS,
@@ -203,7 +203,7 @@ def test_a_correction_read_at_the_wrong_node_is_caught(monkeypatch):
 
     def wrong(check, passed):
         return [
-            replace(v, next=int(check.choice[b, v.tip[len(v.path)]])) if v.origin == "correction" else v
+            replace(v, next=int(check.choice[b, v.tip[len(v.path)]])) if len(v.tip) > len(v.path) else v
             for b, v in enumerate(right(check, passed))
         ]
 
@@ -390,8 +390,8 @@ def test_rows_of_different_lengths_share_a_session():
 def test_models_trained_elsewhere_keep_their_greedy_text(name):
     engine = Engine.load(str(SHARED / "models" / name))
     prompts = [[1], [1, 7, 30, 31, 32], [1, *range(40, 60)]]
-    want = [greedy(engine.model, prompt, 60) for prompt in prompts]
+    want = [greedy(engine.model, prompt, 40) for prompt in prompts]
     for method in ("coarse", "fine"):
-        for correction in (argmax(5), argmax(16), argmax(8, 3)):
-            done = engine.generate_many(prompts, max_new_tokens=60, sparsity=method, correction=correction)
+        for correction in (argmax(16), argmax(8, 3)):
+            done = engine.generate_many(prompts, max_new_tokens=40, sparsity=method, correction=correction)
             assert {index: list(got.token_ids) for index, got in done} == dict(enumerate(want))

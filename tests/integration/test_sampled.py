@@ -58,7 +58,7 @@ def test_a_seed_gives_the_text_that_it_gives_without_a_draft(width, sparsity, ch
     want = decoded(sparsity="none", chosen=chosen)
     assert want.stats.drafted == 0
     accepted = corrections = 0
-    for period in (1, 2, 5, 16, "auto"):
+    for period in (2, 16, "auto"):
         got = decoded(sampling(period, width), sparsity, chosen)
         assert got.token_ids == want.token_ids, f"period {period}"
         accepted, corrections = accepted + got.stats.accepted, corrections + got.stats.corrections
@@ -71,11 +71,10 @@ def test_a_seed_gives_the_text_that_it_gives_without_a_draft(width, sparsity, ch
 def test_a_seed_gives_it_among_other_prompts_too(width, sparsity, chosen):
     options = {"max_new_tokens": NEW, "sampling": chosen}
     want = {i: engine().generate(p, **options, sparsity="none").token_ids for i, p in enumerate(PROMPTS)}
-    for period in (2, 7):
+    for period, rows in ((2, 3), (7, 2)):
         shared = {"sparsity": SparsityConfig(sparsity, 0.3), "correction": sampling(period, width)}
-        for rows in (2, 3):
-            done = engine().generate_many(PROMPTS, batch_size=rows, **options, **shared)
-            assert {index: got.token_ids for index, got in done} == want, f"period {period}, {rows} rows"
+        done = engine().generate_many(PROMPTS, batch_size=rows, **options, **shared)
+        assert {index: got.token_ids for index, got in done} == want, f"period {period}, {rows} rows"
 
 
 def test_each_text_of_a_batch_keeps_its_own_seed_and_temperature():
@@ -107,7 +106,7 @@ def test_without_a_seed_torch_s_generator_decides(correction):
 
 
 FALSE_ALARM = 1e-6  # the chance that right code fails a chi-square test, were torch's seed drawn anew
-V, TEXTS, HEAT = 7, 2500, 0.9
+V, TEXTS, HEAT = 7, 2000, 0.9
 DRAFTED = SparsityConfig("fine", 0.1)
 
 
@@ -201,10 +200,9 @@ def test_origins_say_which_tokens_were_drafted_and_what_followed_them(shape, cho
     rounds = [update.round for update in updates]
     assert rounds[0].origins == ("full",)
     for done in rounds[1:]:
-        whole = done.accepted == len(done.draft)
-        last = "full" if not done.draft else "bonus" if whole else "correction"
+        last = "full" if not done.draft else "bonus" if done.accepted == done.steps else "correction"
         assert done.origins == ("draft",) * done.accepted + (last,)
         assert done.tokens[:-1] == done.draft[: done.accepted]
-        assert whole or done.tokens[-1] != done.draft[done.accepted]
+        assert done.accepted == len(done.draft) or done.tokens[-1] != done.draft[done.accepted]
     assert updates[-1].completion.origins == tuple(origin for done in rounds for origin in done.origins)
     assert {"full", "draft", "correction", "bonus"} >= set(updates[-1].completion.origins) >= {"draft", "correction"}
