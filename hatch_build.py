@@ -4,7 +4,6 @@ import os
 import platform
 import shutil
 import subprocess
-import sys
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -57,7 +56,3 @@ def build(compiler: str, root: Path) -> None:
 
 def run(command: list[str]) -> None:
     subprocess.run(command, check=True, capture_output=True, text=True)
-
-
-if __name__ == "__main__":
-    build(sys.argv[1] if len(sys.argv) > 1 else "c++", Path(__file__).parent)

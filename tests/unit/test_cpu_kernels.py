@@ -143,6 +143,12 @@ def test_the_kernels_are_taken_where_they_fit_and_nowhere_else():
     assert {name: got for name, (got, _) in fits.items()} == {name: want for name, (_, want) in fits.items()}
 
 
+def test_a_compiled_model_is_left_to_the_compiler():
+    weight, x = random(torch.float32, 9, 8), random(torch.float32, 2, 8)
+    compiled = torch.compile(dispatch.linear, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x, weight), reference.linear(x, weight))
+
+
 def test_training_goes_through_torch():
     weight, x = random(torch.float32, 9, 8).requires_grad_(), random(torch.float32, 2, 8)
     dispatch.linear(x, weight).sum().backward()

@@ -1,6 +1,6 @@
 """The C++ kernels, bound by their plain C interface; csrc/ holds them, hatch_build.py compiles them at install.
 
-They run in the threads of torch's own OpenMP pool, which torch must therefore have loaded first.
+They run as many threads as torch does, in torch's own OpenMP pool where the linker finds it loaded.
 """
 
 import ctypes
@@ -31,8 +31,8 @@ def library() -> ctypes.CDLL | None:
         return None
     found.sirius_isa.restype = ctypes.c_char_p
     tensors = [ctypes.c_int, _Pointer, _Size, _Size]
-    found.sirius_linear.argtypes = [*tensors, _Pointer, _Size, _Pointer, _Pointer, _Pointer]
-    found.sirius_project.argtypes = [*tensors, _Pointer, _Pointer, _Size, _Pointer, _Pointer]
+    found.sirius_linear.argtypes = [*tensors, _Pointer, _Size, _Pointer, _Pointer, _Pointer, ctypes.c_int]
+    found.sirius_project.argtypes = [*tensors, _Pointer, _Pointer, _Size, _Pointer, _Pointer, ctypes.c_int]
     found.sirius_largest.argtypes = [_Pointer, _Size, _Size, _Pointer]
     for function in (found.sirius_linear, found.sirius_project, found.sirius_largest):
         function.restype = None
@@ -53,6 +53,7 @@ def fits(x: Tensor, weight: Tensor) -> bool:
         and weight.device.type == "cpu"
         and weight.ndim == 2
         and weight.is_contiguous()
+        and not torch.compiler.is_compiling()
         and library() is not None
     )
 
@@ -62,9 +63,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, index: Tensor 
     x = x.contiguous()
     count = len(weight) if index is None else len(index)
     y = x.new_empty(*x.shape[:-1], count)
-    _library().sirius_linear(
-        DTYPES[x.dtype], _at(x), _rows(x), x.shape[-1], _at(weight), count, _at(index), _at(bias), _at(y)
-    )
+    at_x, at_w, at_index, at_bias, at_y = map(_at, (x, weight, index, bias, y))
+    sizes = DTYPES[x.dtype], at_x, _rows(x), x.shape[-1]
+    _library().sirius_linear(*sizes, at_w, count, at_index, at_bias, at_y, torch.get_num_threads())
     return y
 
 
@@ -72,9 +73,9 @@ def project(z: Tensor, weight: Tensor, bias: Tensor | None = None, index: Tensor
     """See `reference.project`."""
     z = z.contiguous()
     y = z.new_empty(*z.shape[:-1], weight.shape[1])
-    _library().sirius_project(
-        DTYPES[z.dtype], _at(z), _rows(z), z.shape[-1], _at(index), _at(weight), weight.shape[1], _at(bias), _at(y)
-    )
+    at_z, at_w, at_index, at_bias, at_y = map(_at, (z, weight, index, bias, y))
+    sizes = DTYPES[z.dtype], at_z, _rows(z), z.shape[-1]
+    _library().sirius_project(*sizes, at_index, at_w, weight.shape[1], at_bias, at_y, torch.get_num_threads())
     return y
 
 
@@ -98,4 +99,5 @@ def _rows(x: Tensor) -> int:
 
 
 def _at(tensor: Tensor | None) -> int | None:
+    assert tensor is None or tensor.is_contiguous(), f"strides {tensor.stride()} of {list(tensor.shape)}"
     return None if tensor is None else tensor.data_ptr()

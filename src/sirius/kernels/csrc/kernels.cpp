@@ -31,13 +31,13 @@ extern "C" {
 const char* sirius_isa() { return chosen().name; }
 
 void sirius_linear(int dtype, const void* x, int64_t rows, int64_t width, const void* w, int64_t count,
-                   const int64_t* index, const void* bias, void* y) {
-  chosen().linear({Dtype(dtype), x, rows, width, w, count, index, bias, y});
+                   const int64_t* index, const void* bias, void* y, int threads) {
+  chosen().linear({Dtype(dtype), x, rows, width, w, count, index, bias, y, threads});
 }
 
 void sirius_project(int dtype, const void* z, int64_t rows, int64_t count, const int64_t* index, const void* w,
-                    int64_t width, const void* bias, void* y) {
-  chosen().project({Dtype(dtype), z, rows, count, index, w, width, bias, y});
+                    int64_t width, const void* bias, void* y, int threads) {
+  chosen().project({Dtype(dtype), z, rows, count, index, w, width, bias, y, threads});
 }
 
 // Writes the places of the k largest of n values >= 0 to out [k], ascending; of equal ones the first.

@@ -204,7 +204,7 @@ void linear_blocks(const Linear& p, const float* x) {
   const T* bias = static_cast<const T*>(p.bias);
   T* y = static_cast<T*>(p.y);
   int64_t blocks = (p.count + R - 1) / R;
-#pragma omp parallel
+#pragma omp parallel num_threads(p.threads)
   {
     std::vector<float> dots(p.rows * R);
     auto by_row = reinterpret_cast<float (*)[R]>(dots.data());
@@ -282,7 +282,7 @@ void project_columns(const Project& p, const float* z, int64_t first, int64_t wi
 template <class T>
 void project_of(const Project& p) {
   std::vector<float> z = widened(static_cast<const T*>(p.z), p.rows * p.count);
-#pragma omp parallel
+#pragma omp parallel num_threads(p.threads)
   {
     // As wide as the running sums allow: the longer the stretch of a row, the better memory streams.
     int64_t most = std::max<int64_t>(kLine, kSumBytes / 4 / p.rows / kLine * kLine);

@@ -17,6 +17,7 @@ struct Linear {
   const int64_t* index;
   const void* bias;
   void* y;
+  int threads;
 };
 
 // y[m] = sum over i of z[m][i] * w[index[i]], + bias     z [rows, count], w [*, width], bias [width] or null,
@@ -30,6 +31,7 @@ struct Project {
   int64_t width;
   const void* bias;
   void* y;
+  int threads;
 };
 
 // Every sum runs in one order, whatever the number of rows or the place of a row among them: a token's result is the
