@@ -106,7 +106,7 @@ TOKENS = st.lists(st.integers(3, VOCABULARY - 1), min_size=1, max_size=20).map(t
 ROWS = st.sampled_from([1, 3, 8])
 
 
-@settings(max_examples=40, derandomize=True, deadline=None)
+@settings(max_examples=30, derandomize=True, deadline=None)
 @given(SPARSITIES, CORRECTIONS, ROWS.flatmap(lambda n: st.lists(TOKENS, min_size=n, max_size=n)), st.data())
 def test_any_sparsity_tree_period_and_batch_give_each_prompt_its_greedy_text(sparsity, correction, prompts, data):
     seed, budget = data.draw(st.integers(0, 2)), data.draw(st.integers(1, BUDGET))
@@ -118,7 +118,7 @@ def test_any_sparsity_tree_period_and_batch_give_each_prompt_its_greedy_text(spa
     assert texts == {index: drawn_text(seed, prompt)[:budget] for index, prompt in enumerate(prompts)}
 
 
-@settings(max_examples=40, derandomize=True, deadline=None)
+@settings(max_examples=30, derandomize=True, deadline=None)
 @given(
     SPARSITIES,
     CORRECTIONS,
