@@ -27,8 +27,9 @@ using Halves = uint16_t __attribute__((vector_size(kVector * 2)));
 // Tiles of linear: weight rows x tokens whose sums stay in registers, 16 of them, or 32 with AVX-512.
 constexpr int kTileRows = kVector == 16 ? 4 : 3;
 constexpr int kTileTokens = kVector == 16 ? 6 : 4;
-constexpr int kFewRows = 4;          // weight rows at a time where tokens are few
-constexpr int64_t kSumBytes = 16384;  // of project's running sums: half of a first-level cache
+constexpr int kFewRows = 4;                           // weight rows at a time where tokens are few
+constexpr int64_t kStretch = 512;                     // of the width, where they are many
+constexpr int kPanelRows = 16, kPanel = 256;  // widened weights of project: half of a first-level cache
 constexpr int64_t kChunk = 128;       // least columns of project that a thread takes
 
 struct BFloat16 {
@@ -152,10 +153,13 @@ struct Block {
   }
 };
 
+// Adds the products of M tokens' x[begin .. end) with R rows to sums [M][R], a vector each.
 template <class T, int R, int M>
-void dot_tile(const float* x, int64_t width, const Block<T, R>& w, const T* const* ahead, float (*dots)[R]) {
+void dot_tile(const float* x, int64_t width, const Block<T, R>& w, const T* const* ahead, int64_t begin, int64_t end,
+              Floats (*sums)[R]) {
   constexpr int64_t step = kLine / sizeof(T);
-  Floats acc[M][R] = {};
+  Floats acc[M][R];
+  memcpy(acc, sums, sizeof acc);
   auto at = [&](int64_t h) {
     Floats a[R];
     for (int r = 0; r < R; r++) a[r] = load(w.row[r] + h);
@@ -164,58 +168,64 @@ void dot_tile(const float* x, int64_t width, const Block<T, R>& w, const T* cons
       for (int r = 0; r < R; r++) acc[m][r] += a[r] * b;
     }
   };
-  int64_t h = 0;
-  for (; h + step <= width; h += step) {
+  int64_t h = begin;
+  for (; h + step <= end; h += step) {
     if (ahead)
       for (int r = 0; r < R; r++) __builtin_prefetch(ahead[r] + h);
 #pragma GCC unroll 8
     for (int64_t v = 0; v < step; v += kVector) at(h + v);
   }
-  for (; h + kVector <= width; h += kVector) at(h);
-  if (h < width)
+  for (; h + kVector <= end; h += kVector) at(h);
+  if (h < end)
     for (int m = 0; m < M; m++) {
-      Floats b = load_part(x + m * width + h, width - h);
-      for (int r = 0; r < R; r++) acc[m][r] += load_part(w.row[r] + h, width - h) * b;
+      Floats b = load_part(x + m * width + h, end - h);
+      for (int r = 0; r < R; r++) acc[m][r] += load_part(w.row[r] + h, end - h) * b;
     }
-  for (int m = 0; m < M; m++)
-    for (int r = 0; r < R; r++) dots[m][r] = sum(acc[m][r]);
+  memcpy(sums, acc, sizeof acc);
 }
 
 template <class T, int R>
-void dot_tokens(const float* x, int64_t rows, int64_t width, const Block<T, R>& w, const Block<T, R>& next,
-                float (*dots)[R]) {
-  const T* const* ahead = next.row;
-  for (int64_t m = 0; m < rows; ahead = nullptr) {
-    const float* from = x + m * width;
-    switch (std::min<int64_t>(rows - m, R == kTileRows ? kTileTokens : 2)) {
-      case 1: dot_tile<T, R, 1>(from, width, w, ahead, dots + m); m += 1; break;
-      case 2: dot_tile<T, R, 2>(from, width, w, ahead, dots + m); m += 2; break;
-      case 3: dot_tile<T, R, 3>(from, width, w, ahead, dots + m); m += 3; break;
-      case 4: dot_tile<T, R, 4>(from, width, w, ahead, dots + m); m += 4; break;
-      case 5: dot_tile<T, R, 5>(from, width, w, ahead, dots + m); m += 5; break;
-      default: dot_tile<T, R, 6>(from, width, w, ahead, dots + m); m += 6; break;
-    }
+void dot_tokens(const float* x, int64_t tokens, int64_t width, const Block<T, R>& w, const T* const* ahead,
+                int64_t begin, int64_t end, Floats (*sums)[R]) {
+  switch (tokens) {
+    case 1: return dot_tile<T, R, 1>(x, width, w, ahead, begin, end, sums);
+    case 2: return dot_tile<T, R, 2>(x, width, w, ahead, begin, end, sums);
+    case 3: return dot_tile<T, R, 3>(x, width, w, ahead, begin, end, sums);
+    case 4: return dot_tile<T, R, 4>(x, width, w, ahead, begin, end, sums);
+    case 5: return dot_tile<T, R, 5>(x, width, w, ahead, begin, end, sums);
+    default: return dot_tile<T, R, 6>(x, width, w, ahead, begin, end, sums);
   }
 }
 
-template <class T, int R>
-void linear_blocks(const Linear& p, const float* x) {
+// G blocks of R rows at a time, in stretches of the width: a stretch of a few tokens serves all blocks from the
+// first-level cache.
+template <class T, int R, int G>
+void linear_groups(const Linear& p, const float* x, int64_t stretch, int64_t tile) {
   const T* w = static_cast<const T*>(p.w);
   const T* bias = static_cast<const T*>(p.bias);
   T* y = static_cast<T*>(p.y);
-  int64_t blocks = (p.count + R - 1) / R;
+  int64_t groups = (p.count + R * G - 1) / (R * G);
 #pragma omp parallel num_threads(p.threads)
   {
-    std::vector<float> dots(p.rows * R);
-    auto by_row = reinterpret_cast<float (*)[R]>(dots.data());
+    std::vector<Floats> sums(G * p.rows * R);
+    auto of = [&](int64_t g, int64_t m) { return reinterpret_cast<Floats(*)[R]>(&sums[(g * p.rows + m) * R]); };
 #pragma omp for schedule(static)
-    for (int64_t b = 0; b < blocks; b++) {
-      Block<T, R> now(w, p.width, p.index, b * R, p.count);
-      Block<T, R> next(w, p.width, p.index, std::min(b + 1, blocks - 1) * R, p.count);
-      dot_tokens<T, R>(x, p.rows, p.width, now, next, by_row);
-      for (int64_t i = b * R; i < std::min((b + 1) * R, p.count); i++)
-        for (int64_t m = 0; m < p.rows; m++)
-          narrow(by_row[m][i - b * R] + (bias ? widen(bias[p.index ? p.index[i] : i]) : 0), y + m * p.count + i);
+    for (int64_t group = 0; group < groups; group++) {
+      std::fill(sums.begin(), sums.end(), Floats{});
+      int64_t first = group * R * G, blocks = std::min<int64_t>(G, (p.count - first + R - 1) / R);
+      for (int64_t h = 0; h < p.width; h += stretch)
+        for (int64_t m = 0; m < p.rows; m += tile)
+          for (int64_t g = 0; g < blocks; g++) {
+            Block<T, R> now(w, p.width, p.index, first + g * R, p.count);
+            Block<T, R> next(w, p.width, p.index, std::min(first + (g + G) * R, p.count - 1), p.count);
+            dot_tokens<T, R>(x + m * p.width, std::min(tile, p.rows - m), p.width, now, m ? nullptr : next.row, h,
+                             std::min(h + stretch, p.width), of(g, m));
+          }
+      for (int64_t i = first; i < std::min(first + blocks * R, p.count); i++)
+        for (int64_t m = 0; m < p.rows; m++) {
+          float dot = sum((*of((i - first) / R, m))[(i - first) % R]);
+          narrow(dot + (bias ? widen(bias[p.index ? p.index[i] : i]) : 0), y + m * p.count + i);
+        }
     }
   }
 }
@@ -224,33 +234,24 @@ template <class T>
 void linear_of(const Linear& p) {
   std::vector<float> x = widened(static_cast<const T*>(p.x), p.rows * p.width);
   if (p.rows > 2)
-    linear_blocks<T, kTileRows>(p, x.data());
+    linear_groups<T, kTileRows, 8>(p, x.data(), kStretch, kTileTokens);
   else
-    linear_blocks<T, kFewRows>(p, x.data());
+    linear_groups<T, kFewRows, 1>(p, x.data(), p.width, 2);
 }
 
-// Adds z[m][0 .. R) times R rows to the sums of every token, `width` columns of them.
+// Adds z[0 .. R) times R rows to the sums of one token.
 template <class T, int R>
-void add_rows(const Block<T, R>& w, const T* const* ahead, const float* z, int64_t stride, int64_t rows, float* sums,
-              int64_t width, int64_t first) {
+void add_rows(const Block<T, R>& w, const T* const* ahead, const float* z, float* sums, int64_t width) {
   constexpr int64_t step = kLine / sizeof(T);
   auto add = [&](int64_t c, auto&& loaded, int64_t count) {
-    Floats a[R];
-    for (int r = 0; r < R; r++) a[r] = loaded(w.row[r] + first + c);
-    for (int64_t m = 0; m < rows; m++) {
-      float* to = sums + m * width + c;
-      Floats s = count == kVector ? load(to) : load_part(to, count);
-      for (int r = 0; r < R; r++) s += a[r] * z[m * stride + r];
-      if (count == kVector)
-        store(to, s);
-      else
-        memcpy(to, &s, count * 4);
-    }
+    Floats s = count == kVector ? load(sums + c) : load_part(sums + c, count);
+    for (int r = 0; r < R; r++) s += loaded(w.row[r] + c) * z[r];
+    memcpy(sums + c, &s, count * 4);
   };
   auto whole = [](const T* p) { return load(p); };
   int64_t c = 0;
   for (; c + step <= width; c += step) {
-    for (int r = 0; r < R; r++) __builtin_prefetch(ahead[r] + first + c);
+    for (int r = 0; r < R; r++) __builtin_prefetch(ahead[r] + c);
 #pragma GCC unroll 8
     for (int64_t v = 0; v < step; v += kVector) add(c + v, whole, kVector);
   }
@@ -259,24 +260,81 @@ void add_rows(const Block<T, R>& w, const T* const* ahead, const float* z, int64
 }
 
 template <class T>
-void project_columns(const Project& p, const float* z, int64_t first, int64_t width) {
+void project_token(const Project& p, const float* z, const T* w, int64_t width, float* sums) {
   constexpr int R = kFewRows;
-  const T* w = static_cast<const T*>(p.w);
-  const T* bias = static_cast<const T*>(p.bias);
-  T* y = static_cast<T*>(p.y);
-  std::vector<float> sums(p.rows * width);
   int64_t i = 0;
   for (; i + R <= p.count; i += R) {
     Block<T, R> now(w, p.width, p.index, i, p.count), next(w, p.width, p.index, std::min(i + R, p.count - 1), p.count);
-    add_rows<T, R>(now, next.row, z + i, p.count, p.rows, sums.data(), width, first);
+    add_rows<T, R>(now, next.row, z + i, sums, width);
   }
   for (; i < p.count; i++) {
     Block<T, 1> now(w, p.width, p.index, i, p.count);
-    add_rows<T, 1>(now, now.row, z + i, p.count, p.rows, sums.data(), width, first);
+    add_rows<T, 1>(now, now.row, z + i, sums, width);
   }
+}
+
+// Adds rows of a panel [rows, kPanel], weighed by z, to kPanel sums of M tokens: two vectors of them in registers.
+template <int M>
+void add_panel(const float* panel, int64_t rows, const float* z, int64_t stride, float* sums) {
+  for (int64_t c = 0; c < kPanel; c += 2 * kVector) {
+    Floats acc[M][2];
+    for (int m = 0; m < M; m++)
+      for (int v = 0; v < 2; v++) acc[m][v] = load(sums + m * kPanel + c + v * kVector);
+    for (int64_t r = 0; r < rows; r++) {
+      Floats a = load(panel + r * kPanel + c), b = load(panel + r * kPanel + c + kVector);
+      for (int m = 0; m < M; m++) {
+        acc[m][0] += a * z[m * stride + r];
+        acc[m][1] += b * z[m * stride + r];
+      }
+    }
+    for (int m = 0; m < M; m++)
+      for (int v = 0; v < 2; v++) store(sums + m * kPanel + c + v * kVector, acc[m][v]);
+  }
+}
+
+// Some tokens at once: rows are widened into a panel, once for all tokens.
+template <class T>
+void project_tokens(const Project& p, const float* z, const T* w, int64_t width, float* sums) {
+  alignas(kLine) float panel[kPanelRows * kPanel] = {};
+  for (int64_t i = 0; i < p.count; i += kPanelRows) {
+    int64_t rows = std::min<int64_t>(kPanelRows, p.count - i);
+    for (int64_t r = 0; r < rows; r++) {
+      auto row = [&](int64_t j) { return w + (p.index ? p.index[j] : j) * p.width; };
+      const T *from = row(i + r), *ahead = row(std::min(i + r + kPanelRows, p.count - 1));
+      int64_t c = 0;
+      for (; c + kVector <= width; c += kVector) {
+        __builtin_prefetch(ahead + c);
+        store(panel + r * kPanel + c, load(from + c));
+      }
+      for (; c < width; c++) panel[r * kPanel + c] = widen(from[c]);
+    }
+    for (int64_t m = 0; m < p.rows;) {
+      const float* weights = z + m * p.count + i;
+      float* to = sums + m * kPanel;
+      switch (std::min<int64_t>(p.rows - m, 4)) {
+        case 1: add_panel<1>(panel, rows, weights, p.count, to); m += 1; break;
+        case 2: add_panel<2>(panel, rows, weights, p.count, to); m += 2; break;
+        case 3: add_panel<3>(panel, rows, weights, p.count, to); m += 3; break;
+        default: add_panel<4>(panel, rows, weights, p.count, to); m += 4; break;
+      }
+    }
+  }
+}
+
+template <class T>
+void project_columns(const Project& p, const float* z, int64_t first, int64_t width) {
+  const T* w = static_cast<const T*>(p.w) + first;
+  const T* bias = static_cast<const T*>(p.bias);
+  T* y = static_cast<T*>(p.y);
+  int64_t stride = p.rows == 1 ? width : kPanel;
+  std::vector<float> sums(p.rows * stride);
+  if (p.rows == 1)
+    project_token(p, z, w, width, sums.data());
+  else
+    project_tokens(p, z, w, width, sums.data());
   for (int64_t m = 0; m < p.rows; m++)
     for (int64_t c = 0; c < width; c++)
-      narrow(sums[m * width + c] + (bias ? widen(bias[first + c]) : 0), y + m * p.width + first + c);
+      narrow(sums[m * stride + c] + (bias ? widen(bias[first + c]) : 0), y + m * p.width + first + c);
 }
 
 template <class T>
@@ -284,8 +342,8 @@ void project_of(const Project& p) {
   std::vector<float> z = widened(static_cast<const T*>(p.z), p.rows * p.count);
 #pragma omp parallel num_threads(p.threads)
   {
-    // As wide as the running sums allow: the longer the stretch of a row, the better memory streams.
-    int64_t most = std::max<int64_t>(kLine, kSumBytes / 4 / p.rows / kLine * kLine);
+    // One token takes its columns in one stretch: the longer it is, the better memory streams.
+    int64_t most = p.rows == 1 ? p.width : kPanel;
     int64_t share = (p.width + omp_get_num_threads() - 1) / omp_get_num_threads();
     share = std::max(kChunk, (share + kLine - 1) / kLine * kLine);
 #pragma omp for schedule(static)
