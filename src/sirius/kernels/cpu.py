@@ -45,6 +45,12 @@ def instructions() -> str | None:
     return found and found.sirius_isa().decode()
 
 
+@cache
+def multiplies_halves() -> bool:
+    """Tell whether the CPU multiplies bfloat16 itself; PyTorch's products of 16-bit floats crawl where it does not."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
 def fits(x: Tensor, weight: Tensor) -> bool:
     """Tell whether the kernels can take a product of x [..., H] or [..., F] with weight [F, H]."""
     return (

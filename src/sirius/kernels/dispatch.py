@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sirius.kernels import cpu, reference
 
-MANY = 64  # tokens from which on a matrix product of PyTorch's is the faster one
+MANY = 64  # tokens from which on a matrix product of PyTorch's is the faster one, where the CPU has instructions for it
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, index: Tensor | None = None) -> Tensor:
@@ -36,5 +36,5 @@ def reads_rows(weight: Tensor) -> bool:
 def _has_kernel(x: Tensor, weight: Tensor, index: Tensor | None) -> bool:
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         return False
-    few = prod(x.shape[:-1]) < MANY
+    few = prod(x.shape[:-1]) < MANY or (weight.dtype is not torch.float32 and not cpu.multiplies_halves())
     return (few or index is not None) and cpu.fits(x, weight)
