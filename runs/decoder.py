@@ -22,9 +22,10 @@ from pathlib import Path
 from time import perf_counter
 
 import torch
-from record import append, facts
+from record import append
 
 from sirius import Completion, CorrectionConfig, Engine, SamplingConfig, SparsityConfig
+from sirius.benchmark.facts import facts
 from sirius.core import Mode
 from sirius.decoding.tree import Tree
 from sirius.demo.embedded import FOLDER
