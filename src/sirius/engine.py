@@ -132,13 +132,14 @@ class Engine:
     ) -> Iterator[tuple[int, Completion | SiriusError]]:
         indices: dict[int, int] = {}
         while True:
-            for index, (prompt, options) in islice(asked, max(0, batch.rows - len(batch.waiting))):
+            taken = list(islice(asked, batch.rows - len(batch.waiting)))
+            if not taken and not batch.busy:
+                return
+            for index, (prompt, options) in taken:
                 try:
                     indices[batch.add(self.text(prompt, **{**own, **options}))] = index
                 except SiriusError as error:
                     yield index, error
-            if not batch.busy:
-                return
             for update in batch.step():
                 if done := update.completion or update.error:
                     yield indices.pop(update.ticket), done

@@ -189,6 +189,13 @@ def test_each_prompt_may_have_options_of_its_own(engine, alone):
     }
 
 
+def test_prompts_after_a_batchful_of_bad_ones_are_decoded_all_the_same(engine, alone):
+    prompts = [[], [500], [], PROMPTS[0], [], PROMPTS[1]]
+    done = dict(engine.generate_many(prompts, batch_size=2, max_new_tokens=NEW, sparsity=SPARSITY, correction=RULE))
+    assert sorted(done) == list(range(6))
+    assert [list(done[index].token_ids) for index in (3, 5)] == alone[:2]
+
+
 @pytest.mark.parametrize("prompts", ["a text", [{"role": "user", "content": "a"}]])
 def test_a_single_prompt_is_not_taken_for_many(engine, prompts):
     with pytest.raises(RequestError, match="give a single one to generate"):

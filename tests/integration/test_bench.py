@@ -79,9 +79,10 @@ def test_the_table_fits_a_terminal(bench, shape):
     assert "ceiling: " in out and "coarse 0.5 corrected" in out and "\N{HORIZONTAL ELLIPSIS}" not in out
 
 
-def test_a_histogram_may_be_played_back(bench, shape, tmp_path):
-    path = tmp_path / "stats.json"
-    path.write_text(json.dumps({"acceptance_histogram": [0, 1, 1, 0]}))
+@pytest.mark.parametrize("within", [False, True], ids=["figures", "a completion"])
+def test_a_histogram_may_be_played_back(bench, shape, tmp_path, within):
+    path, figures = tmp_path / "stats.json", {"acceptance_histogram": [0, 1, 1, 0]}
+    path.write_text(json.dumps({"text": "", "stats": figures} if within else figures))
     code, out, _ = bench("decode", "--shape", shape, *SMALL, "--replay", path, "--json")
     assert code == 0
     assert json.loads(out)["rows"][-1]["aal"] == 2.5

@@ -114,8 +114,8 @@ def _histogram(path: Path, period: int) -> tuple[float, ...]:
 
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        weights = tuple(float(weight) for weight in found["acceptance_histogram"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        weights = tuple(float(weight) for weight in found.get("stats", found)["acceptance_histogram"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"--replay takes a JSON object with acceptance_histogram; {path}: {error}") from error
     if len(weights) != period or min(weights) < 0 or sum(weights) <= 0:
         raise ConfigError(
