@@ -54,7 +54,7 @@ class Ending(Protocol):
 class Text:
     """A request with what the tokens alone do not say: where it ends, and what changes its scores.
 
-    make_ending  gives a fresh `Ending`; what it raises ends this text alone
+    make_ending  gives a fresh `Ending`; what its `push` raises ends this text alone
     """
 
     request: Request

@@ -9,6 +9,7 @@ import torch
 
 from conftest import tiny_config, tiny_model
 from sirius import cli
+from sirius.benchmark import memory
 from sirius.benchmark.ceiling import cache_bytes, weight_bytes
 from sirius.benchmark.decode import Setting, Times, bytes_per_token
 from sirius.benchmark.models import SHAPES, make_config, make_model
@@ -92,6 +93,7 @@ def test_a_histogram_may_be_played_back(bench, shape, tmp_path, within):
     ("options", "says"),
     [
         (("--shape", "llama-9"), "--shape is one of llama-3.2-1b"),
+        (("--tokens", 8), "need 9 tokens a turn; got 8"),
         (("--aal", 9), "from 1 to 4 on average; got 9"),
         (("--replay", "none.json"), "none.json"),
         (("--dtype", "int8"), "dtype is"),
@@ -153,6 +155,13 @@ def test_the_bytes_of_a_token_are_those_of_its_passes():
     assert bytes_per_token(alone, times, parameters, torch.float32, held) == 0.5 * whole + held
     passes = [0.5 * whole + held] * 3 + [whole + held]
     assert bytes_per_token(corrected, times, parameters, torch.float32, held) == pytest.approx(4 * mean(passes) / 3)
+
+
+def test_peaks_that_the_system_does_not_tell_are_left_out(bench, shape, monkeypatch, tmp_path):
+    monkeypatch.setattr(memory, "CLEAR", tmp_path / "nowhere" / "clear_refs")
+    code, out, _ = bench("decode", "--shape", shape, *SMALL, "--aal", 3, "--json")
+    assert code == 0
+    assert {row["peak_bytes"] for row in json.loads(out)["rows"]} == {None}
 
 
 @pytest.mark.parametrize("content", ["[]", "{}", "not json", '{"model_type": "no such"}'])

@@ -16,6 +16,7 @@ from sirius.benchmark.memory import peak_bytes, reset_peak
 from sirius.core import CorrectionConfig, SparsityConfig
 from sirius.decoding.period import Measured, Period
 from sirius.engine import Engine
+from sirius.errors import ConfigError
 from sirius.model.prepare import count_parameters, restore
 from sirius.stats import Parameters
 
@@ -26,7 +27,9 @@ TRANSFORMERS, FULL = "transformers", "full"
 class Workload:
     """One stream: `context` tokens held while `tokens` more are decoded, in each of `cycles` turns.
 
-    histogram  weights of 0, 1, ... accepted guesses of a window
+    histogram  weights of 0, 1, ... K-1 accepted guesses of a window
+
+    Raises ConfigError where a turn has no room for two whole windows.
     """
 
     context: int
@@ -34,6 +37,14 @@ class Workload:
     cycles: int
     histogram: tuple[float, ...]
     device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        least = 2 * len(self.histogram) + 1
+        if self.tokens < least:
+            raise ConfigError(
+                f"two windows of {len(self.histogram)} tokens after the prompt's own need {least} tokens a turn; got "
+                f"{self.tokens}: raise --tokens or lower --period"
+            )
 
 
 @dataclass(frozen=True)
@@ -135,13 +146,13 @@ def run(
     times = {setting.name: Times() for setting in settings}
     for _ in range(workload.cycles):
         for setting in settings:
-            reset_peak(workload.device)
+            known = reset_peak(workload.device)
             if setting.sparsity is None:
                 _run_transformers(model, workload, times[setting.name])
             else:
                 _run_ours(Engine(model), setting, workload, times[setting.name])
-            if (peak := peak_bytes(workload.device)) is not None:
-                times[setting.name].peaks.append(peak)
+            if known:
+                times[setting.name].peaks.append(peak_bytes(workload.device))
             on_turn()
     engine = Engine(model)
     return _rows(engine, settings, times, workload, ceiling)

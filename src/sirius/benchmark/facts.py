@@ -3,6 +3,7 @@
 import platform
 import subprocess
 from datetime import date
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -31,9 +32,11 @@ def facts(command: str, threads: int) -> dict[str, object]:
 
 def _commit() -> str | None:
     """Return the commit of the checkout that this file is in; None where it is installed elsewhere."""
-    asked = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    here = Path(__file__)
+    git = partial(subprocess.run, cwd=here.parent, capture_output=True, text=True, check=True)
     try:
-        return subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
+        git(["git", "ls-files", "--error-unmatch", here.name])  # not of a project that only has sirius installed
+        return git(["git", "describe", "--always", "--dirty", "--abbrev=12"]).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
 

@@ -4,20 +4,24 @@ from pathlib import Path
 
 import torch
 
+CLEAR, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
-def reset_peak(device: str) -> None:
-    """Begin a stretch."""
+
+def reset_peak(device: str) -> bool:
+    """Begin a stretch; tell whether its peak will be known: the CPU's only where Linux lets a process ask."""
     if device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats()
-    else:
-        Path("/proc/self/clear_refs").write_text("5")
+        return True
+    try:
+        CLEAR.write_text("5")
+    except OSError:
+        return False
+    return True
 
 
-def peak_bytes(device: str) -> int | None:
-    """Return the most bytes held since `reset_peak`: of the GPU, or resident ones of the process; None if unknown."""
+def peak_bytes(device: str) -> int:
+    """Return the most bytes held since `reset_peak` said yes: of the GPU, or resident ones of the process."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated()
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    return None
+    [line] = [line for line in STATUS.read_text().splitlines() if line.startswith("VmHWM:")]
+    return int(line.split()[1]) * 1024

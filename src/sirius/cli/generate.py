@@ -84,7 +84,8 @@ def generate(
     if output is not None and input is None:
         raise ConfigError("--output goes with --input; print one completion with --json")
     sources = {name: context.get_parameter_source(name) for name in context.params}
-    _check_effect({name for name, at in sources.items() if at and at.name == "COMMANDLINE"}, correct, temperature)
+    given = {name for name, at in sources.items() if at and at.name == "COMMANDLINE"}
+    _check_effect(given, correct, greedy=temperature == 0 and input is None)  # a file's lines may have temperatures
     from sirius.core import CorrectionConfig, SamplingConfig, SparsityConfig, check_together
     from sirius.sparsity import find
 
@@ -118,11 +119,11 @@ def generate(
         _stream(load(), _asked(prompt, settings["chat"]), options)
 
 
-def _check_effect(given: set[str], correct: bool, temperature: float) -> None:
+def _check_effect(given: set[str], correct: bool, greedy: bool) -> None:
     """Refuse options that were given and would change nothing."""
     for idle, names, way in (
         (not correct, CORRECTING, "without correction; leave out --no-correct"),
-        (temperature == 0, SAMPLING, "at temperature 0, which is greedy; give --temperature"),
+        (greedy, SAMPLING, "at temperature 0, which is greedy; give --temperature"),
     ):
         if idle and (found := [f"--{name.replace('_', '-')}" for name in names if name in given]):
             raise ConfigError(f"{', '.join(found)} would change nothing {way}")

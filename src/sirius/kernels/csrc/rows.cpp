@@ -28,10 +28,10 @@ using Halves = uint16_t __attribute__((vector_size(kVector * 2)));
 // Tiles of linear: weight rows x tokens whose sums stay in registers, 16 of them, or 32 with AVX-512.
 constexpr int kTileRows = kVector == 16 ? 4 : 3;
 constexpr int kTileTokens = kVector == 16 ? 6 : 4;
-constexpr int kFewRows = 4;                           // weight rows at a time where tokens are few
-constexpr int64_t kStretch = 512;                     // of the width, where they are many
+constexpr int kFewRows = 4;                   // weight rows at a time where tokens are few
+constexpr int64_t kStretch = 512;             // of the width, where they are many
 constexpr int kPanelRows = 16, kPanel = 256;  // widened weights of project: half of a first-level cache
-constexpr int64_t kChunk = 128;       // least columns of project that a thread takes
+constexpr int64_t kChunk = 128;               // least columns of project that a thread takes
 
 struct BFloat16 {
   uint16_t bits;
