@@ -1,7 +1,6 @@
 """The contract: with the argmax rule the text is the full model's, and the cache is what a fresh prefill would hold."""
 
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -199,17 +198,17 @@ def staleness(session: Session, row: int, tokens: list[int]) -> float:
 
 def test_a_correction_read_at_the_wrong_node_is_caught(monkeypatch):
     """The published code's mistake: on a rejection the scores are taken from the rejected node, not its parent."""
-    right = loop.longest_paths
+    right = loop.longest_branches
 
     def wrong(check, passed):
-        return [
-            replace(v, next=int(check.choice[b, v.tip[len(v.path)]])) if len(v.tip) > len(v.path) else v
-            for b, v in enumerate(right(check, passed))
-        ]
+        found = right(check, passed)
+        rejected = (found.tip & ~found.kept).int().argmax(1)  # the first of them, 0 where there is none
+        at = torch.where(rejected > 0, rejected, found.end)
+        return found._replace(next=check.choice.gather(1, at[:, None])[:, 0])
 
     model = tiny_model(eos_token_id=None)
     want = greedy(model, PROMPT, NEW)
-    monkeypatch.setattr(loop, "longest_paths", wrong)
+    monkeypatch.setattr(loop, "longest_branches", wrong)
     for width in WIDTHS:
         got = Engine(model).generate(PROMPT, max_new_tokens=NEW, sparsity="fine", correction=argmax(6, width))
         assert list(got.token_ids) != want, f"width {width}"

@@ -17,8 +17,9 @@ from sirius.decoding.accept import (
     accept_relative,
     accept_threshold,
     accept_typical,
-    longest_paths,
+    longest_branches,
     make_rule,
+    make_verdicts,
     without_interleave,
 )
 from sirius.decoding.tree import Tree
@@ -48,6 +49,10 @@ def check_of(tree: Tree, scores: Tensor, choice: list[list[int]] | None = None) 
     """Return a check of scores [N, V] or [B, N, V]; greedy, unless what the full model samples is given."""
     scores = scores.expand(len(tree.tokens), -1, -1)
     return Check(tree, scores, scores.argmax(-1) if choice is None else torch.tensor(choice))
+
+
+def longest_paths(check: Check, passed: Tensor) -> list[Verdict]:
+    return make_verdicts(longest_branches(check, passed))
 
 
 def judged(scores: list[float], guess: int, rule: Rule) -> bool:

@@ -1,7 +1,6 @@
 """Decoding over the toy model: nothing here needs transformers."""
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import pytest
 import torch
@@ -112,16 +111,15 @@ def test_rows_that_join_and_leave_at_any_time_keep_their_text(texts, period, wid
 
 def test_a_correction_read_at_the_wrong_node_is_caught(monkeypatch):
     """The reference's mistake: on a rejection the scores are taken from the rejected node, not from its parent."""
-    right = loop.longest_paths
+    right = loop.longest_branches
 
     def wrong(check, passed):
-        row = torch.arange(len(check.choice))
-        return [
-            replace(v, next=int(check.choice[row[b], v.tip[len(v.path)]])) if len(v.tip) > len(v.path) else v
-            for b, v in enumerate(right(check, passed))
-        ]
+        found = right(check, passed)
+        rejected = (found.tip & ~found.kept).int().argmax(1)  # the first of them, 0 where there is none
+        at = torch.where(rejected > 0, rejected, found.end)
+        return found._replace(next=check.choice.gather(1, at[:, None])[:, 0])
 
-    monkeypatch.setattr(loop, "longest_paths", wrong)
+    monkeypatch.setattr(loop, "longest_branches", wrong)
     for width in WIDTHS:
         assert text(run(Toy(0.3), plan_of(6, width))) != dense_greedy(PROMPT, 60)
 

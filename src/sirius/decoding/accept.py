@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -102,13 +103,29 @@ def make_rule(config: CorrectionConfig) -> Rule:
     return partial(rule, threshold=config.threshold, temperature=config.accept_temperature)
 
 
-def longest_paths(check: Check, passed: Tensor) -> list[Verdict]:
+class Branches(NamedTuple):
+    """Each row's longest branch of passing guesses.
+
+    kept   [B, N] bool   its places, the root's included
+    tip    [B, N] bool   the places on to the deepest guess that follows it, of those the one of highest score
+    end    [B] int64     its last place
+    next   [B] int64     the full model's token after it, read at that place
+    depth  [B] int64     of the tree's deepest guess
+    """
+
+    kept: Tensor
+    tip: Tensor
+    end: Tensor
+    next: Tensor
+    depth: Tensor
+
+
+def longest_branches(check: Check, passed: Tensor) -> Branches:
     """Return each row's longest branch of passing guesses, ties to the higher draft score.
 
     passed  [B, N] bool  which guesses pass after their parents
 
-    Every node of the tree may end the branch, one whose continuations were dropped too. The token after it is read
-    where the branch ends, at its last kept node.
+    Every node of the tree may end the branch, one whose continuations were dropped too.
     """
     tree = check.tree
     stands = passed | (tree.depths == 0)
@@ -117,10 +134,13 @@ def longest_paths(check: Check, passed: Tensor) -> list[Verdict]:
     following = tree.alive & tree.seen.gather(2, end[:, None, None].expand(-1, tree.seen.shape[1], 1))[:, :, 0]
     tip = _deepest(tree, following)
     row = torch.arange(len(end), device=end.device)
-    branches = torch.stack([tree.seen[row, end], tree.seen[row, tip]], 1).tolist()
-    chosen = check.choice[row, end].tolist()
-    deepest = torch.where(tree.alive, tree.depths, 0).amax(1).tolist()
-    return [_verdict(*each) for each in zip(branches, chosen, deepest, strict=True)]
+    depth = torch.where(tree.alive, tree.depths, 0).amax(1)
+    return Branches(tree.seen[row, end], tree.seen[row, tip], end, check.choice[row, end], depth)
+
+
+def make_verdicts(found: Branches) -> list[Verdict]:
+    """Return what branches, fetched to the host, mean for each row."""
+    return [_verdict(*each) for each in zip(*(part.tolist() for part in found), strict=True)]
 
 
 def without_interleave(verdict: Verdict, tokens: list[int]) -> Verdict:
@@ -140,8 +160,7 @@ def _deepest(tree: Tree, among: Tensor) -> Tensor:
     return torch.where(deepest, tree.scores, -torch.inf).argmax(1)
 
 
-def _verdict(branches: list[list[bool]], choice: int, depth: int) -> Verdict:
-    """Return the verdict on a tree `depth` guesses deep; branches are the kept one, and that to its tip."""
-    kept, furthest = (tuple(place for place, on in enumerate(branch) if on and place) for branch in branches)
-    origin: Origin = "full" if depth == 0 else "bonus" if len(kept) == depth else "correction"
-    return Verdict(kept, choice, origin, furthest)
+def _verdict(kept: list[bool], tip: list[bool], end: int, following: int, depth: int) -> Verdict:
+    path, furthest = (tuple(place for place, on in enumerate(branch) if on and place) for branch in (kept, tip))
+    origin: Origin = "full" if depth == 0 else "bonus" if len(path) == depth else "correction"
+    return Verdict(path, following, origin, furthest)

@@ -18,7 +18,16 @@ import torch
 from torch import Tensor
 
 from sirius.core import LanguageModel, Mode, Processor, Round, Verdict
-from sirius.decoding.accept import Check, Rule, accept_own, longest_paths, without_interleave
+from sirius.decoding.accept import (
+    Branches,
+    Check,
+    Rule,
+    accept_own,
+    longest_branches,
+    make_verdicts,
+    without_interleave,
+)
+from sirius.decoding.host import answers_at_once, fetch, send
 from sirius.decoding.period import Measured, Period
 from sirius.decoding.sampling import Noise
 from sirius.decoding.tree import Tree
@@ -69,16 +78,36 @@ class Row:
     error: SiriusError | None = None
 
 
+@dataclass(frozen=True)
+class Judged:
+    """What the host learns of a round, in one transfer.
+
+    verdicts  a row each
+    tokens    [B][N]  of the trees, by place
+    guessed   [B][N]  natural logs of the judge's probabilities of the tree's tokens, each after its parent
+    added     [B]     and of the token that follows the accepted branch
+    depth     [B]     of the trees
+    """
+
+    verdicts: list[Verdict]
+    tokens: list[list[int]]
+    guessed: list[list[float]]
+    added: list[float]
+    depth: list[int]
+
+
 def start(model: LanguageModel, row: Row) -> Round | None:
     """Read a row's prompt with the full model, the sparsity method looking on, and give the first token.
 
     Returns None, and the row's error, where its processor fails.
     """
-    prompt = _on(model, row.tokens)
+    prompt = send(row.tokens, model.device)
     raw = model.open(prompt, row.slots)[None]
     scores = _row_processed(row, prompt[None], raw)
-    token = int(_noisy([row], scores[None], 0).argmax())
-    return _advanced(row, (), Verdict((), token, "full", ()), raw, scores)
+    token = _noisy([row], scores[None], 0)[0].argmax(-1)
+    [token, logprob] = fetch(token, raw.log_softmax(-1)[0, token])
+    verdict = Verdict((), int(token), "full", ())
+    return _advanced(row, (int(token),), (float(logprob),), verdict, (raw, scores))
 
 
 def next_round(model: LanguageModel, rows: Sequence[Row], plan: Plan) -> list[Round | None]:
@@ -87,9 +116,10 @@ def next_round(model: LanguageModel, rows: Sequence[Row], plan: Plan) -> list[Ro
     tree = draft(model, rows, plan)
     drafted = perf_counter()
     raw, check = verify(model, rows, tree, plan)
-    verdicts = accept(check, plan)
+    judged = accept(check, raw, plan)
     checked = perf_counter()
-    rounds = keep(model, rows, check, raw, verdicts, plan)
+    rounds = keep(model, rows, judged, (raw, check.scores), plan)
+    verdicts = judged.verdicts
     kept, rejected = sum(v.accepted for v in verdicts), sum(v.origin == "correction" for v in verdicts)
     plan.period.learn(Measured(drafted - began, checked - drafted, len(tree.levels) - 2, kept, rejected))
     return rounds
@@ -99,17 +129,17 @@ def draft(model: LanguageModel, rows: Sequence[Row], plan: Plan) -> Tree:
     """Guess up to K-1 tokens on every branch, one sparse pass a level, as far as budget and ends of text allow.
 
     A branch that ends the text goes no further, and none does where branches of one length have likelier ended than
-    not.
+    not. On a GPU the guesses stay there, and so do passes that nothing came of: asking would cost more.
     """
-    tree = Tree.root(_on(model, [row.tokens[-1] for row in rows]))
-    depth = _on(model, [min(plan.period.now, row.room) - 1 for row in rows])
-    ends = _on(model, sorted(plan.ends))
-    for level in range(int(depth.max())):
+    tree = Tree.root(send([row.tokens[-1] for row in rows], model.device))
+    depths = [min(plan.period.now, row.room) - 1 for row in rows]
+    depth, ends = send(depths, model.device), send(sorted(plan.ends), model.device)
+    for level in range(max(depths)):
         here = tree.last
         scores, ended = tree.scores[:, here], torch.isin(tree.tokens[:, here], ends) & (level > 0)
         over, on = (torch.where(which, scores, -torch.inf).logsumexp(1, keepdim=True) for which in (ended, ~ended))
         going = ~ended & (scores > -torch.inf) & (over <= on) & (depth[:, None] > level)
-        if not bool(going.any()):
+        if answers_at_once(going) and not bool(going.any()):
             break
         scores = model.read(tree.tokens[:, here], Mode.SPARSE, tree.window(here))
         scores = _noisy(rows, _processed(rows, tree, here, scores), level)
@@ -133,37 +163,59 @@ def verify(model: LanguageModel, rows: Sequence[Row], tree: Tree, plan: Plan) ->
     return raw, Check(tree, scores, torch.cat(choice, 1))
 
 
-def accept(check: Check, plan: Plan) -> list[Verdict]:
-    """Judge the guesses by the plan's rule: each row's longest branch of guesses that pass."""
-    verdicts = longest_paths(check, plan.rule(check))
-    if plan.interleave:
-        return verdicts
-    return [without_interleave(v, line) for v, line in zip(verdicts, check.tree.tokens.tolist(), strict=True)]
+def accept(check: Check, raw: Tensor, plan: Plan) -> Judged:
+    """Judge the guesses by the plan's rule: each row's longest branch of guesses that pass.
+
+    raw  [B, N, V]  the judge's scores before processors, of which probabilities are told
+    """
+    tree = check.tree
+    found = longest_branches(check, plan.rule(check))
+    row = torch.arange(len(raw), device=raw.device)
+    total = raw.logsumexp(-1)
+    guessed = raw[row[:, None], tree.parents, tree.tokens] - total.gather(1, tree.parents)
+    added = raw[row, found.end, found.next] - total[row, found.end]
+    *branches, tokens, guessed, added = fetch(*found, tree.tokens, guessed, added)
+    found = Branches(*branches)
+    verdicts = make_verdicts(found)
+    if not plan.interleave:
+        pairs = zip(verdicts, tokens.tolist(), strict=True)
+        verdicts = [without_interleave(verdict, line) for verdict, line in pairs]
+    return Judged(verdicts, tokens.tolist(), guessed.tolist(), added.tolist(), found.depth.tolist())
 
 
 def keep(
-    model: LanguageModel, rows: Sequence[Row], check: Check, raw: Tensor, verdicts: Sequence[Verdict], plan: Plan
+    model: LanguageModel, rows: Sequence[Row], judged: Judged, scores: tuple[Tensor, Tensor], plan: Plan
 ) -> list[Round | None]:
-    """Gather each row's accepted branch into place in the cache, and add its tokens to the text."""
-    tokens = check.tree.tokens.tolist()
-    steps = torch.where(check.tree.alive, check.tree.depths, 0).amax(1).tolist()
+    """Gather each row's accepted branch into place in the cache, and add its tokens to the text.
+
+    scores  the judge's [B, N, V] before and after processors
+    """
+    verdicts = judged.verdicts
     rounds: list[Round | None] = []
     for b, (row, verdict) in enumerate(zip(rows, verdicts, strict=True)):
+        tokens, guessed = judged.tokens[b], judged.guessed[b]
+        logprobs = [guessed[place] for place in verdict.path]
+        logprobs.append(guessed[verdict.tip[-1]] if verdict.origin == "draft" else judged.added[b])
         places = [0, *verdict.path]
-        kept = tuple(tokens[b][place] for place in verdict.path)
-        done = _advanced(row, kept, verdict, raw[b, places], check.scores[b, places])
-        branch = tuple(tokens[b][place] for place in verdict.tip)
-        rounds.append(done and replace(done, draft=branch, steps=steps[b], period=plan.period.now))
+        taken = (*(tokens[place] for place in verdict.path), verdict.next)
+        seen = (scores[0][b, places], scores[1][b, places]) if row.keep_scores else scores
+        done = _advanced(row, taken, tuple(logprobs), verdict, seen)
+        branch = tuple(tokens[place] for place in verdict.tip)
+        rounds.append(done and replace(done, draft=branch, steps=judged.depth[b], period=plan.period.now))
     counts = [0 if row.error else 1 + len(v.path) for row, v in zip(rows, verdicts, strict=True)]
     paths = [([0, *v.path] + [0] * max(counts))[: max(counts)] for v in verdicts]
     model.keep(torch.tensor(paths, dtype=torch.int64), torch.tensor(counts))
     return rounds
 
 
-def _advanced(row: Row, kept: tuple[int, ...], verdict: Verdict, raw: Tensor, scores: Tensor) -> Round | None:
-    """Add kept guesses and the token after them to a row; raw and scores [tokens, V] are what they were judged by."""
-    tokens = (*kept, verdict.next)
-    logprobs = raw.log_softmax(-1)[range(len(tokens)), tokens].tolist()
+def _advanced(
+    row: Row,
+    tokens: tuple[int, ...],
+    logprobs: tuple[float, ...],
+    verdict: Verdict,
+    scores: tuple[Tensor, Tensor],
+) -> Round | None:
+    """Add kept guesses and the token after them to a row; scores are what they were judged by, before and after."""
     if row.error is None and any(map(isnan, logprobs)):
         row.error = ModelError(
             "the model's scores are not numbers; its weights are damaged, or dtype is too narrow for it"
@@ -175,14 +227,9 @@ def _advanced(row: Row, kept: tuple[int, ...], verdict: Verdict, raw: Tensor, sc
     row.new += len(tokens)
     if row.noise is not None:
         row.noise.forget(row.new)
-    return Round(
-        tokens,
-        ("draft",) * len(kept) + (verdict.origin,),
-        tuple(logprobs),
-        accepted=verdict.accepted,
-        scores=scores.clone() if row.keep_scores else None,
-        logits=raw.clone() if row.keep_scores else None,
-    )
+    raw, processed = (each.clone() for each in scores) if row.keep_scores else (None, None)
+    origins = ("draft",) * len(verdict.path) + (verdict.origin,)
+    return Round(tokens, origins, logprobs, accepted=verdict.accepted, scores=processed, logits=raw)
 
 
 def _processed(rows: Sequence[Row], tree: Tree, level: slice, scores: Tensor) -> Tensor:
@@ -222,7 +269,3 @@ def _noisy(rows: Sequence[Row], scores: Tensor, depth: int) -> Tensor:
     none = torch.zeros_like(scores[0, 0])
     noise = [row.noise.at(row.new + depth, none) if row.noise else none for row in rows]
     return scores + torch.stack(noise)[:, None]
-
-
-def _on(model: LanguageModel, values: list[int]) -> Tensor:
-    return torch.tensor(values, dtype=torch.int64, device=model.device)
