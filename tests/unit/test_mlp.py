@@ -81,9 +81,7 @@ def marked(index: torch.Tensor) -> torch.Tensor:
 
 def tally(x: torch.Tensor, weights: torch.Tensor | None = None) -> Tally:
     """The book of a pass over x [B, T, H] whose branches are all alive."""
-    book = Tally()
-    for _ in x:
-        book.join(x.device)
+    book = Tally(len(x), x.device)
     book.weights = torch.full(x.shape[:2], 1 / x.shape[1]) if weights is None else weights
     return book
 
@@ -208,8 +206,8 @@ def test_what_a_rows_steps_read_is_counted_for_it_alone(original, per_branch):
     want = [int(first.sum()) / F, int((size[1, 0] > 0.2).sum()) / F, 1.0]
     assert 0 < want[1] != want[0] < 1
     assert [book.share(row) for row in range(3)] == want
-    book.leave(0)
-    assert [book.share(row) for row in range(2)] == [want[2], want[1]]
+    book.move(2, 0)
+    assert [book.share(row) for row in range(3)] == [want[2], want[1], 1.0]
 
 
 def test_a_threshold_that_nothing_passes_leaves_the_bias_alone(original):

@@ -28,9 +28,26 @@ def largest(values: Tensor, count: int) -> Tensor:
     return (cpu if kernel else reference).largest(values, count)
 
 
+def places(kept: Tensor) -> Tensor:
+    """Return where kept [F] bool is True, ascending, [k] int64."""
+    return kept.nonzero()[:, 0]
+
+
 def reads_rows(weight: Tensor) -> bool:
     """Tell whether rows of weight [F, H] can be read where they lie, or must be copied together first."""
     return cpu.fits(weight, weight)
+
+
+def attends(device: torch.device, dtype: torch.dtype) -> bool:
+    """Tell whether `attend` has a kernel there."""
+    return False
+
+
+def attend(
+    query: Tensor, keys: Tensor, values: Tensor, held: Tensor, seen: Tensor, scale: float, softcap: float | None
+) -> Tensor:
+    """Return what tokens see of the slots of a cache; see `reference.attend`."""
+    raise NotImplementedError
 
 
 def _has_kernel(x: Tensor, weight: Tensor, index: Tensor | None) -> bool:

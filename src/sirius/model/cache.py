@@ -87,7 +87,8 @@ class SlotTable:
         self.rows, self.slots, self.device = rows, slots, device
         self.lengths = torch.zeros(rows, dtype=torch.int64)
         self.first = 0
-        self.row_index = torch.arange(rows, device=device)[:, None]
+        self.every_row = torch.arange(rows, device=device)[:, None]
+        self.row_index = self.every_row
         self.placed = torch.empty(rows, 0, dtype=torch.int64, device=device)
         self.visible = 0
 
@@ -115,6 +116,7 @@ class SlotCache(Cache):
             layer.grow(rows, slots)
         table.lengths = torch.cat([table.lengths, table.lengths.new_zeros(rows - table.rows)])
         table.rows, table.slots = rows, slots
+        table.every_row = torch.arange(rows, device=table.device)[:, None]
 
     def place(self, slots: Tensor, first: int = 0) -> None:
         """Say where the next pass writes, slots [b, T] int64 of rows first .. first + b; lengths stay as they are."""
@@ -125,9 +127,13 @@ class SlotCache(Cache):
         if int(slots.min()) < 0 or int(slots.max()) >= table.slots:
             raise ValueError(f"slots {int(slots.min())}..{int(slots.max())} do not fit a cache of {table.slots}")
         table.first = first
-        table.row_index = torch.arange(first, last, device=table.device)[:, None]
-        table.placed = slots.to(table.device)
+        table.row_index = table.every_row[first:last]
+        table.placed = slots.to(table.device, non_blocking=True)
         table.visible = int(torch.maximum(table.lengths[first:last].max(), slots.max() + 1))
+
+    def clear(self) -> None:
+        """Let every row hold nothing."""
+        self.table.lengths = torch.zeros_like(self.table.lengths)
 
     def advance(self, row: int, length: int) -> None:
         """Count a row's slots as filled up to a length."""
@@ -158,7 +164,7 @@ class SlotCache(Cache):
         if most and int((lengths + path.max(1).values).max()) >= table.slots:
             raise ValueError(f"places up to {int(path.max())} after {lengths.tolist()} pass {table.slots} slots")
         if not torch.equal(path, places):
-            taken, given = ((lengths[:, None] + at).to(table.device) for at in (path, places))
+            taken, given = ((lengths[:, None] + at).to(table.device, non_blocking=True) for at in (path, places))
             index = torch.arange(rows, device=table.device)[:, None]
             for layer in self.slot_layers:
                 for store in layer.stores:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from sirius.errors import ConfigError
 from sirius.kernels import gated as kernel
-from sirius.kernels.dispatch import reads_rows
+from sirius.kernels.dispatch import places, reads_rows
 from sirius.kernels.gated import Neurons
 from sirius.sparsity.base import PromptSparsity, Sparsity, TokenSparsity
 
@@ -110,43 +110,43 @@ class Indexed:
 
 
 class Tally:
-    """The branches of a batch's draft steps, and what the steps have read, row by row.
+    """The branches of a batch's draft steps, and what the steps have read, row by row; its tensors stay where they are.
 
     weights  [B, T]  how likely each branch of the pass at hand is, 0 of a dead one
-    kept     [B]     neurons that the rows' steps have read so far, over all layers
-    offered  [B]     neurons that were there for them
+    kept     [R]     neurons that the rows' steps have read so far, over all layers
+    offered  [R]     neurons that were there for them
     """
 
-    def __init__(self) -> None:
-        self.weights = torch.ones(0, 1)
-        self.kept = self.offered = torch.zeros(0, dtype=torch.int64)
+    def __init__(self, rows: int, device: torch.device) -> None:
+        self.weights = torch.ones(rows, 1, device=device)
+        self.kept, self.offered = torch.zeros(2, rows, dtype=torch.int64, device=device)
+
+    def reserve(self, rows: int) -> None:
+        """Make room for at least R rows."""
+        more = max(0, rows - len(self.kept))
+        self.kept, self.offered = (torch.cat([each, each.new_zeros(more)]) for each in (self.kept, self.offered))
 
     def share(self, row: int) -> float:
         """Return the share that a row's steps have read, 1 before the first."""
         offered = int(self.offered[row])
         return int(self.kept[row]) / offered if offered else 1.0
 
-    def join(self, device: torch.device) -> None:
-        """Add a row."""
-        self.kept, self.offered = (
-            torch.cat([each.to(device), each.new_zeros(1, device=device)]) for each in self._both
-        )
+    def move(self, source: int, target: int) -> None:
+        """Let row `target` be what row `source` was, which begins anew."""
+        for each in (self.kept, self.offered):
+            each[target] = each[source]
+            each[source] = 0
 
-    def leave(self, row: int) -> None:
-        """Drop a row; the last one takes its number."""
-        for each in self._both:
-            each[row] = each[-1]
-        self.kept, self.offered = (each[:-1].clone() for each in self._both)
+    def clear(self) -> None:
+        """Let every row begin anew."""
+        self.kept.zero_()
+        self.offered.zero_()
 
     def add(self, kept: Tensor) -> None:
         """Count what a step of one layer keeps, [B, 1 or T, F] bool."""
         lives = self.weights.sum(1) > 0
-        self.kept += kept.any(1).sum(1) * lives
-        self.offered += lives * kept.shape[2]
-
-    @property
-    def _both(self) -> tuple[Tensor, Tensor]:
-        return self.kept, self.offered
+        self.kept[: len(lives)] += kept.any(1).sum(1) * lives
+        self.offered[: len(lives)] += lives * kept.shape[2]
 
 
 class Chosen:
@@ -166,13 +166,15 @@ class Chosen:
         size = gated.abs()
         if x.shape[1] > 1 and not self.method.config.per_branch:
             size = (size * self.tally.weights.to(size)[..., None]).sum(1, keepdim=True)
+        if size.shape[:-1].numel() == 1 and self.method.fixed(self.layer) is not None:
+            return kernel.gated_mlp_rows(gated, x, neurons, self.method.select(self.layer, size.flatten()))
         kept = self.method.choose(self.layer, size)
         if kept.shape[1] > 1:
             kept = kept & (self.tally.weights > 0)[..., None]
         self.tally.add(kept)
         if kept.shape[:-1].numel() > 1:  # several sets
-            return kernel.add_up(kernel.combine(gated * kept, x, neurons), neurons)
-        return kernel.gated_mlp_rows(gated, x, neurons, kept.flatten().nonzero()[:, 0])
+            gated = gated * kept
+        return kernel.gated_mlp_rows(gated, x, neurons, places(kept.flatten(0, 1).any(0)))
 
 
 def fixed_route(methods: Sequence[PromptSparsity], layer: int, mlp: SparseMLP) -> Route | None:
@@ -188,6 +190,17 @@ def fixed_route(methods: Sequence[PromptSparsity], layer: int, mlp: SparseMLP) -
         return Indexed(*sets)
     copies = [neurons.rows(index) for index in sets]
     return Packed(Neurons.stack(copies) if first.config.per_row else copies[0])
+
+
+def renewed(old: Route | None, new: Route | None) -> bool:
+    """Let a route read the neurons of another where both are of one kind and size; tell whether they are."""
+    if not isinstance(old, Indexed) or not isinstance(new, Indexed):
+        return old is new is None
+    if [len(index) for index in old.sets] != [len(index) for index in new.sets]:
+        return False
+    for target, index in zip(old.sets, new.sets, strict=True):
+        target.copy_(index)
+    return True
 
 
 def _checked(index: Tensor, method: Sparsity, size: int) -> Tensor:

@@ -6,15 +6,20 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
 from sirius.core import Mode, Window
+from sirius.kernels.dispatch import attends
+from sirius.model import attention
 from sirius.model.cache import SlotCache
 from sirius.model.mask import chain_mask, tree_mask
-from sirius.model.mlp import Chosen, Observe, Route, SparseMLP, Tally, fixed_route
+from sirius.model.mlp import Chosen, Observe, Route, SparseMLP, fixed_route
+from sirius.model.workspace import borrow, drop_idle
 from sirius.sparsity.base import PromptSparsity, Sparsity, TokenSparsity
 from sirius.stats import DENSE, Touched
 
+LOOKS = 64  # what tokens look at covers a multiple of so many slots, so that a draft's levels share a record
 MakeMethod = Callable[[], Sparsity | None]
 
 
@@ -28,16 +33,20 @@ class Session:
     def __init__(self, model: PreTrainedModel, mlps: list[SparseMLP], make: MakeMethod = lambda: None) -> None:
         """Open an empty session; `make` gives a method for a prompt, or None to draft with every neuron."""
         self.model, self.mlps, self.make = model, mlps, make
-        self.cache = self._empty_cache()
+        self.shared = make()
+        self.space = borrow(self, model, self.shared and self.shared.config, attends(model.device, model.dtype))
         eager = model.config._attn_implementation == "eager"
         self.mask_dtype = model.dtype if eager else None
         self.dense: list[Route | None] = [None] * len(mlps)
-        self.shared = make()
         self.methods: list[Sparsity | None] = []  # one for each row
-        self.tally = Tally()
         self.drafts = self._routes_per_token()
         self.seen: dict[int, Tensor] = {}  # z of the last check, [B, T, F] a layer, while the method is refreshed
         self.refreshing = self.shared is not None and self.shared.config.refresh > 0
+
+    @property
+    def cache(self) -> SlotCache:
+        """The slots of all rows."""
+        return self.space.cache
 
     @property
     def device(self) -> torch.device:
@@ -46,12 +55,14 @@ class Session:
 
     def reserve(self, rows: int, slots: int) -> None:
         """Make room for rows and slots to come, so that the cache is not moved when they do."""
-        self.cache.reserve(rows, slots)
+        self.space.reserve(rows, slots)
 
     def release(self) -> None:
         """Give back the memory of a session without rows."""
         assert not self.methods, f"{len(self.methods)} rows are open"
-        self.cache = self._empty_cache()
+        self.space.release()
+        drop_idle(self.model)
+        self._rows_changed()
 
     @torch.no_grad()
     def open(self, prompt: Tensor, slots: int) -> Tensor:
@@ -60,7 +71,7 @@ class Session:
         Returns the scores of its next token [V], float32, or float64 of a float64 model.
         """
         row, length = len(self.methods), len(prompt)
-        self.cache.reserve(row + 1, slots)
+        self.space.reserve(row + 1, slots)
         method = self._method_of_row()
         at = torch.arange(length)[None]
         self.cache.place(at, first=row)
@@ -70,7 +81,6 @@ class Session:
             scores = self._forward(prompt[None], placed, mask, last=1)
         self.cache.advance(row, length)
         self.methods.append(method)
-        self.tally.join(self.device)
         self._rows_changed()
         return scores[0, 0]
 
@@ -83,16 +93,50 @@ class Session:
         rows, count = tokens.shape
         lengths = self.cache.lengths[:rows]
         self.cache.place(lengths[:, None] + window.first + torch.arange(count))
-        table = self.cache.table
-        held = lengths.to(table.device)
-        mask = tree_mask(held, window.seen, table.visible, self.mask_dtype)
         before = self.cache.copy(window.fixed) if window.fixed else []
-        self.tally.weights = window.weights
-        with self._routed(self._routes(mode)):
-            scores = self._forward(tokens, held[:, None] + window.depths, mask)
+        routes, inputs = self._routes(mode), self._inputs(tokens, lengths, window)
+        call = partial(self._read, routes)
+        if self.refreshing:
+            scores = call(**inputs)
+        else:
+            scores = self.space.passes.run((mode, *inputs["tokens"].shape, inputs["looks"].shape), call, inputs)
         if window.fixed:
             self.cache.paste(window.fixed, before)
         return scores
+
+    def _inputs(self, tokens: Tensor, lengths: Tensor, window: Window) -> dict[str, Tensor]:
+        """Return the tensors that a pass depends on, on the device.
+
+        looks  what its tokens look at: [B, T, M] of the M slots after the held ones for a kernel of ours, or a mask
+        """
+        table = self.cache.table
+        held = lengths.to(table.device, non_blocking=True)
+        if self.space.attends:
+            padding = -window.seen.shape[2] % LOOKS
+            looks = pad(window.seen, (0, padding))
+        else:
+            looks = tree_mask(held, window.seen, table.visible, self.mask_dtype)
+        positions = held[:, None] + window.depths
+        inputs = {"tokens": tokens.to(table.device), "positions": positions, "placed": table.placed, "held": held}
+        return {**inputs, "looks": looks, "weights": window.weights}
+
+    def _read(
+        self,
+        routes: list[Route | None],
+        tokens: Tensor,
+        positions: Tensor,
+        placed: Tensor,
+        held: Tensor,
+        looks: Tensor,
+        weights: Tensor,
+    ) -> Tensor:
+        self.cache.table.placed, self.space.tally.weights = placed, weights
+        if not self.space.attends:
+            with self._routed(routes):
+                return self._forward(tokens, positions, looks)
+        self.cache.table.visible = self.cache.table.slots
+        with self._routed(routes), self._attending():
+            return self._forward(tokens, positions, looks[:, None], held=held)
 
     def keep(self, path: Tensor, counts: Tensor) -> None:
         """Let each row hold the first counts[b] [B] of the places path[b] [B, n] int64 after what it holds already."""
@@ -111,20 +155,17 @@ class Session:
         self.cache.move(len(self.methods) - 1, row)
         self.methods[row] = self.methods[-1]
         self.methods.pop()
-        self.tally.leave(row)
+        self.space.tally.move(len(self.methods), row)
         self._rows_changed()
 
     def touched(self, row: int) -> Touched:
         """Return which share of its neurons a draft token of a row reads."""
         method = self.methods[row]
         if isinstance(method, TokenSparsity):
-            return method.touched(self.tally.share(row))
+            return method.touched(self.space.tally.share(row))
         return method.touched() if isinstance(method, PromptSparsity) else DENSE
 
-    def _empty_cache(self) -> SlotCache:
-        return SlotCache(self.model.config.get_text_config().num_hidden_layers, 0, 0, self.model.device)
-
-    def _forward(self, tokens: Tensor, positions: Tensor, mask: Tensor, last: int = 0) -> Tensor:
+    def _forward(self, tokens: Tensor, positions: Tensor, mask: Tensor, last: int = 0, **more: Tensor) -> Tensor:
         scores = self.model(
             input_ids=tokens.to(positions.device),
             position_ids=positions,
@@ -132,6 +173,7 @@ class Session:
             past_key_values=self.cache,
             use_cache=True,
             logits_to_keep=last,
+            **more,
         ).logits
         return scores if scores.dtype == torch.float64 else scores.float()
 
@@ -161,7 +203,8 @@ class Session:
             return self._watching() if self.refreshing else self.dense
         if self.drafts is None:
             prompts = [method for method in self.methods if isinstance(method, PromptSparsity)]
-            self.drafts = [fixed_route(prompts, layer, mlp) for layer, mlp in enumerate(self.mlps)]
+            chosen = [fixed_route(prompts, layer, mlp) for layer, mlp in enumerate(self.mlps)]
+            self.drafts = self.space.renew(chosen) if self.space.attends else chosen
         return self.drafts
 
     def _rows_changed(self) -> None:
@@ -175,7 +218,7 @@ class Session:
         token = self.shared
         if not isinstance(token, TokenSparsity):
             return self.dense
-        return [Chosen(token, layer, self.tally) for layer in range(len(self.mlps))]
+        return [Chosen(token, layer, self.space.tally) for layer in range(len(self.mlps))]
 
     @contextmanager
     def _routed(self, routes: list[Route | None]) -> Iterator[None]:
@@ -187,3 +230,13 @@ class Session:
         finally:
             for mlp in self.mlps:
                 mlp.route = None
+
+    @contextmanager
+    def _attending(self) -> Iterator[None]:
+        """Have attention read the slots by our kernel for one pass."""
+        config = self.model.config.get_text_config()
+        before, config._attn_implementation = config._attn_implementation, attention.NAME
+        try:
+            yield
+        finally:
+            config._attn_implementation = before

@@ -12,6 +12,7 @@ from torch.nn.functional import normalize
 
 from sirius.core import SparsityConfig
 from sirius.errors import ConfigError
+from sirius.kernels.dispatch import places
 from sirius.stats import Touched
 
 ENTRY_POINTS = "sirius.sparsity"
@@ -92,10 +93,19 @@ class TokenSparsity(Sparsity, ABC):
     def choose(self, layer: int, size: Tensor) -> Tensor:
         """Return which neurons to keep, [..., F] bool, given |act(gate(x))| [..., F], or several tokens' mean of it."""
 
+    def select(self, layer: int, size: Tensor) -> Tensor:
+        """Return the neurons of one set, [k] int64, ascending, given its |act(gate(x))| [F]; -1 stands for none."""
+        return places(self.choose(layer, size))
+
+    def fixed(self, layer: int) -> int | None:
+        """Return how many neurons every set of a layer has, None where that differs from token to token."""
+        return None
+
     def touched(self, kept: float) -> Touched:
         """Return the fractions of the rows of gate, up and down that a draft step reads.
 
-        kept  the share of the neurons that the text's steps kept, as measured; where branches differ, any branch
+        kept  the share of the neurons that the text's steps kept, as measured; where branches differ, any branch. It is
+              1 where every set has a `fixed` size and branches share one: nothing is measured then
         """
         return Touched(1.0, kept, kept)
 

@@ -23,7 +23,7 @@ class FineSparsity(TokenSparsity):
 
     def touched(self, kept: float) -> Touched:
         """Return a whole gate, and of up and down the fixed fraction, or what was measured where none is fixed."""
-        if self.config.threshold is None and not self.config.per_branch:
+        if self.fixed(0) is not None and not self.config.per_branch:
             kept = sum(self.counts) / sum(self.neurons)
         return super().touched(kept)
 
@@ -31,5 +31,12 @@ class FineSparsity(TokenSparsity):
         """Return which neurons to keep, [..., F] bool, given |act(gate(x))| [..., F]."""
         if self.config.threshold is not None:
             return size > self.config.threshold
-        top = largest(size, self.counts[layer])
-        return torch.zeros_like(size, dtype=torch.bool).scatter_(-1, top, True)
+        return torch.zeros_like(size, dtype=torch.bool).scatter_(-1, largest(size, self.counts[layer]), True)
+
+    def select(self, layer: int, size: Tensor) -> Tensor:
+        """Return the neurons of one set, [k] int64, ascending, given its |act(gate(x))| [F]."""
+        return super().select(layer, size) if self.config.threshold is not None else largest(size, self.counts[layer])
+
+    def fixed(self, layer: int) -> int | None:
+        """Return the fixed size of a layer's sets; None with a threshold."""
+        return None if self.config.threshold is not None else self.counts[layer]

@@ -1,0 +1,82 @@
+"""What the sessions of a model use one after the other: the slots of the cache, routes, and recorded passes."""
+
+import weakref
+from collections.abc import Hashable
+
+from transformers import PreTrainedModel
+
+from sirius.model.cache import SlotCache
+from sirius.model.mlp import Route, Tally, renewed
+from sirius.model.passes import GraphRecorder, Passes
+
+STEP = 1024  # slots are reserved in steps of so many where passes are recorded: the records end where the slots move
+IDLE = 4  # workspaces kept of a model; each has memory for keys and values
+
+
+class Workspace:
+    """The tensors of one session at a time, which stay where they are, so that passes over them can be replayed.
+
+    attends  whether attention reads the slots by a kernel of ours; only then are passes recorded
+    drafts   the routes of the draft with fixed neurons
+    """
+
+    def __init__(self, model: PreTrainedModel, attends: bool) -> None:
+        self.layers, self.device, self.attends = model.config.get_text_config().num_hidden_layers, model.device, attends
+        self.passes = Passes(GraphRecorder(self.device) if attends and self.device.type == "cuda" else None)
+        self.release()
+
+    def release(self) -> None:
+        """Let go of all memory."""
+        self.cache = SlotCache(self.layers, 0, 0, self.device)
+        self.tally = Tally(0, self.device)
+        self.drafts: list[Route | None] = []
+        self.passes.forget()
+
+    def clear(self) -> None:
+        """Let every row hold nothing."""
+        self.cache.clear()
+        self.tally.clear()
+
+    def reserve(self, rows: int, slots: int) -> None:
+        """Make room for at least so many rows and slots; what is held stays."""
+        table = self.cache.table
+        if rows <= table.rows and slots <= table.slots:
+            return
+        self.cache.reserve(rows, -(-slots // STEP) * STEP if self.attends else slots)
+        self.tally.reserve(table.rows)
+        self.passes.forget()
+
+    def renew(self, drafts: list[Route | None]) -> list[Route | None]:
+        """Take the routes of newly chosen neurons, into the memory of the last ones where they fit."""
+        if len(self.drafts) != len(drafts) or not all(map(renewed, self.drafts, drafts)):
+            self.drafts = drafts
+            self.passes.forget()
+        return self.drafts
+
+
+_idle: "weakref.WeakKeyDictionary[PreTrainedModel, dict[Hashable, Workspace]]" = weakref.WeakKeyDictionary()
+
+
+def borrow(session: object, model: PreTrainedModel, key: Hashable, attends: bool) -> Workspace:
+    """Return a workspace for a session, an idle one of the same key where there is one; it is idle again after it."""
+    space = _idle.get(model, {}).pop(key, None) if attends else None
+    if space is None or space.device != model.device:
+        space = Workspace(model, attends)
+    if attends:
+        weakref.finalize(session, _give_back, weakref.ref(model), key, space).atexit = False
+    return space
+
+
+def drop_idle(model: PreTrainedModel) -> None:
+    """Free the memory of idle workspaces."""
+    _idle.pop(model, None)
+
+
+def _give_back(of: "weakref.ref[PreTrainedModel]", key: Hashable, space: Workspace) -> None:
+    if (model := of()) is None or not space.cache.table.rows:
+        return
+    space.clear()
+    kept = _idle.setdefault(model, {})
+    kept[key] = space
+    if len(kept) > IDLE:
+        kept.pop(next(iter(kept)))
