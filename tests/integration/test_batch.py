@@ -387,23 +387,21 @@ def test_a_tree_takes_its_width_in_slots_for_each_level_and_no_more(engine, widt
 def test_neurons_are_chosen_anew_when_rows_come_or_go_and_not_otherwise(engine, options, monkeypatch):
     from sirius.model import session as module
 
-    chosen, fixed_route = [], module.fixed_route
+    chosen, fixed_routes = [], module.fixed_routes
     monkeypatch.setattr(
-        module,
-        "fixed_route",
-        lambda methods, layer, mlp: chosen.append(len(methods)) or fixed_route(methods, layer, mlp),
+        module, "fixed_routes", lambda methods, mlps: chosen.append(len(methods)) or fixed_routes(methods, mlps)
     )
     batch = open_batch(engine, sparsity=SparsityConfig("coarse", 0.3, **options))
     for prompt in PROMPTS[:2]:
         batch.add(engine.text(prompt, max_new_tokens=40))
     batch.step()
     batch.step()
-    assert chosen == [2, 2]  # once a layer
+    assert chosen == [2]
     batch.step()
-    assert len(chosen) == (4 if options.get("refresh") else 2)
+    assert len(chosen) == (2 if options.get("refresh") else 1)
     batch.cancel(1)
     batch.step()
-    assert chosen[-2:] == [1, 1]
+    assert chosen[-1] == 1
 
 
 @pytest.mark.parametrize("width", [1, 3])

@@ -74,4 +74,6 @@ def test_a_round_asks_its_device_once(engine, method, width):
         answers.clear()
         batch.step()
         asked.append(list(answers))
+    checked = ["_local_scalar_dense"] * (method == "coarse")  # whether all layers' sets are sets, with the first round
+    assert asked[1] == [*checked, "fetch"]
     assert all(each == ["fetch"] for each in asked[2:]), asked

@@ -7,7 +7,7 @@ from torch import nn
 from sirius import sparsity
 from sirius.core import SparsityConfig
 from sirius.errors import ConfigError
-from sirius.model.mlp import Chosen, Observe, Route, SparseMLP, Tally, agrees, fixed_route
+from sirius.model.mlp import Chosen, Observe, Route, SparseMLP, Tally, agrees, fixed_routes
 from sirius.sparsity import PromptSparsity, TokenSparsity
 from sirius.sparsity.coarse import CoarseSparsity
 
@@ -153,7 +153,7 @@ def test_the_coarse_route_is_the_mlp_of_its_neurons(original, keep):
     method = coarse(tokens(), mlp, keep=keep)
     for count in (1, 4):
         x = tokens(count)
-        close(routed(mlp, fixed_route([method], 0, mlp), x), masked(mlp, x, marked(method.select(0))))
+        close(routed(mlp, fixed_routes([method], [mlp])[0], x), masked(mlp, x, marked(method.select(0))))
 
 
 @pytest.mark.parametrize("per_row", [False, True], ids=["one set", "a set for each row"])
@@ -162,7 +162,7 @@ def test_rows_of_prompts_share_a_set_or_have_their_own(original, per_row):
     methods = [coarse(tokens(9)[:, 3 * row : 3 * row + 3], mlp, keep=0.4, per_row=per_row) for row in range(3)]
     own, together = [each.select(0) for each in methods], methods[0].select(0, methods[1:])
     assert len({tuple(index.tolist()) for index in (*own, together)}) == 4
-    got = routed(mlp, fixed_route(methods, 0, mlp), x)
+    got = routed(mlp, fixed_routes(methods, [mlp])[0], x)
     for row in range(3):
         close(got[row], masked(mlp, x[row], marked(own[row] if per_row else together)))
 
@@ -170,7 +170,7 @@ def test_rows_of_prompts_share_a_set_or_have_their_own(original, per_row):
 @pytest.mark.parametrize("per_row", [False, True])
 def test_a_method_that_keeps_every_neuron_is_the_dense_route(original, per_row):
     mlp = sparse_mlp(original)
-    assert fixed_route([coarse(tokens(), mlp, keep=1.0, per_row=per_row)] * 2, 0, mlp) is None
+    assert fixed_routes([coarse(tokens(), mlp, keep=1.0, per_row=per_row)] * 2, [mlp]) == [None]
 
 
 @pytest.mark.parametrize("rows", [1, 3], ids=["rows gathered", "mask"])
@@ -233,4 +233,4 @@ def test_what_is_no_set_of_neurons_is_refused(original, answer, per_row, monkeyp
     monkeypatch.setattr(CoarseSparsity, "select", lambda self, layer, others=(): answer)
     mlp = sparse_mlp(original)
     with pytest.raises(ConfigError, match=r"CoarseSparsity.select must give distinct neurons of 45"):
-        fixed_route([coarse(tokens(), mlp, per_row=per_row)], 0, mlp)
+        fixed_routes([coarse(tokens(), mlp, per_row=per_row)], [mlp])

@@ -28,8 +28,8 @@ def largest(values: Tensor, count: int) -> Tensor:
     return (cpu if kernel else reference).largest(values, count)
 
 
-def places(kept: Tensor) -> Tensor:
-    """Return where kept [F] bool is True, ascending, [k] int64."""
+def places(kept: Tensor, weight: Tensor) -> Tensor:
+    """Return where kept [F] bool is True, ascending, as an index of the rows of weight [F, H], [k] int64."""
     return kept.nonzero()[:, 0]
 
 

@@ -174,22 +174,27 @@ class Chosen:
         self.tally.add(kept)
         if kept.shape[:-1].numel() > 1:  # several sets
             gated = gated * kept
-        return kernel.gated_mlp_rows(gated, x, neurons, places(kept.flatten(0, 1).any(0)))
+        return kernel.gated_mlp_rows(gated, x, neurons, places(kept.flatten(0, 1).any(0), neurons.up))
 
 
-def fixed_route(methods: Sequence[PromptSparsity], layer: int, mlp: SparseMLP) -> Route | None:
-    """Return the draft's route for rows of prompts, each with its method; None is the dense one."""
-    first, neurons = methods[0], mlp.neurons
+def fixed_routes(methods: Sequence[PromptSparsity], mlps: Sequence[SparseMLP]) -> list[Route | None]:
+    """Return the draft's route in each MLP for rows of prompts, each with its method; None is the dense one."""
+    first, others = methods[0], methods[1:]
     if first.config.per_row:
-        sets = [_checked(method.select(layer), method, mlp.size) for method in methods]
+        sets = [[method.select(layer) for method in methods] for layer in range(len(mlps))]
     else:
-        sets = [_checked(first.select(layer, methods[1:]), first, mlp.size)]
+        sets = [[first.select(layer, others)] for layer in range(len(mlps))]
+    _check(first, sets, mlps)
+    return [_fixed_route(each, mlp, first.config.per_row) for each, mlp in zip(sets, mlps, strict=True)]
+
+
+def _fixed_route(sets: list[Tensor], mlp: SparseMLP, per_row: bool) -> Route | None:
     if all(len(index) == mlp.size for index in sets):
         return None
-    if reads_rows(neurons.gate):
+    if reads_rows(mlp.neurons.gate):
         return Indexed(*sets)
-    copies = [neurons.rows(index) for index in sets]
-    return Packed(Neurons.stack(copies) if first.config.per_row else copies[0])
+    copies = [mlp.neurons.rows(index) for index in sets]
+    return Packed(Neurons.stack(copies) if per_row else copies[0])
 
 
 def renewed(old: Route | None, new: Route | None) -> bool:
@@ -203,15 +208,21 @@ def renewed(old: Route | None, new: Route | None) -> bool:
     return True
 
 
-def _checked(index: Tensor, method: Sparsity, size: int) -> Tensor:
-    """Refuse what is no set of neurons; a third party's method may have meant something else."""
-    whole = index.dtype == torch.int64 and index.ndim == 1 and 0 < len(index) == len(index.unique())
-    if not whole or int(index.min()) < 0 or int(index.max()) >= size:
-        raise ConfigError(
-            f"{type(method).__name__}.select must give distinct neurons of {size} as [k] int64; "
-            f"got {list(index.shape)} {index.dtype}"
-        )
-    return index
+def _check(method: Sparsity, sets: list[list[Tensor]], mlps: Sequence[SparseMLP]) -> None:
+    """Refuse what is no set of neurons; a third party's method may have meant something else. Asks a device once."""
+    pairs = [(index, mlp.size) for each, mlp in zip(sets, mlps, strict=True) for index in each]
+    wrong = next((n for n, (i, _) in enumerate(pairs) if i.dtype != torch.int64 or i.ndim != 1 or not len(i)), None)
+    if wrong is None:
+        ordered = [(index.sort().values, size) for index, size in pairs]
+        bad = torch.stack([(i.diff() == 0).any() | (i[0] < 0) | (i[-1] >= size) for i, size in ordered])
+        if not bool(bad.any()):
+            return
+        wrong = int(bad.int().argmax())
+    index, size = pairs[wrong]
+    raise ConfigError(
+        f"{type(method).__name__}.select must give distinct neurons of {size} as [k] int64; "
+        f"got {list(index.shape)} {index.dtype}"
+    )
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from sirius.kernels.dispatch import attends
 from sirius.model import attention
 from sirius.model.cache import SlotCache
 from sirius.model.mask import chain_mask, tree_mask
-from sirius.model.mlp import Chosen, Observe, Route, SparseMLP, fixed_route
+from sirius.model.mlp import Chosen, Observe, Route, SparseMLP, fixed_routes
 from sirius.model.workspace import borrow, drop_idle
 from sirius.sparsity.base import PromptSparsity, Sparsity, TokenSparsity
 from sirius.stats import DENSE, Touched
@@ -203,7 +203,7 @@ class Session:
             return self._watching() if self.refreshing else self.dense
         if self.drafts is None:
             prompts = [method for method in self.methods if isinstance(method, PromptSparsity)]
-            chosen = [fixed_route(prompts, layer, mlp) for layer, mlp in enumerate(self.mlps)]
+            chosen = fixed_routes(prompts, self.mlps)
             self.drafts = self.space.renew(chosen) if self.space.attends else chosen
         return self.drafts
 

@@ -12,7 +12,7 @@ from torch.nn.functional import normalize
 
 from sirius.core import SparsityConfig
 from sirius.errors import ConfigError
-from sirius.kernels.dispatch import places
+from sirius.kernels.dispatch import largest
 from sirius.stats import Touched
 
 ENTRY_POINTS = "sirius.sparsity"
@@ -71,7 +71,7 @@ class PromptSparsity(Sparsity, ABC):
         score = self.score(layer)
         if others:
             score = torch.stack([normalize(each.score(layer), dim=0).square() for each in (self, *others)]).sum(0)
-        return score.topk(self.counts[layer]).indices.sort().values
+        return largest(score, self.counts[layer])
 
     def touched(self) -> Touched:
         """Return the fractions of the rows of gate, up and down that a draft token reads: the kept one of all three."""
@@ -94,8 +94,11 @@ class TokenSparsity(Sparsity, ABC):
         """Return which neurons to keep, [..., F] bool, given |act(gate(x))| [..., F], or several tokens' mean of it."""
 
     def select(self, layer: int, size: Tensor) -> Tensor:
-        """Return the neurons of one set, [k] int64, ascending, given its |act(gate(x))| [F]; -1 stands for none."""
-        return places(self.choose(layer, size))
+        """Return the neurons of one set, [k] int64, ascending, given its |act(gate(x))| [F]; asked where k is `fixed`.
+
+        To be overridden where it can be told without asking a GPU for the mask.
+        """
+        return self.choose(layer, size).nonzero()[:, 0]
 
     def fixed(self, layer: int) -> int | None:
         """Return how many neurons every set of a layer has, None where that differs from token to token."""
