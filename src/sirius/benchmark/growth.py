@@ -112,7 +112,7 @@ def check_points(points: Iterable[Point], workload: Workload, config: PreTrained
     """Raise ConfigError of a point that cannot be measured, before the others take their time."""
     limit = context_limit(config)
     for point in points:
-        _settings(point, workload.sparsity)
+        make_settings(point, workload.sparsity)
         if point.period < 2:
             raise ConfigError(f"a window that drafts has a --period of at least 2; got {point.period}")
         new = _budget(point, workload.cycles)
@@ -143,13 +143,13 @@ def run(
 def measure(model: PreTrainedModel, point: Point, workload: Workload) -> Row:
     """Time the settings of a point in turns; each turn begins at the point's context."""
     engine = Engine(model)
-    settings = _settings(point, workload.sparsity)
+    settings = make_settings(point, workload.sparsity)
     times = {setting.name: Times() for setting in settings}
-    batches = [_filled(engine, setting, point, workload, times[setting.name]) for setting in settings]
+    batches = [open_filled(engine, setting, point, workload, times[setting.name]) for setting in settings]
     for _ in range(workload.cycles):
         for setting, batch in zip(settings, batches, strict=True):
             _turn(batch, setting, point, workload.device, times[setting.name])
-    return _row(point, times)
+    return make_row(point, times)
 
 
 def read_rows(record: Mapping[str, Any]) -> tuple[Workload, list[Row]]:
@@ -162,7 +162,7 @@ def read_rows(record: Mapping[str, Any]) -> tuple[Workload, list[Row]]:
         raise FileError(f"this is no record of sirius bench growth: {error!r}") from error
 
 
-def _settings(point: Point, method: str) -> list[Setting]:
+def make_settings(point: Point, method: str) -> list[Setting]:
     sparse = SparsityConfig(method, point.keep)
     return [
         Setting(FULL, SparsityConfig("none")),
@@ -172,7 +172,7 @@ def _settings(point: Point, method: str) -> list[Setting]:
     ]
 
 
-def _filled(engine: Engine, setting: Setting, point: Point, workload: Workload, times: Times) -> Batch:
+def open_filled(engine: Engine, setting: Setting, point: Point, workload: Workload, times: Times) -> Batch:
     """Open a setting's batch with every row at the point's context, and run one round that is not timed.
 
     Only `PROMPT` tokens are read. What the other slots hold changes no speed, but zeros that were never written would:
@@ -210,7 +210,7 @@ def _budget(point: Point, cycles: int) -> int:
     return (cycles + 2) * max(STEPS, point.period)
 
 
-def _row(point: Point, times: Mapping[str, Times]) -> Row:
+def make_row(point: Point, times: Mapping[str, Times]) -> Row:
     full, plain, sparse = (1e3 * median(times[name].rounds) for name in (FULL, PLAIN, SPARSE))
     windows = times[CORRECTED]
     parts = zip(windows.rounds, windows.drafts, windows.checks, strict=True)

@@ -37,7 +37,8 @@ def draw(workload: Workload, rows: Sequence[Row], path: Path) -> None:
     for panel, (axis, line) in zip(panels, lines.items(), strict=True):
         _draw_axis(panel, axis, line)
     panels[0].set_ylabel("break-even AAL")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    columns = 3 if len(lines) > 2 else 1
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=columns, frameon=False)
     try:
         figure.savefig(path)
     except OSError as error:

@@ -18,9 +18,11 @@ full, hf: time over that of our full decoding, and of transformers' generate.
 GB: peak memory. time: percent of a corrected window in drafts, check, and rest.
 """
 GROWTH = """\
-Milliseconds of a pass over all rows at once: a full step, a step of the sparse model alone, a draft step of a window,
-its check, and the rest of it. plain: a sparse method that drafts nothing, over full (1: it costs nothing).
-AAL: tokens per window and row at which correction costs what full decoding does; guess: how often each must stand.
+Milliseconds of a pass over all rows: full, a step of full decoding; sparse, of
+the sparse model alone; draft, of a window; check, its check; rest, of a window.
+plain: a sparse method with nothing drafted (period 1), over full.
+AAL: tokens per window and row at which corrected ones cost what full ones do.
+guess: the chance with which each guess must stand for that.
 """
 
 
