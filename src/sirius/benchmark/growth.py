@@ -163,6 +163,7 @@ def read_rows(record: Mapping[str, Any]) -> tuple[Workload, list[Row]]:
 
 
 def make_settings(point: Point, method: str) -> list[Setting]:
+    """Return what is timed at a point: full, plain, sparse, corrected."""
     sparse = SparsityConfig(method, point.keep)
     return [
         Setting(FULL, SparsityConfig("none")),
@@ -211,6 +212,7 @@ def _budget(point: Point, cycles: int) -> int:
 
 
 def make_row(point: Point, times: Mapping[str, Times]) -> Row:
+    """Return the figures of a point from the times of its settings."""
     full, plain, sparse = (1e3 * median(times[name].rounds) for name in (FULL, PLAIN, SPARSE))
     windows = times[CORRECTED]
     parts = zip(windows.rounds, windows.drafts, windows.checks, strict=True)
