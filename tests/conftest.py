@@ -2,11 +2,14 @@
 
 import hashlib
 import os
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # one device for both sides of a comparison
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported
 
+import pytest
 import torch
 from torch import Tensor
 from transformers import (
@@ -25,6 +28,7 @@ from transformers import (
     SmolLM3Config,
 )
 
+from sirius import cli
 from sirius.core import Mode, Window
 
 torch.set_num_threads(1)  # the models here are too small to share out
@@ -73,6 +77,30 @@ def tiny_model(family: str = "llama", dtype: torch.dtype = torch.float32, seed: 
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(tiny_config(family, **changes))
     return model.to(dtype).eval()
+
+
+@pytest.fixture
+def shape(tmp_path) -> str:
+    """The configuration of a tiny Llama, as a file."""
+    tiny_config("llama").save_pretrained(tmp_path)
+    return str(tmp_path / "config.json")
+
+
+@pytest.fixture
+def bench(monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
+    """Run `sirius bench` with these arguments; gives the exit code and what was printed, out and err."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["sirius", "bench", *map(str, arguments)])
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as end:
+            code = int(end.code or 0)
+        printed = capsys.readouterr()
+        return code, printed.out, printed.err
+
+    return run
 
 
 def greedy(model: PreTrainedModel, prompt: list[int], new_tokens: int, **options: object) -> list[int]:

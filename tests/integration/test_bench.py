@@ -1,14 +1,12 @@
 """The benchmark at toy size: every figure is there, follows from the others, and bad input is one line."""
 
 import json
-import sys
 from statistics import mean
 
 import pytest
 import torch
 
 from conftest import tiny_config, tiny_model
-from sirius import cli
 from sirius.benchmark import memory
 from sirius.benchmark.ceiling import cache_bytes, weight_bytes
 from sirius.benchmark.decode import Setting, Times, bytes_per_token
@@ -19,27 +17,6 @@ from sirius.errors import ConfigError
 from sirius.model.prepare import count_parameters
 
 pytestmark = pytest.mark.integration
-
-
-@pytest.fixture
-def shape(tmp_path) -> str:
-    tiny_config("llama").save_pretrained(tmp_path)
-    return str(tmp_path / "config.json")
-
-
-@pytest.fixture
-def bench(monkeypatch, capsys):
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["sirius", "bench", *map(str, arguments)])
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as end:
-            code = int(end.code or 0)
-        printed = capsys.readouterr()
-        return code, printed.out, printed.err
-
-    return run
 
 
 SMALL = ("--dtype", "float32", "--device", "cpu", "--context", 8, "--tokens", 60, "--cycles", 2, "--period", 4)

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import Toy
-from sirius.benchmark.replay import Replay, geometric, mean_advance
+from sirius.benchmark.replay import Replay, acceptance, geometric, mean_advance
 from sirius.decoding.loop import Plan, Row, next_round, start
 from sirius.decoding.period import Period
 from sirius.errors import ConfigError
@@ -16,7 +16,7 @@ from sirius.errors import ConfigError
 @given(st.integers(1, 40), st.floats(0, 1))
 def test_the_histogram_of_an_advance_brings_that_advance(period, share):
     aal = 1 + share * (period - 1)
-    histogram = geometric(aal, period)
+    histogram = geometric(acceptance(aal, period), period)
     assert len(histogram) == period
     assert sum(histogram) == pytest.approx(1)
     assert mean_advance(histogram) == pytest.approx(aal, abs=1e-6)
@@ -25,14 +25,14 @@ def test_the_histogram_of_an_advance_brings_that_advance(period, share):
 @pytest.mark.parametrize("aal", [0.5, 16.1, float("nan")])
 def test_an_advance_that_no_window_has_is_refused(aal):
     with pytest.raises(ConfigError, match="from 1 to 16 on average"):
-        geometric(aal, 16)
+        acceptance(aal, 16)
 
 
 @pytest.mark.parametrize("width", [1, 4])
 def test_few_windows_have_the_histograms_mean_already(width):
     """Whatever the toy's draft is worth, and with every rejected guess rolled back."""
     period, windows = 8, 50
-    histogram = geometric(5.5, period)
+    histogram = geometric(acceptance(5.5, period), period)
     plan = Plan(Period(period), rule=Replay(histogram), width=width, temperature=0.6)
     row = Row([3, 1, 4], 10_000, 11_000)
     toy = Toy(noise=1.0)

@@ -1,12 +1,11 @@
 """The physical limit: what memory gives at best, and what a pass must read of it."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from time import perf_counter
 
 import torch
 from transformers import PreTrainedConfig
 
+from sirius.benchmark.timing import repeated
 from sirius.kernels.dispatch import linear
 from sirius.stats import Parameters
 
@@ -33,27 +32,9 @@ def measure_ceiling(dtype: torch.dtype, device: str) -> Ceiling:
     source = torch.ones(SIZE // dtype.itemsize, dtype=dtype, device=device)
     target = torch.empty_like(source)
     matrix, x = source.view(-1, 4096), torch.ones(1, 4096, dtype=dtype, device=device)
-    copy = best_seconds(lambda: target.copy_(source), device)
-    matvec = best_seconds(lambda: linear(x, matrix), device)
+    copy = min(repeated(lambda: target.copy_(source), device, TRIES, TRIES))
+    matvec = min(repeated(lambda: linear(x, matrix), device, TRIES, TRIES))
     return Ceiling(2 * SIZE / copy / 1e9, SIZE / matvec / 1e9)
-
-
-def best_seconds(call: Callable[[], object], device: str) -> float:
-    """Return the shortest of a few runs of a call, after one to warm up."""
-    seconds = []
-    for _ in range(TRIES + 1):
-        synchronize(device)
-        began = perf_counter()
-        call()
-        synchronize(device)
-        seconds.append(perf_counter() - began)
-    return min(seconds[1:])
-
-
-def synchronize(device: str) -> None:
-    """Wait until a GPU has done what it was given."""
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
 
 
 def weight_bytes(parameters: Parameters, dtype: torch.dtype) -> int:

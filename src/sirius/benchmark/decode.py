@@ -10,9 +10,13 @@ import torch
 from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
+from sirius.batch import Batch, Update
 from sirius.benchmark import replay
-from sirius.benchmark.ceiling import Ceiling, cache_bytes, synchronize, weight_bytes
+from sirius.benchmark.ceiling import Ceiling, cache_bytes, weight_bytes
 from sirius.benchmark.memory import peak_bytes, reset_peak
+from sirius.benchmark.peer import NAME as PEER
+from sirius.benchmark.peer import Peer
+from sirius.benchmark.timing import timed
 from sirius.core import CorrectionConfig, SparsityConfig
 from sirius.decoding.period import Measured, Period
 from sirius.engine import Engine
@@ -49,16 +53,21 @@ class Workload:
 
 @dataclass(frozen=True)
 class Setting:
-    """A way to decode; no sparsity is transformers' own generate."""
+    """A way to decode; no sparsity is someone else's."""
 
     name: str
     sparsity: SparsityConfig | None = None
     correction: CorrectionConfig | None = None
 
+    @property
+    def guesses(self) -> int:
+        """The guesses of a whole window, one after the other."""
+        return self.correction.longest - 1 if self.correction else 0
+
 
 @dataclass
 class Times:
-    """Seconds of every pass or window of a setting, and of the parts of its windows."""
+    """Seconds of every pass or window of a setting, and of all drafts and the check of each window."""
 
     rounds: list[float] = field(default_factory=list)
     drafts: list[float] = field(default_factory=list)
@@ -140,27 +149,36 @@ def run(
     settings: Sequence[Setting],
     workload: Workload,
     ceiling: Ceiling,
+    peer: Peer | None = None,
     on_turn: Callable[[], None] = lambda: None,
 ) -> list[Row]:
-    """Time every setting in turns and return its figures; `on_turn` is called after each turn."""
+    """Time every setting in turns, a peer after them, and return the figures; `on_turn` is called after each turn."""
     times = {setting.name: Times() for setting in settings}
     for _ in range(workload.cycles):
         for setting in settings:
-            known = reset_peak(workload.device)
-            if setting.sparsity is None:
-                _run_transformers(model, workload, times[setting.name])
-            else:
-                _run_ours(Engine(model), setting, workload, times[setting.name])
-            if known:
-                times[setting.name].peaks.append(peak_bytes(workload.device))
+            _turn(model, setting, workload, times[setting.name])
             on_turn()
-    engine = Engine(model)
-    return _rows(engine, settings, times, workload, ceiling)
+        if peer is not None:
+            turn = peer.turn(prompt(model, workload.context), workload.tokens - 1)
+            times.setdefault(PEER, Times()).rounds += turn.seconds
+            on_turn()
+    settings = [*settings, *([Setting(PEER)] if peer else [])]
+    return _rows(Engine(model), settings, times, workload, ceiling)
+
+
+def _turn(model: PreTrainedModel, setting: Setting, workload: Workload, times: Times) -> None:
+    known = reset_peak(workload.device)
+    if setting.sparsity is None:
+        _run_transformers(model, workload, times)
+    else:
+        _run_ours(Engine(model), setting, workload, times)
+    if known:
+        times.peaks.append(peak_bytes(workload.device))
 
 
 def _run_transformers(model: PreTrainedModel, workload: Workload, times: Times) -> None:
     restore(model)
-    ids, clock = _prompt(model, workload), _Clock()
+    ids, clock = torch.tensor([prompt(model, workload.context)], device=workload.device), _Clock()
     with torch.inference_mode():
         cast("Any", model).generate(
             ids,
@@ -174,33 +192,40 @@ def _run_transformers(model: PreTrainedModel, workload: Workload, times: Times) 
 
 
 def _run_ours(engine: Engine, setting: Setting, workload: Workload, times: Times) -> None:
-    batch = engine.batch(rows=1, sparsity=setting.sparsity or "none", correction=setting.correction)
-    if setting.correction is not None:
-        assert isinstance(setting.correction.period, int)
-        period = _Watched(setting.correction.period, times)
-        batch.plan = replace(batch.plan, period=period, rule=replay.Replay(workload.histogram))
-        times.aal = replay.mean_advance(workload.histogram)
-    batch.add(engine.text(_prompt(engine.model, workload)[0].tolist(), max_new_tokens=workload.tokens))
-    batch.step()
-    whole = setting.correction.longest - 1 if setting.correction else 0
+    batch = open_batch(engine, setting, workload.histogram, times)
+    batch.add(engine.text(prompt(engine.model, workload.context), max_new_tokens=workload.tokens))
+    step(batch)
     while batch.busy:
-        synchronize(workload.device)
-        began = perf_counter()
-        [update] = batch.step()
-        synchronize(workload.device)
-        if update.error is not None:
-            raise update.error
-        if update.round.steps == whole:  # the budget cuts the last ones
-            times.rounds.append(perf_counter() - began)
+        seconds, [update] = timed(lambda: step(batch), workload.device)
+        if update.round.steps == setting.guesses:  # the budget cuts the last ones
+            times.rounds.append(seconds)
         if update.completion is not None:
             times.density = update.completion.stats.density_streamed
 
 
-def _prompt(model: PreTrainedModel, workload: Workload) -> torch.Tensor:
-    """Return ids [1, context] int64, the same at each call."""
+def open_batch(engine: Engine, setting: Setting, histogram: Sequence[float], times: Times, rows: int = 1) -> Batch:
+    """Open the batch of a setting; in its windows the histogram is played back, and `times` learns of their parts."""
+    batch = engine.batch(rows=rows, sparsity=setting.sparsity or "none", correction=setting.correction)
+    if setting.guesses:
+        period = _Watched(setting.guesses + 1, times)
+        batch.plan = replace(batch.plan, period=period, rule=replay.Replay(histogram))
+        times.aal = replay.mean_advance(histogram)
+    return batch
+
+
+def step(batch: Batch) -> list[Update]:
+    """Bring a batch on by a round; raise what ends a text without a completion."""
+    updates = batch.step()
+    for update in updates:
+        if update.error is not None:
+            raise update.error
+    return updates
+
+
+def prompt(model: PreTrainedModel, count: int) -> list[int]:
+    """Return token ids, the same at each call."""
     generator = torch.Generator().manual_seed(0)
-    size = (1, workload.context)
-    return torch.randint(model.config.get_text_config().vocab_size, size, generator=generator).to(workload.device)
+    return torch.randint(model.config.get_text_config().vocab_size, (count,), generator=generator).tolist()
 
 
 def _rows(
@@ -242,4 +267,4 @@ def bytes_per_token(setting: Setting, times: Times, parameters: Parameters, dtyp
     sparse = times.density * weights + held
     if setting.correction is None:
         return sparse
-    return ((setting.correction.longest - 1) * sparse + weights + held) / times.aal
+    return (setting.guesses * sparse + weights + held) / times.aal

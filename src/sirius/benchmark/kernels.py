@@ -4,18 +4,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from statistics import median
-from time import perf_counter
 
 import torch
 from torch import Tensor
 
-from sirius.benchmark.ceiling import SIZE, Ceiling, synchronize
+from sirius.benchmark.ceiling import SIZE, Ceiling
+from sirius.benchmark.timing import repeated
 from sirius.kernels import dispatch, reference
 
 DENSITIES = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)
 BATCHES = (1, 2, 4, 8, 16)
-LEAST, MOST = 5, 30  # runs of a call
-ENOUGH = 0.3  # seconds of them
 
 
 @dataclass(frozen=True)
@@ -112,16 +110,7 @@ def _rotating(
 
 
 def _milliseconds(call: Callable[[], object], device: str) -> float:
-    """Return the median of some runs of a call, after one to warm up."""
-    call()
-    seconds: list[float] = []
-    while len(seconds) < LEAST or (sum(seconds) < ENOUGH and len(seconds) < MOST):
-        synchronize(device)
-        began = perf_counter()
-        call()
-        synchronize(device)
-        seconds.append(perf_counter() - began)
-    return 1e3 * median(seconds)
+    return 1e3 * median(repeated(call, device))
 
 
 def _random(size: Size, *shape: int, seed: int = 0) -> Tensor:

@@ -9,13 +9,14 @@ from torch import Tensor
 from sirius.decoding.accept import Check
 from sirius.errors import ConfigError
 
+PUBLISHED_AAL, PUBLISHED_PERIOD = 15.22, 16  # Sirius (arXiv 2409.03856)
 STEP = 0.6180339887498949  # the golden ratio's: multiples of it fill [0, 1) evenly, however few are taken
 
 
-def geometric(aal: float, period: int) -> tuple[float, ...]:
-    """Return the chances of 0 .. K-1 accepted guesses where each stands with one probability, and windows bring `aal`.
+def acceptance(aal: float, period: int) -> float:
+    """Return the chance a with which each guess must stand for windows of K tokens to bring `aal` on average.
 
-    With acceptance a a window of K tokens brings 1 + a + ... + a^(K-1). Raises ConfigError where no a does.
+    That is 1 + a + ... + a^(K-1). Raises ConfigError where no a does.
     """
     if not 1 <= aal <= period:
         raise ConfigError(f"windows of {period} tokens bring from 1 to {period} on average; got {aal}")
@@ -23,7 +24,12 @@ def geometric(aal: float, period: int) -> tuple[float, ...]:
     for _ in range(60):
         middle = (low + high) / 2
         low, high = (middle, high) if sum(middle**i for i in range(period)) < aal else (low, middle)
-    return (*((1 - low) * low**i for i in range(period - 1)), low ** (period - 1))
+    return low
+
+
+def geometric(chance: float, period: int) -> tuple[float, ...]:
+    """Return the chances of 0 .. K-1 accepted guesses of a window where each guess stands with one chance."""
+    return (*((1 - chance) * chance**i for i in range(period - 1)), chance ** (period - 1))
 
 
 def mean_advance(histogram: Sequence[float]) -> float:

@@ -1,16 +1,32 @@
 """`sirius bench`: what decoding costs beside what reading the weights must cost."""
 
 import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sirius.cli.terminal import out, progress, quieten
+from sirius.cli.terminal import out, progress, quieten, saved_as_it_goes
 from sirius.errors import ConfigError
 
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from transformers import PreTrainedModel
+
+    from sirius.benchmark.growth import Point, Workload
+
 bench_app = typer.Typer(rich_markup_mode=None, no_args_is_help=True, help="Measure speed beside the physical limit.")
+
+Shape = Annotated[str, typer.Option(help="llama-3.2-1b, llama-3-8b, ..., or a config.json.")]
+Layers = Annotated[int | None, typer.Option(min=1, help="Only so many of its layers.")]
+Dtype = Annotated[str, typer.Option(help="bfloat16, float16 or float32.")]
+Device = Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu, cuda.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="Of the CPU. [default: torch's]")]
+Seed = Annotated[int, typer.Option(help="Of the weights.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the record as JSON.")]
 
 
 @bench_app.callback()
@@ -20,11 +36,11 @@ def bench() -> None:
 
 @bench_app.command()
 def decode(
-    shape: Annotated[str, typer.Option(help="llama-3.2-1b, llama-3-8b, ..., or a config.json.")] = "llama-3.2-1b",
-    layers: Annotated[int | None, typer.Option(min=1, help="Only so many of its layers.")] = None,
-    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
-    device: Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu, cuda.")] = "auto",
-    threads: Annotated[int | None, typer.Option(min=1, help="Of the CPU. [default: torch's]")] = None,
+    shape: Shape = "llama-3.2-1b",
+    layers: Layers = None,
+    dtype: Dtype = "bfloat16",
+    device: Device = "auto",
+    threads: Threads = None,
     context: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 128,
     tokens: Annotated[int, typer.Option(min=2, help="Tokens decoded in each turn.")] = 64,
     cycles: Annotated[int, typer.Option(min=1, help="Turns of each setting.")] = 3,
@@ -40,73 +56,168 @@ def decode(
     replay: Annotated[
         Path | None, typer.Option(help="Play back the acceptance_histogram of this JSON instead.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the weights.")] = 0,
-    json: Annotated[bool, typer.Option("--json", help="Print the record as JSON.")] = False,
+    peer: Annotated[str | None, typer.Option(help="llama.cpp, to time it beside ours on the same weights.")] = None,
+    seed: Seed = 0,
+    json: Json = False,
 ) -> None:
     """Time per token of one stream at full size: transformers, ours in full, sparse, and corrected, in turns."""
-    quieten()
-    import torch
-
+    known = _begin(threads)
     from sirius.benchmark import decode as measure
     from sirius.benchmark import show
     from sirius.benchmark.ceiling import measure_ceiling
-    from sirius.benchmark.facts import facts
-    from sirius.benchmark.models import make_config, make_model
-    from sirius.benchmark.replay import geometric
-    from sirius.model.loading import find_device, find_dtype
+    from sirius.benchmark.peer import open_peer
+    from sirius.benchmark.replay import acceptance, geometric
 
-    if threads is not None:
-        torch.set_num_threads(threads)
-    known = facts(" ".join(["sirius", *sys.argv[1:]]), torch.get_num_threads())
-    histogram = geometric(aal, period) if replay is None else _histogram(replay, period)
-    where = str(find_device(device))
+    if peer not in (None, "llama.cpp"):
+        raise ConfigError(f"--peer is llama.cpp, which is all that there is; got {peer!r}")
+    histogram = geometric(acceptance(aal, period), period) if replay is None else _histogram(replay, period)
     settings = measure.make_settings(keep, fine_keep or [0.5, 0.25], period, tree_width or [1, 4])
+    where = _device(device)
     workload = measure.Workload(context, tokens, cycles, histogram, where)
-    model = make_model(make_config(shape, layers), find_dtype(dtype), where, seed)
-    ceiling = measure_ceiling(model.dtype, where)
-    with progress("measuring", cycles * len(settings)) as advance:
-        rows = measure.run(model, settings, workload, ceiling, on_turn=advance)
-    if json:
-        import json as encoder
+    model = _model(shape, layers, dtype, where, seed)
+    with open_peer(model, context + tokens, known["threads"]) if peer else nullcontext() as other:
+        ceiling = measure_ceiling(model.dtype, where)
+        with progress("measuring", cycles * (len(settings) + bool(other))) as advance:
+            rows = measure.run(model, settings, workload, ceiling, other, on_turn=advance)
+        besides = {"peer": other.facts} if other else {}
+    parts = {"ceiling": asdict(ceiling), "workload": asdict(workload), "rows": [asdict(row) for row in rows]}
+    _print({**known, **besides, **parts}, lambda: show.decoding(rows, ceiling), json)
 
-        record = {**known, "ceiling": asdict(ceiling), "workload": asdict(workload), "rows": [asdict(r) for r in rows]}
-        sys.stdout.write(encoder.dumps(record) + "\n")
+
+@bench_app.command()
+def growth(
+    axis: Annotated[
+        list[str] | None, typer.Option(help="context, batch, period, tree_width, keep; again. [default: all]")
+    ] = None,
+    context: Annotated[list[int] | None, typer.Option(min=1, help="[default: 256 1024 2048 4096 8192]")] = None,
+    batch: Annotated[list[int] | None, typer.Option(min=1, help="[default: 1 2 4 8 16]")] = None,
+    period: Annotated[list[int] | None, typer.Option(min=2, help="[default: 16 4 8 32]")] = None,
+    tree_width: Annotated[list[int] | None, typer.Option(min=1, help="[default: 1 2 4 8]")] = None,
+    keep: Annotated[
+        list[float] | None, typer.Option(help="[default: 0.5 0.25 0.75] An axis's first value is the base point's.")
+    ] = None,
+    sparsity: Annotated[str, typer.Option(help="coarse, fine, or a plug-in's name.")] = "coarse",
+    shape: Shape = "llama-3.2-1b",
+    layers: Layers = None,
+    dtype: Dtype = "bfloat16",
+    device: Device = "auto",
+    threads: Threads = None,
+    cycles: Annotated[int, typer.Option(min=1, help="Turns of each setting at each point.")] = 5,
+    seed: Seed = 0,
+    output: Annotated[
+        Path | None, typer.Option(help="Save the record as it grows; go on with an unfinished one.")
+    ] = None,
+    source: Annotated[Path | None, typer.Option("--from", help="Show this record again; nothing is measured.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw break-even lines: a .svg or .png file.")] = None,
+    json: Json = False,
+) -> None:
+    """How cost grows along five axes, one at a time, and from which advance on correction pays."""
+    from sirius.benchmark import growth as measure
+    from sirius.benchmark import plot as paper
+    from sirius.benchmark import record, show
+    from sirius.benchmark.ceiling import Ceiling
+
+    if plot is not None:
+        paper.check_plot(plot)
+    if source is None:
+        given = {"context": context, "batch": batch, "period": period, "tree_width": tree_width, "keep": keep}
+        points = measure.make_points({name: given[name] or measure.VALUES[name] for name in given}, axis or given)
+        known = {**_begin(threads), "shape": shape, "layers": layers, "dtype": dtype, "seed": seed}
+        found = _grow(points, measure.Workload(points[0], sparsity, cycles, _device(device)), known, output)
     else:
-        out.print(show.decoding(rows, ceiling))
+        found = record.read_record(source)
+    workload, rows = measure.read_rows(found)
+    if plot is not None:
+        paper.draw(workload, rows, plot)
+    _print(found, lambda: show.growing(workload, rows, Ceiling(**found["ceiling"])), json)
 
 
 @bench_app.command()
 def kernels(
     neurons: Annotated[int, typer.Option(min=1, help="F of the MLP.")] = 8192,
     hidden: Annotated[int, typer.Option(min=1, help="H of the MLP.")] = 2048,
-    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
-    device: Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu, cuda.")] = "auto",
-    threads: Annotated[int | None, typer.Option(min=1, help="Of the CPU. [default: torch's]")] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print the record as JSON.")] = False,
+    dtype: Dtype = "bfloat16",
+    device: Device = "auto",
+    threads: Threads = None,
+    json: Json = False,
 ) -> None:
     """Every operation over densities 0 to 1 and batches 1 to 16: kernel, plain reference and ceiling."""
-    import torch
-
+    known = _begin(threads)
     from sirius.benchmark import kernels as measure
     from sirius.benchmark import show
     from sirius.benchmark.ceiling import measure_ceiling
-    from sirius.benchmark.facts import facts
-    from sirius.model.loading import find_device, find_dtype
+    from sirius.model.loading import find_dtype
 
-    if threads is not None:
-        torch.set_num_threads(threads)
-    known = facts(" ".join(["sirius", *sys.argv[1:]]), torch.get_num_threads())
-    size = measure.Size(neurons, hidden, find_dtype(dtype), str(find_device(device)))
+    size = measure.Size(neurons, hidden, find_dtype(dtype), _device(device))
     ceiling = measure_ceiling(size.dtype, size.device)
     with progress("measuring", len(measure.BATCHES) * (2 * len(measure.DENSITIES) + 1)) as advance:
         rows = measure.run(size, ceiling, on_row=advance)
-    if json:
-        import json as encoder
+    parts = {"ceiling": asdict(ceiling), "rows": [asdict(row) for row in rows]}
+    _print({**known, **parts}, lambda: show.operations(rows, ceiling), json)
 
-        record = {**known, "ceiling": asdict(ceiling), "rows": [asdict(row) for row in rows]}
-        sys.stdout.write(encoder.dumps(record) + "\n")
+
+def _begin(threads: int | None) -> dict[str, Any]:
+    """Set the threads, and return the facts of what follows."""
+    quieten()
+    import torch
+
+    from sirius.benchmark.facts import facts
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    return facts(" ".join(["sirius", *sys.argv[1:]]), torch.get_num_threads())
+
+
+def _device(device: str) -> str:
+    from sirius.model.loading import find_device
+
+    return str(find_device(device))
+
+
+def _model(shape: str, layers: int | None, dtype: str, device: str, seed: int) -> "PreTrainedModel":
+    from sirius.benchmark.models import make_config, make_model
+    from sirius.model.loading import find_dtype
+
+    return make_model(make_config(shape, layers), find_dtype(dtype), device, seed)
+
+
+def _grow(
+    points: "Sequence[Point]", workload: "Workload", known: Mapping[str, Any], output: Path | None
+) -> dict[str, Any]:
+    """Measure the points that the record of `output` does not hold yet, and return the whole record."""
+    from sirius.benchmark import growth as measure
+    from sirius.benchmark import record
+    from sirius.benchmark.ceiling import measure_ceiling
+    from sirius.benchmark.models import make_config
+
+    measure.check_points(points, workload, make_config(known["shape"], known["layers"]))
+    found = {**known, "workload": asdict(workload), "ceiling": None, "rows": []}
+    found = found if output is None else record.begun(output, found)
+    model = _model(known["shape"], known["layers"], known["dtype"], workload.device, known["seed"])
+    found["ceiling"] = found["ceiling"] or asdict(measure_ceiling(model.dtype, workload.device))
+    _, done = measure.read_rows(found)
+    saving = nullcontext() if output is None else saved_as_it_goes()
+    with saving, progress("measuring", len(points)) as advance:
+
+        def keep(rows: list[measure.Row]) -> None:
+            found["rows"] = [asdict(row) for row in rows]
+            if output is not None:
+                record.save(output, found)
+            advance(len(rows))
+
+        keep(done)
+        measure.run(model, points, workload, done, on_row=keep)
+    return found
+
+
+def _print(record: Mapping[str, Any], table: "Callable[[], RenderableType]", json: bool) -> None:
+    """Show a record: itself as JSON, or its table."""
+    from sirius.benchmark.record import to_line
+
+    if json:
+        sys.stdout.write(to_line(record))
     else:
-        out.print(show.operations(rows, ceiling))
+        out.print(table())
 
 
 def _histogram(path: Path, period: int) -> tuple[float, ...]:
