@@ -1,13 +1,22 @@
 """Models that the tests make: a tiny random one of each family, and a toy that needs no transformers at all."""
 
 import hashlib
+import importlib.util
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # one device for both sides of a comparison
+import pytest
+
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported
+ON_GPU = bool(os.environ.get("SIRIUS_TEST_GPU"))  # for tests/unit/test_gpu_kernels.py alone
+if not ON_GPU:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # one device for both sides of a comparison
+    if importlib.util.find_spec("triton"):
+        with pytest.MonkeyPatch.context() as patch:  # Triton settles at its import who runs a program
+            patch.setenv("TRITON_INTERPRET", "1")
+            importlib.import_module("sirius.kernels.programs")
 
 import pytest
 import torch
@@ -32,6 +41,9 @@ from sirius import cli
 from sirius.core import Mode, Window
 
 torch.set_num_threads(1)  # the models here are too small to share out
+
+if ON_GPU and not torch.cuda.is_available():
+    raise pytest.UsageError("SIRIUS_TEST_GPU is set, and PyTorch finds no GPU here")
 
 SHARED = Path(__file__).parents[2] / "shared"
 VOCABULARY, NEURONS = 131, 45
@@ -167,3 +179,26 @@ class Toy:
         for each in (self.held, self.places, self.slots):
             each[row] = each[-1]
             each.pop()
+
+
+@pytest.fixture
+def gpu_device(monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """Return where the GPU's kernels run: on the GPU if the tests may take it, else on the CPU, interpreted."""
+    if ON_GPU:
+        return torch.device("cuda")
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    from triton.runtime import interpreter
+
+    dot = interpreter.InterpreterBuilder.create_dot
+
+    def widened_dot(builder, a, b, *others):  # it multiplies the bits of bfloat16 as though they were integers
+        wide = (_widened(each) if str(each.dtype.scalar) == "bf16" else each for each in (a, b))
+        return dot(builder, *wide, *others)
+
+    def _widened(handle):
+        numbers = (handle.data.astype("uint32") << 16).view("float32")
+        return interpreter.TensorHandle(numbers, interpreter.tl.float32)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", widened_dot)
+    return torch.device("cpu")

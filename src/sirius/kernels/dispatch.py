@@ -1,57 +1,107 @@
 """Which implementation an operation takes, decided here alone: a kernel where there is one, else plain PyTorch."""
 
+from collections.abc import Callable
 from math import prod
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from sirius.kernels import cpu, reference
+from sirius.kernels import attention, cpu, gpu, reference
 
 MANY = 64  # tokens from which on a matrix product of PyTorch's is the faster one, where the CPU has instructions for it
+FEW = 16  # tokens up to which a GPU reads weights in a kernel of ours as fast as it can
+
+Activation = Callable[[Tensor], Tensor]
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, index: Tensor | None = None) -> Tensor:
     """Return the products of x [..., H] with the rows of weight [F, H] at index; see `reference.linear`."""
-    chosen = cpu if _has_kernel(x, weight, index) else reference
-    return chosen.linear(x, weight, bias, index)
+    return _backend(x, weight, index).linear(x, weight, bias, index)
 
 
 def project(z: Tensor, weight: Tensor, bias: Tensor | None = None, index: Tensor | None = None) -> Tensor:
     """Return the rows of weight [F, H] at index added up, weighed by z [..., F]; see `reference.project`."""
-    chosen = cpu if _has_kernel(z, weight, index) else reference
-    return chosen.project(z, weight, bias, index)
+    return _backend(z, weight, index).project(z, weight, bias, index)
+
+
+def gate(x: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation) -> Tensor:
+    """Return act(gate(x)) [..., F] of x [..., H]; see `reference.gate`."""
+    name = gpu.activation_name(activation)
+    if name is not None and prod(x.shape[:-1]) <= FEW and _on_gpu(x, weight):
+        return gpu.gate(x, weight, bias, name)
+    return activation(linear(x, weight, bias))
+
+
+def glu(
+    x: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    gate_bias: Tensor | None,
+    up_bias: Tensor | None,
+    activation: Activation,
+    index: Tensor | None = None,
+) -> Tensor:
+    """Return z = act(gate(x)) * up(x) [..., F] of x [..., H], of the neurons at index alone; see `reference.glu`."""
+    name = gpu.activation_name(activation)
+    if name is not None and index is not None and _on_gpu(x, gate):
+        return gpu.glu(x, gate, up, gate_bias, up_bias, name, index)
+    return activation(linear(x, gate, gate_bias, index)) * linear(x, up, up_bias, index)
+
+
+def up_rows(gated: Tensor, x: Tensor, up: Tensor, up_bias: Tensor | None, index: Tensor) -> Tensor:
+    """Return z [..., k] of the neurons at index, of gated = act(gate(x)) [..., F]; see `reference.up_rows`."""
+    if _on_gpu(x, up):
+        return gpu.up_rows(gated, x, up, up_bias, index)
+    return gated[..., index] * linear(x, up, up_bias, index)
 
 
 def largest(values: Tensor, count: int) -> Tensor:
     """Return the places of the `count` largest of values [..., F] at least 0, ascending; see `reference.largest`."""
+    if values.dtype in gpu.DTYPES and values.shape[-1] <= gpu.LONGEST and gpu.runs_on(values.device):
+        return gpu.largest(values, count)
     kernel = values.device.type == "cpu" and values.dtype in cpu.DTYPES and cpu.library() is not None
     return (cpu if kernel else reference).largest(values, count)
 
 
 def places(kept: Tensor, weight: Tensor) -> Tensor:
-    """Return where kept [F] bool is True, ascending, as an index of the rows of weight [F, H], [k] int64."""
+    """Return where kept [F] bool is True, ascending, as an index [k] int64 of the rows of weight [F, H].
+
+    On a GPU, which is not asked how many there are, k is F and -1 fills the end.
+    """
+    if gpu.fits(weight, weight):
+        return torch.nonzero_static(kept, size=len(kept))[:, 0]
     return kept.nonzero()[:, 0]
 
 
 def reads_rows(weight: Tensor) -> bool:
     """Tell whether rows of weight [F, H] can be read where they lie, or must be copied together first."""
-    return cpu.fits(weight, weight)
+    return cpu.fits(weight, weight) or gpu.fits(weight, weight)
 
 
 def attends(device: torch.device, dtype: torch.dtype) -> bool:
     """Tell whether `attend` has a kernel there."""
-    return False
+    return dtype in gpu.DTYPES and gpu.runs_on(device)
 
 
 def attend(
     query: Tensor, keys: Tensor, values: Tensor, held: Tensor, seen: Tensor, scale: float, softcap: float | None
 ) -> Tensor:
     """Return what tokens see of the slots of a cache; see `reference.attend`."""
-    raise NotImplementedError
+    chosen = attention if attends(query.device, query.dtype) else reference
+    return chosen.attend(query, keys, values, held, seen, scale, softcap)
 
 
-def _has_kernel(x: Tensor, weight: Tensor, index: Tensor | None) -> bool:
-    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
-        return False
+def _backend(x: Tensor, weight: Tensor, index: Tensor | None) -> ModuleType:
+    if _on_gpu(x, weight):
+        return gpu if index is not None else reference
     few = prod(x.shape[:-1]) < MANY or (weight.dtype is not torch.float32 and not cpu.multiplies_halves())
-    return (few or index is not None) and cpu.fits(x, weight)
+    return cpu if (few or index is not None) and cpu.fits(x, weight) and not _learns(x, weight) else reference
+
+
+def _on_gpu(x: Tensor, weight: Tensor) -> bool:
+    return gpu.fits(x, weight) and not _learns(x, weight)
+
+
+def _learns(x: Tensor, weight: Tensor) -> bool:
+    return torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)

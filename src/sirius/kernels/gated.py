@@ -1,14 +1,13 @@
 """A gated MLP: down(act(gate(x)) * up(x)), with all of its neurons or some."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from sirius.kernels.dispatch import linear, project
-
-Activation = Callable[[Tensor], Tensor]
+from sirius.kernels import dispatch
+from sirius.kernels.dispatch import Activation
 
 
 @dataclass(frozen=True)
@@ -47,24 +46,24 @@ class Neurons:
         )
 
 
-def gate(x: Tensor, neurons: Neurons, activation: Activation, index: Tensor | None = None) -> Tensor:
-    """Return act(gate(x)) [..., F] of x [..., H], or of the neurons at index [k] int64 alone [..., k]."""
-    return activation(linear(x, neurons.gate, neurons.gate_bias, index))
+def gate(x: Tensor, neurons: Neurons, activation: Activation) -> Tensor:
+    """Return act(gate(x)) [..., F] of x [..., H]."""
+    return dispatch.gate(x, neurons.gate, neurons.gate_bias, activation)
 
 
-def combine(gated: Tensor, x: Tensor, neurons: Neurons, index: Tensor | None = None) -> Tensor:
-    """Return z = gated * up(x), what each neuron sends on, in the shape of gated."""
-    return gated * linear(x, neurons.up, neurons.up_bias, index)
+def glu(x: Tensor, neurons: Neurons, activation: Activation, index: Tensor | None = None) -> Tensor:
+    """Return z = act(gate(x)) * up(x) [..., F], what each neuron sends on, or those at index [k] int64 alone."""
+    return dispatch.glu(x, neurons.gate, neurons.up, neurons.gate_bias, neurons.up_bias, activation, index)
 
 
 def add_up(z: Tensor, neurons: Neurons, index: Tensor | None = None) -> Tensor:
     """Return down(z) [..., H], of the neurons at index where z is theirs alone."""
-    return project(z, neurons.down, neurons.down_bias, index)
+    return dispatch.project(z, neurons.down, neurons.down_bias, index)
 
 
 def gated_mlp(x: Tensor, neurons: Neurons, activation: Activation, index: Tensor | None = None) -> Tensor:
     """Return down(act(gate(x)) * up(x)) [..., H] of x [..., H], with the neurons at index [k] int64 alone or all."""
-    return add_up(combine(gate(x, neurons, activation, index), x, neurons, index), neurons, index)
+    return add_up(glu(x, neurons, activation, index), neurons, index)
 
 
 def gated_mlp_rows(gated: Tensor, x: Tensor, neurons: Neurons, index: Tensor) -> Tensor:
@@ -73,4 +72,4 @@ def gated_mlp_rows(gated: Tensor, x: Tensor, neurons: Neurons, index: Tensor) ->
     gated  [..., F]  act(gate(x)), computed in full
     x      [..., H]
     """
-    return add_up(combine(gated[..., index], x, neurons, index), neurons, index)
+    return add_up(dispatch.up_rows(gated, x, neurons.up, neurons.up_bias, index), neurons, index)

@@ -4,8 +4,13 @@ Weights are neuron-major: gate, up and down are all [F, H] and row j belongs to 
 skipped rows. `linear` and `project` also take a stack of weights [B, F, H], one for each row of x [B, T, H].
 """
 
+from functools import partial
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh"), "relu": F.relu}
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, index: Tensor | None = None) -> Tensor:
@@ -34,3 +39,54 @@ def project(z: Tensor, weight: Tensor, bias: Tensor | None = None, index: Tensor
 def largest(values: Tensor, count: int) -> Tensor:
     """Return the places of the `count` largest of values [..., F] at least 0, [..., count] int64, ascending."""
     return values.topk(count, dim=-1).indices.sort(dim=-1).values
+
+
+def gate(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    """Return act(gate(x)) [..., F] of x [..., H]; `activation` is a name of ACTIVATIONS."""
+    return ACTIVATIONS[activation](linear(x, weight, bias))
+
+
+def glu(
+    x: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    gate_bias: Tensor | None,
+    up_bias: Tensor | None,
+    activation: str,
+    index: Tensor | None = None,
+) -> Tensor:
+    """Return z = act(gate(x)) * up(x) of x [..., H], of the neurons at index [k] int64, [..., k]; of all without it."""
+    return ACTIVATIONS[activation](linear(x, gate, gate_bias, index)) * linear(x, up, up_bias, index)
+
+
+def up_rows(gated: Tensor, x: Tensor, up: Tensor, up_bias: Tensor | None, index: Tensor) -> Tensor:
+    """Return z [..., k] of the neurons at index [k] int64, of gated = act(gate(x)) [..., F] and x [..., H]."""
+    return gated[..., index] * linear(x, up, up_bias, index)
+
+
+def attend(
+    query: Tensor, keys: Tensor, values: Tensor, held: Tensor, seen: Tensor, scale: float, softcap: float | None = None
+) -> Tensor:
+    """Return the attention of T tokens of each row over the row's slots, [B, T, Hq, D]; softmax in float32 or wider.
+
+    query    [B, Hq, T, D]   of the tokens; Hq is a multiple of Hkv, neighbouring heads share keys and values
+    keys     [B, S, Hkv, D]  of the slots, as are values
+    held     [B] int64       slots that each row holds: every token sees them
+    seen     [B, T, M] bool  which of the M slots after those each token sees; slots past S are seen by none
+    scale    of the scores query.key
+    softcap  scores become softcap * tanh(score / softcap)
+
+    A token that sees no slot is given zeros.
+    """
+    (slots, kv_heads), (heads, tokens) = keys.shape[1:3], query.shape[1:3]
+    place = torch.arange(slots, device=held.device) - held[:, None]  # [B, S]; below 0 held
+    after = place.clamp(0, seen.shape[2] - 1)[:, None].expand(-1, tokens, -1)
+    allowed = (place < 0)[:, None] | (seen.gather(2, after) & ((place >= 0) & (place < seen.shape[2]))[:, None])
+    q, k, v = (each.to(torch.promote_types(each.dtype, torch.float32)) for each in (query, keys, values))
+    k, v = (each.repeat_interleave(heads // kv_heads, 2).transpose(1, 2) for each in (k, v))
+    scores = scale * (q @ k.mT)
+    if softcap is not None:
+        scores = softcap * (scores / softcap).tanh()
+    hidden = ~allowed[:, None]
+    weights = scores.masked_fill(hidden, -torch.inf).softmax(-1).masked_fill(hidden, 0)
+    return (weights @ v).transpose(1, 2).to(query.dtype)

@@ -80,7 +80,7 @@ class Observe:
 
     def __call__(self, mlp: SparseMLP, x: Tensor) -> Tensor:
         neurons = mlp.neurons
-        z = kernel.combine(kernel.gate(x, neurons, mlp.activation), x, neurons)
+        z = kernel.glu(x, neurons, mlp.activation)
         self.see(z)
         return kernel.add_up(z, neurons)
 
