@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-WARM = 2  # passes of a shape before it is worth recording; they also compile and tune what it launches
+WARM = 2  # passes of a shape in one session before it is worth a record; the last window of a text never is
 
 Call = Callable[..., Tensor]
 Replay = Callable[[Call, Mapping[str, Tensor]], Tensor]
@@ -35,6 +35,10 @@ class Passes:
         for name, buffer in buffers.items():
             buffer.copy_(inputs[name])
         return replay(call, buffers)
+
+    def begin(self) -> None:
+        """Begin a session: what it does often is recorded, and what earlier ones did is there."""
+        self.counts.clear()
 
     def forget(self) -> None:
         """Drop what was recorded, as something in it has moved."""

@@ -36,6 +36,7 @@ class Workspace:
         """Let every row hold nothing."""
         self.cache.clear()
         self.tally.clear()
+        self.passes.begin()
 
     def reserve(self, rows: int, slots: int) -> None:
         """Make room for at least so many rows and slots; what is held stays."""

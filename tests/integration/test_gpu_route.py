@@ -1,0 +1,160 @@
+"""Decoding as on a GPU, against transformers: attention over slots, recorded passes, and the GPU's kernels themselves.
+
+Where the tests may take no GPU the kernels are run by Triton's interpreter, and recorded passes by calling them again.
+"""
+
+import gc
+import weakref
+
+import pytest
+
+from conftest import FAMILIES, greedy, tiny_model
+from sirius import CorrectionConfig, Engine, SparsityConfig
+from sirius.kernels import gpu
+from sirius.model import session, workspace
+from sirius.model.workspace import IDLE, Workspace
+
+PROMPT, OTHER = [5, 9, 2, 77, 31], [8, 8, 100]
+METHODS = {
+    "coarse": SparsityConfig("coarse", 0.4),
+    "coarse per row": SparsityConfig("coarse", 0.4, per_row=True),
+    "coarse refreshed": SparsityConfig("coarse", 0.4, refresh=0.2),
+    "fine": SparsityConfig("fine", 0.4),
+    "fine with a threshold": SparsityConfig("fine", threshold=0.3),
+    "fine per branch": SparsityConfig("fine", 0.4, per_branch=True),
+    "none": SparsityConfig("none"),
+}
+
+
+def argmax(period: int, width: int = 1) -> CorrectionConfig:
+    return CorrectionConfig(period, "argmax", tree_width=width)
+
+
+@pytest.fixture
+def recorded(monkeypatch) -> list[int]:
+    """Let sessions attend to slots and record passes, on the CPU; return the addresses of what each record reads."""
+    records: list[int] = []
+    make = Workspace.__init__
+
+    def record(call, buffers):
+        records.append(buffers["tokens"].data_ptr())
+        return lambda call, buffers: call(**buffers)
+
+    def make_recording(space, model, attends):
+        make(space, model, attends)
+        space.passes.record = record
+
+    monkeypatch.setattr(session, "attends", lambda device, dtype: True)
+    monkeypatch.setattr(Workspace, "__init__", make_recording)
+    monkeypatch.setattr(workspace, "_idle", weakref.WeakKeyDictionary())
+    return records
+
+
+@pytest.mark.parametrize("width", [1, 3])
+@pytest.mark.parametrize("name", METHODS)
+def test_recorded_passes_write_the_full_models_text_in_every_row(recorded, name, width):
+    model = tiny_model(eos_token_id=None)
+    done = Engine(model).generate_many(
+        [PROMPT, OTHER, PROMPT[:2]],
+        batch_size=2,
+        max_new_tokens=40,
+        sparsity=METHODS[name],
+        correction=argmax(5, width),
+    )
+    texts = {index: list(completion.token_ids) for index, completion in done}
+    assert texts == {i: greedy(model, prompt, 40) for i, prompt in enumerate([PROMPT, OTHER, PROMPT[:2]])}
+    assert bool(recorded) == ("refresh" not in name)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_attention_over_slots_is_every_familys_attention(recorded, family):
+    model = tiny_model(family, eos_token_id=None)
+    got = Engine(model).generate(PROMPT, max_new_tokens=20, sparsity="fine", correction=argmax(4, 2))
+    assert list(got.token_ids) == greedy(model, PROMPT, 20)
+    assert model.config._attn_implementation in ("sdpa", "eager")
+
+
+@pytest.mark.parametrize("name", ["coarse", "fine"])
+def test_a_second_prompt_records_nothing_anew(recorded, name):
+    engine = Engine(tiny_model(eos_token_id=None))
+
+    def generate(prompt: list[int]) -> list[int]:
+        options = {"sparsity": METHODS[name], "correction": argmax(5)}
+        return list(engine.generate(prompt, max_new_tokens=60, **options).token_ids)
+
+    want = [greedy(tiny_model(eos_token_id=None), prompt, 60) for prompt in (PROMPT, OTHER)]
+    assert generate(PROMPT) == want[0]
+    first = len(recorded)
+    assert first > 0
+    gc.collect()
+    assert generate(OTHER) == want[1]
+    assert generate(PROMPT) == want[0]
+    assert len(recorded) == first
+
+
+def test_two_sessions_at_a_time_have_workspaces_of_their_own(recorded):
+    engine = Engine(tiny_model(eos_token_id=None))
+    streams = [engine.stream(prompt, max_new_tokens=30, correction=argmax(4)) for prompt in (PROMPT, OTHER)]
+    tokens: list[list[int]] = [[], []]
+    for _ in range(30):
+        for each, stream in zip(tokens, streams, strict=True):
+            each.extend(token for update in [next(stream, None)] if update for token in update.round.tokens)
+    assert tokens == [greedy(tiny_model(eos_token_id=None), prompt, 30) for prompt in (PROMPT, OTHER)]
+
+
+def test_a_text_that_was_dropped_leaves_nothing_behind(recorded):
+    engine = Engine(tiny_model(eos_token_id=None))
+    stream = engine.stream(PROMPT * 5, max_new_tokens=50, correction=argmax(4))
+    next(stream), next(stream)
+    stream.close()
+    gc.collect()
+    got = engine.generate(OTHER, max_new_tokens=30, correction=argmax(4))
+    assert list(got.token_ids) == greedy(tiny_model(eos_token_id=None), OTHER, 30)
+
+
+def test_a_model_keeps_few_idle_workspaces_and_takes_them_along_when_it_goes(recorded):
+    model = tiny_model()
+    engine = Engine(model)
+    for keep in range(1, IDLE + 4):
+        engine.generate(PROMPT, max_new_tokens=4, sparsity=SparsityConfig("coarse", keep / 10))
+    gc.collect()
+    assert len(workspace._idle[model]) == IDLE
+    del model, engine
+    gc.collect()
+    assert not workspace._idle
+
+
+def test_what_cannot_be_recorded_runs_as_before_and_is_told_once(recorded, monkeypatch, caplog):
+    def refuse(call, buffers):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    model = tiny_model(eos_token_id=None)
+    batch = Engine(model).batch(rows=1, correction=argmax(4))
+    batch.session.space.passes.record = refuse
+    batch.add(Engine(model).text(PROMPT, max_new_tokens=40))
+    while batch.busy:
+        done = batch.step()
+    assert list(done[-1].completion.token_ids) == greedy(model, PROMPT, 40)
+    assert [record.message for record in caplog.records].count(caplog.records[0].message) == 1
+    assert "cannot be recorded and run slower: operation not permitted" in caplog.records[0].message
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@pytest.mark.parametrize("name", ["coarse", "fine", "fine with a threshold"])
+def test_the_gpus_kernels_write_the_full_models_text(gpu_device, monkeypatch, family, name):
+    launched = set()
+    for operation in ("glu", "gate", "up_rows", "project", "largest"):
+        kernel = getattr(gpu, operation)
+        monkeypatch.setattr(gpu, operation, lambda *a, o=operation, k=kernel: launched.add(o) or k(*a))
+    model = tiny_model(family, eos_token_id=None).to(gpu_device)
+    want = greedy(model, PROMPT, 5)
+    got = Engine(model).generate(PROMPT, max_new_tokens=5, sparsity=METHODS[name], correction=argmax(3, 2))
+    assert list(got.token_ids) == want
+    assert (
+        launched
+        == {
+            "coarse": {"largest", "glu", "project"},
+            "fine": {"gate", "largest", "up_rows", "project"},
+            "fine with a threshold": {"gate", "up_rows", "project"},
+        }[name]
+    )
