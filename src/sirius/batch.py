@@ -129,14 +129,18 @@ class Batch:
         *,
         ends: frozenset[int] = frozenset(),
         rows: int = 8,
+        compiled: bool = False,
     ) -> None:
-        """Open an empty batch; `ends` are token ids at which drafts stop, correction None is the sparse model alone."""
+        """Open an empty batch; `ends` are token ids at which drafts stop, correction None is the sparse model alone.
+
+        compiled  a GPU's passes are compiled, which takes a minute or two and then saves time at each
+        """
         if type(rows) is not int or rows < 1:
             raise ConfigError(f"a batch has a whole number of rows, at least 1; got {rows!r}")
         mlps = prepare(model)
         neurons = tuple(mlp.size for mlp in mlps)
         self.model, self.rows, self.sparsity = model, rows, chosen
-        self.session = Session(model, mlps, lambda: sparsity.create(chosen, neurons))
+        self.session = Session(model, mlps, lambda: sparsity.create(chosen, neurons), compiled)
         self.asked = correction
         self.correction = PLAIN if self.session.shared is None else correction
         self.plan = _make_plan(self.correction, ends)

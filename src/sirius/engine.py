@@ -57,9 +57,15 @@ class Options(TextOptions, BatchOptions, total=False):
 class Engine:
     """A model made sparse, with its tokenizer, ready to decode; not thread-safe."""
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
-        """Prepare a transformers model that is already loaded; its MLPs are replaced (`sirius.restore` undoes it)."""
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None, *, compile: bool = False
+    ) -> None:
+        """Prepare a transformers model that is already loaded; its MLPs are replaced (`sirius.restore` undoes it).
+
+        compile  compile the passes of a GPU: minutes at the first text, then less time at each token
+        """
         prepare(model)
+        self.compile = compile
         self.model, self.tokenizer = model.eval(), tokenizer
         self.ends = end_tokens(model)
 
@@ -72,16 +78,18 @@ class Engine:
         device: str = "auto",
         revision: str | None = None,
         trust_remote_code: bool = False,
+        compile: bool = False,
     ) -> "Engine":
         """Load a model folder or a hub id.
 
         dtype   "auto" (the checkpoint's), "float32", "bfloat16", "float16" or "float64", or torch's own
         device  "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1", ...
+        compile compile the passes of a GPU: minutes at the first text, then less time at each token
 
         Raises ModelError where it cannot be loaded, UnsupportedModelError where its structure does not fit.
         """
         source = Source(str(path), revision, trust_remote_code)
-        return cls(load_model(source, dtype, device), load_tokenizer(source))
+        return cls(load_model(source, dtype, device), load_tokenizer(source), compile=compile)
 
     def generate(self, prompt: Prompt, **options: Unpack[Options]) -> Completion:
         """Decode one prompt to its end; the arguments are those of `stream`."""
@@ -150,7 +158,7 @@ class Engine:
         chosen = as_config(SparsityConfig, options.get("sparsity", "coarse"))
         asked = options.get("correction", CorrectionConfig())
         correction = None if asked is None else as_config(CorrectionConfig, asked)
-        return Batch(self.model, chosen, correction, ends=self.ends, rows=rows)
+        return Batch(self.model, chosen, correction, ends=self.ends, rows=rows, compiled=self.compile)
 
     def text(self, prompt: Prompt, **options: Unpack[TextOptions]) -> Text:
         """Return a prompt with its options, checked and ready for a batch; raise as `stream` does."""

@@ -7,9 +7,11 @@ import gc
 import weakref
 
 import pytest
+import torch
 
 from conftest import FAMILIES, greedy, tiny_model
 from sirius import CorrectionConfig, Engine, SparsityConfig
+from sirius.errors import ConfigError
 from sirius.kernels import gpu
 from sirius.model import session, workspace
 from sirius.model.workspace import IDLE, Workspace
@@ -37,11 +39,12 @@ def recorded(monkeypatch) -> list[int]:
     make = Workspace.__init__
 
     def record(call, buffers):
-        records.append(buffers["tokens"].data_ptr())
+        call(**buffers)
+        records.append(buffers["input_ids"].data_ptr())
         return lambda call, buffers: call(**buffers)
 
-    def make_recording(space, model, attends):
-        make(space, model, attends)
+    def make_recording(space, *args, **options):
+        make(space, *args, **options)
         space.passes.record = record
 
     monkeypatch.setattr(session, "attends", lambda device, dtype: True)
@@ -137,6 +140,28 @@ def test_what_cannot_be_recorded_runs_as_before_and_is_told_once(recorded, monke
     assert list(done[-1].completion.token_ids) == greedy(model, PROMPT, 40)
     assert [record.message for record in caplog.records].count(caplog.records[0].message) == 1
     assert "cannot be recorded and run slower: operation not permitted" in caplog.records[0].message
+
+
+@pytest.mark.parametrize("name", ["coarse", "fine"])
+def test_each_record_is_compiled_once_and_writes_the_same_text(recorded, monkeypatch, name):
+    monkeypatch.setattr(workspace, "COMPILER", "aot_eager")
+    model = tiny_model(eos_token_id=None)
+    want = [greedy(model, prompt, 40) for prompt in (PROMPT, OTHER)]
+    engine = Engine(model, compile=True)
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    for prompt, text in zip((PROMPT, OTHER), want, strict=True):
+        got = engine.generate(prompt, max_new_tokens=40, sparsity=METHODS[name], correction=argmax(5))
+        assert list(got.token_ids) == text
+        gc.collect()
+    assert counters["stats"]["unique_graphs"] == len(recorded) > 0
+    assert not counters["graph_break"]
+
+
+def test_there_is_nothing_to_compile_on_the_cpu():
+    engine = Engine(tiny_model(), compile=True)
+    with pytest.raises(ConfigError, match=r"compiled on a GPU.* is torch.float32 on cpu: leave compile out"):
+        engine.generate(PROMPT, max_new_tokens=4)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])

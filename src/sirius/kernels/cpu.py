@@ -53,12 +53,14 @@ def multiplies_halves() -> bool:
 
 def fits(x: Tensor, weight: Tensor) -> bool:
     """Tell whether the kernels can take a product of x [..., H] or [..., F] with weight [F, H]."""
+    return x.dtype == weight.dtype and weight.ndim == 2 and weight.is_contiguous() and takes(weight)
+
+
+def takes(tensor: Tensor) -> bool:
+    """Tell whether the kernels can take a tensor: there are some, and it is on the CPU, in one of their dtypes."""
     return (
-        weight.dtype in DTYPES
-        and x.dtype == weight.dtype
-        and weight.device.type == "cpu"
-        and weight.ndim == 2
-        and weight.is_contiguous()
+        tensor.dtype in DTYPES
+        and tensor.device.type == "cpu"
         and not torch.compiler.is_compiling()
         and library() is not None
     )

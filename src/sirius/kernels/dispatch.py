@@ -60,8 +60,7 @@ def largest(values: Tensor, count: int) -> Tensor:
     """Return the places of the `count` largest of values [..., F] at least 0, ascending; see `reference.largest`."""
     if values.dtype in gpu.DTYPES and values.shape[-1] <= gpu.LONGEST and gpu.runs_on(values.device):
         return gpu.largest(values, count)
-    kernel = values.device.type == "cpu" and values.dtype in cpu.DTYPES and cpu.library() is not None
-    return (cpu if kernel else reference).largest(values, count)
+    return (cpu if cpu.takes(values) else reference).largest(values, count)
 
 
 def places(kept: Tensor, weight: Tensor) -> Tensor:

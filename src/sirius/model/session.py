@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
 from sirius.core import Mode, Window
+from sirius.errors import ConfigError
 from sirius.kernels.dispatch import attends
 from sirius.model import attention
 from sirius.model.cache import SlotCache
@@ -20,6 +22,7 @@ from sirius.sparsity.base import PromptSparsity, Sparsity, TokenSparsity
 from sirius.stats import DENSE, Touched
 
 LOOKS = 64  # what tokens look at covers a multiple of so many slots, so that a draft's levels share a record
+Forward = Callable[..., Any]
 MakeMethod = Callable[[], Sparsity | None]
 
 
@@ -30,11 +33,24 @@ class Session:
     pass sets the routes of the model's MLPs and takes them back.
     """
 
-    def __init__(self, model: PreTrainedModel, mlps: list[SparseMLP], make: MakeMethod = lambda: None) -> None:
-        """Open an empty session; `make` gives a method for a prompt, or None to draft with every neuron."""
+    def __init__(
+        self, model: PreTrainedModel, mlps: list[SparseMLP], make: MakeMethod = lambda: None, compiled: bool = False
+    ) -> None:
+        """Open an empty session; `make` gives a method for a prompt, or None to draft with every neuron.
+
+        compiled  passes that are recorded are compiled first
+
+        Raises ConfigError where they cannot be: no pass is recorded there.
+        """
         self.model, self.mlps, self.make = model, mlps, make
         self.shared = make()
-        self.space = borrow(self, model, self.shared and self.shared.config, attends(model.device, model.dtype))
+        can = attends(model.device, model.dtype)
+        if compiled and not can:
+            raise ConfigError(
+                f"passes are compiled on a GPU with Triton, in a dtype of up to 32 bits; this model is {model.dtype} "
+                f"on {model.device}: leave compile out"
+            )
+        self.space = borrow(self, model, (self.shared and self.shared.config, compiled), can)
         eager = model.config._attn_implementation == "eager"
         self.mask_dtype = model.dtype if eager else None
         self.dense: list[Route | None] = [None] * len(mlps)
@@ -78,7 +94,8 @@ class Session:
         placed = self.cache.table.placed
         mask = chain_mask(placed, length, self.mask_dtype)
         with self._routed(self._observing(method)):
-            scores = self._forward(prompt[None], placed, mask, last=1)
+            inputs = {"input_ids": prompt[None].to(self.device), "position_ids": placed}
+            scores = self._scores(self.model, mask, inputs, last=1)
         self.cache.advance(row, length)
         self.methods.append(method)
         self._rows_changed()
@@ -95,11 +112,11 @@ class Session:
         self.cache.place(lengths[:, None] + window.first + torch.arange(count))
         before = self.cache.copy(window.fixed) if window.fixed else []
         routes, inputs = self._routes(mode), self._inputs(tokens, lengths, window)
-        call = partial(self._read, routes)
+        call, compiled = (partial(self._read, forward, routes) for forward in (self.model, self.space.forward))
         if self.refreshing:
             scores = call(**inputs)
         else:
-            scores = self.space.passes.run((mode, *inputs["tokens"].shape, inputs["looks"].shape), call, inputs)
+            scores = self.space.passes.run((mode, inputs["looks"].shape), call, inputs, compiled)
         if window.fixed:
             self.cache.paste(window.fixed, before)
         return scores
@@ -116,27 +133,27 @@ class Session:
             looks = pad(window.seen, (0, padding))
         else:
             looks = tree_mask(held, window.seen, table.visible, self.mask_dtype)
-        positions = held[:, None] + window.depths
-        inputs = {"tokens": tokens.to(table.device), "positions": positions, "placed": table.placed, "held": held}
-        return {**inputs, "looks": looks, "weights": window.weights}
+        return {
+            "input_ids": tokens.to(table.device),
+            "position_ids": held[:, None] + window.depths,
+            "placed": table.placed,
+            "held": held,
+            "looks": looks,
+            "weights": window.weights,
+        }
 
     def _read(
-        self,
-        routes: list[Route | None],
-        tokens: Tensor,
-        positions: Tensor,
-        placed: Tensor,
-        held: Tensor,
-        looks: Tensor,
-        weights: Tensor,
+        self, forward: Forward, routes: list[Route | None], placed: Tensor, weights: Tensor, **looked: Tensor
     ) -> Tensor:
-        self.cache.table.placed, self.space.tally.weights = placed, weights
+        table = self.cache.table
+        table.placed, self.space.tally.weights = placed, weights
+        held, mask = looked.pop("held"), looked.pop("looks")
         if not self.space.attends:
             with self._routed(routes):
-                return self._forward(tokens, positions, looks)
-        self.cache.table.visible = self.cache.table.slots
+                return self._scores(forward, mask, looked)
+        table.visible = table.slots
         with self._routed(routes), self._attending():
-            return self._forward(tokens, positions, looks[:, None], held=held)
+            return self._scores(forward, mask[:, None], {**looked, "held": held})
 
     def keep(self, path: Tensor, counts: Tensor) -> None:
         """Let each row hold the first counts[b] [B] of the places path[b] [B, n] int64 after what it holds already."""
@@ -165,16 +182,9 @@ class Session:
             return method.touched(self.space.tally.share(row))
         return method.touched() if isinstance(method, PromptSparsity) else DENSE
 
-    def _forward(self, tokens: Tensor, positions: Tensor, mask: Tensor, last: int = 0, **more: Tensor) -> Tensor:
-        scores = self.model(
-            input_ids=tokens.to(positions.device),
-            position_ids=positions,
-            attention_mask=mask,
-            past_key_values=self.cache,
-            use_cache=True,
-            logits_to_keep=last,
-            **more,
-        ).logits
+    def _scores(self, forward: Forward, mask: Tensor, inputs: dict[str, Tensor], last: int = 0) -> Tensor:
+        kept = {"past_key_values": self.cache, "use_cache": True}
+        scores = forward(**inputs, **kept, attention_mask=mask, logits_to_keep=last).logits
         return scores if scores.dtype == torch.float64 else scores.float()
 
     def _method_of_row(self) -> Sparsity | None:
