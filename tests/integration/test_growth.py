@@ -173,6 +173,13 @@ def test_a_wrong_option_of_growth_is_one_line(bench, shape, options, says):
     assert err.startswith("error: ") and says in err and len(err.splitlines()) == 1
 
 
+def test_the_help_names_the_defaults(bench):
+    code, out, _ = bench("growth", "--help")
+    assert code == 0
+    for values in growth.VALUES.values():
+        assert f"[default: {' '.join(f'{value:g}' for value in values)}]" in " ".join(out.split())
+
+
 @pytest.mark.parametrize("content", ["", "[]", "not json", '{"rows": []}', '{"workload": {"base": {}}, "rows": []}'])
 def test_what_is_no_record_of_growth_is_refused(bench, tmp_path, content):
     path = tmp_path / "record.json"

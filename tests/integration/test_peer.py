@@ -76,8 +76,6 @@ def test_llama_cpp_agrees_and_is_timed(dtype):
         assert len(turn.seconds) == 5 and min(turn.seconds) > 0
         assert turn.tokens[:3] == [1, 2, 3] and len(turn.tokens) == 8
         assert other.turn([1, 2, 3], 5).tokens == turn.tokens
-        with pytest.raises(ModelError, match="failed to read 50 tokens"):
-            other.turn([1] * 50, 0)
 
 
 def test_a_model_that_llama_cpp_computes_otherwise_is_refused(monkeypatch):
@@ -95,8 +93,9 @@ def test_a_record_with_llama_cpp_has_its_row_and_version(bench, shape):
     row = record["rows"][-1]
     full = record["rows"][1]["ms_per_token"]
     assert row["name"] == "llama.cpp" and row["peak_bytes"] is None and row["aal"] == 1
-    assert row["ratio_to_full"] == pytest.approx(row["ms_per_token"] / full, rel=0.02)
-    assert record["peer"].keys() == {"llama-cpp-python", "features"}
+    assert row["ratio_to_full"] == pytest.approx(row["ms_per_token"] / full, abs=0.001)
+    assert record["peer"].keys() == {"llama-cpp-python", "features", "difference"}
+    assert 0 < record["peer"]["difference"] < peer.TOLERANCE[torch.float32]
 
 
 @pytest.mark.parametrize(

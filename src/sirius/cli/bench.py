@@ -26,6 +26,7 @@ Dtype = Annotated[str, typer.Option(help="bfloat16, float16 or float32.")]
 Device = Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu, cuda.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Of the CPU. [default: torch's]")]
 Seed = Annotated[int, typer.Option(help="Of the weights.")]
+FIRST = "The first is the base point's. [default:"
 Json = Annotated[bool, typer.Option("--json", help="Print the record as JSON.")]
 
 
@@ -87,15 +88,15 @@ def decode(
 @bench_app.command()
 def growth(
     axis: Annotated[
-        list[str] | None, typer.Option(help="context, batch, period, tree_width, keep; again. [default: all]")
+        list[str] | None, typer.Option(help="context, batch, ...; may be given again. [default: all five]")
     ] = None,
-    context: Annotated[list[int] | None, typer.Option(min=1, help="[default: 256 1024 2048 4096 8192]")] = None,
-    batch: Annotated[list[int] | None, typer.Option(min=1, help="[default: 1 2 4 8 16]")] = None,
-    period: Annotated[list[int] | None, typer.Option(min=2, help="[default: 16 4 8 32]")] = None,
-    tree_width: Annotated[list[int] | None, typer.Option(min=1, help="[default: 1 2 4 8]")] = None,
-    keep: Annotated[
-        list[float] | None, typer.Option(help="[default: 0.5 0.25 0.75] An axis's first value is the base point's.")
+    context: Annotated[
+        list[int] | None, typer.Option(min=1, help=f"Tokens held. {FIRST} 256 1024 2048 4096 8192]")
     ] = None,
+    batch: Annotated[list[int] | None, typer.Option(min=1, help=f"Rows side by side. {FIRST} 1 2 4 8 16]")] = None,
+    period: Annotated[list[int] | None, typer.Option(min=2, help=f"K. {FIRST} 16 4 8 32]")] = None,
+    tree_width: Annotated[list[int] | None, typer.Option(min=1, help=f"Branches. {FIRST} 1 2 4 8]")] = None,
+    keep: Annotated[list[float] | None, typer.Option(help=f"Of the neurons. {FIRST} 0.5 0.25 0.75]")] = None,
     sparsity: Annotated[str, typer.Option(help="coarse, fine, or a plug-in's name.")] = "coarse",
     shape: Shape = "llama-3.2-1b",
     layers: Layers = None,
@@ -104,9 +105,7 @@ def growth(
     threads: Threads = None,
     cycles: Annotated[int, typer.Option(min=1, help="Turns of each setting at each point.")] = 5,
     seed: Seed = 0,
-    output: Annotated[
-        Path | None, typer.Option(help="Save the record as it grows; go on with an unfinished one.")
-    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Save the record as it grows, or go on with it.")] = None,
     source: Annotated[Path | None, typer.Option("--from", help="Show this record again; nothing is measured.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw break-even lines: a .svg or .png file.")] = None,
     json: Json = False,
