@@ -143,7 +143,9 @@ def test_rows_are_those_of_a_tensor_of_any_layout():
     torch.testing.assert_close(gpu.project(z, weight), reference.project(z, weight))
 
 
-@pytest.mark.parametrize(("count", "least", "grid"), [(7168, 16, 16), (1, 16, 1), (0, 16, 1), (100, 32, 9999), (65, 16, 4)])
+@pytest.mark.parametrize(
+    ("count", "least", "grid"), [(7168, 16, 16), (1, 16, 1), (0, 16, 1), (100, 32, 9999), (65, 16, 4)]
+)
 def test_slices_cover_every_neuron_and_none_is_empty(count, least, grid):
     slices, share = gpu.split(count, least, grid)
     assert slices * share >= count and share % least == 0
@@ -211,7 +213,9 @@ def test_the_largest_equal_the_reference(dtype, count):
 
 @settings(derandomize=True, deadline=None, max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    st.lists(st.sampled_from([0.0, -0.0, 1.0, 1 + 2**-7, -1.0, 2**-24, 3e4, torch.inf, -torch.inf, torch.nan]), min_size=1),
+    st.lists(
+        st.sampled_from([0.0, -0.0, 1.0, 1 + 2**-7, -1.0, 2**-24, 3e4, torch.inf, -torch.inf, torch.nan]), min_size=1
+    ),
     st.sampled_from(DTYPES),
     st.data(),
 )
@@ -267,14 +271,14 @@ def test_attention_equals_the_reference_and_reads_no_slot_that_is_not_seen(dtype
     slots.poison()
     got = slots.attend(attention.attend, 0.3, softcap)
     assert got.shape == want.shape and got.is_contiguous()
-    assert bool(((got.double() - want).abs() <= 2 * EPSILON[dtype] * slots.values.double().nan_to_num().abs().max()).all())
+    assert bool(
+        ((got.double() - want).abs() <= 2 * EPSILON[dtype] * slots.values.double().nan_to_num().abs().max()).all()
+    )
     assert bool((got[1, -1] == 0).all())
     assert torch.equal(got, slots.attend(attention.attend, 0.3, softcap))
 
 
-@pytest.mark.parametrize(
-    "shape", [(1, 1, 1, 1), (1, 2, 2, 64), (2, 1, 3, 16), (1, 3, 6, 3)], ids=str
-)
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (1, 2, 2, 64), (2, 1, 3, 16), (1, 3, 6, 3)], ids=str)
 def test_attention_is_right_at_any_size(shape):
     slots = Slots(torch.float32, *shape)
     want = slots.wanted(0.2, None)
@@ -291,7 +295,11 @@ def test_attention_is_that_of_pytorch():
 
 
 def samples() -> dict[str, tuple]:
-    x, parts, index = random(torch.float32, 2, 5), [random(torch.float32, 3, 5) for _ in range(2)], torch.tensor([-1, 2])
+    x, parts, index = (
+        random(torch.float32, 2, 5),
+        [random(torch.float32, 3, 5) for _ in range(2)],
+        torch.tensor([-1, 2]),
+    )
     slots = Slots(torch.float32, 1, 1, 1, 4)
     view = (slots.query[:1], slots.keys[:1, :20], slots.values[:1, :20], slots.held[1:2], slots.seen[:1])
     return {
@@ -341,13 +349,19 @@ def test_activations_are_known_by_what_they_compute():
     known = [
         *(nn.SiLU(), nn.ReLU(), nn.GELU(), nn.GELU(approximate="tanh"), F.silu, F.gelu, F.relu, torch.relu),
         *(activations.ACT2FN[name] for name in ("silu", "swish", "gelu", "relu", "gelu_pytorch_tanh", "gelu_new")),
-        *(activations.GELUActivation(use_gelu_python=True), activations.PytorchGELUTanh(), activations.ACT2FN["gelu_fast"]),
+        *(
+            activations.GELUActivation(use_gelu_python=True),
+            activations.PytorchGELUTanh(),
+            activations.ACT2FN["gelu_fast"],
+        ),
     ]
     for activation in known:
         name = gpu.activation_name(activation)
         torch.testing.assert_close(reference.ACTIVATIONS[name](x), activation(x))
     unknown = [nn.Tanh(), torch.tanh, nn.LeakyReLU(), activations.ACT2FN["relu2"], activations.ACT2FN["gelu_10"]]
-    assert {gpu.activation_name(each) for each in [*unknown, partial(F.gelu, approximate="tanh"), lambda x: x]} == {None}
+    assert {gpu.activation_name(each) for each in [*unknown, partial(F.gelu, approximate="tanh"), lambda x: x]} == {
+        None
+    }
 
 
 def test_triton_is_imported_when_a_kernel_runs_and_no_sooner():
