@@ -30,7 +30,7 @@ def attend(
         return y
     splits = _splits(slots, rows * kv_heads)
     totals = query.new_empty(rows, heads * tokens, splits, size, dtype=torch.float32)
-    sums = totals.new_empty(2, *totals.shape[:-1])
+    sums = totals.new_empty(*totals.shape[:-1], 2)
     itemsize, columns = keys.element_size(), power_of_two(size, 16)
     queries = min(power_of_two(groups * tokens, 16), MOST_QUERIES[itemsize])
     launch(

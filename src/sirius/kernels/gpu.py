@@ -11,13 +11,14 @@ import os
 from collections.abc import Callable
 from functools import cache, wraps
 from math import prod
-from typing import Any, NamedTuple, ParamSpec
+from typing import Any, Concatenate, NamedTuple, ParamSpec
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-Arguments = ParamSpec("Arguments")
+Rest = ParamSpec("Rest")
+Operation = Callable[Concatenate[Tensor, Rest], Tensor]
 Pair = tuple[Tensor | None, Tensor | None]  # a weight and its bias
 DTYPES = {torch.float32: 32, torch.bfloat16: 16, torch.float16: 19}  # bits of a float32 that their numbers use
 PROGRAMS = 4 * 132  # of a product split over its neurons: four for each multiprocessor of an H100
@@ -117,28 +118,26 @@ def activation_name(activation: Callable[[Tensor], Tensor]) -> str | None:
     return _MODULES.get(name + "(tanh)" * tanh)
 
 
-def operation(
-    fake: Callable[Arguments, Tensor],
-) -> Callable[[Callable[Arguments, Tensor]], Callable[Arguments, Tensor]]:
+def operation(fake: Callable[..., Tensor]) -> Callable[[Operation[Rest]], Operation[Rest]]:
     """Make a function an operator of PyTorch's, sirius::<its name>, which a compiler takes as a whole.
 
     fake  what the compiler calls instead: the result without its values
 
-    Code that is not compiled calls the function itself, for the way through the operator costs more than some kernels.
+    Code that is not compiled calls the function itself; the way through the operator takes longer than some kernels.
     """
 
-    def register(function: Callable[Arguments, Tensor]) -> Callable[Arguments, Tensor]:
+    def register(function: Operation[Rest]) -> Operation[Rest]:
         @wraps(function)
-        def run(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Tensor:
-            with torch.cuda.device_of(args[0]):
-                return function(*args, **kwargs)
+        def run(x: Tensor, *args: Rest.args, **kwargs: Rest.kwargs) -> Tensor:
+            with torch.cuda.device_of(x):
+                return function(x, *args, **kwargs)
 
         operator = torch.library.custom_op(f"sirius::{function.__name__}", run, mutates_args=())
         operator.register_fake(fake)
 
         @wraps(function)
-        def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Tensor:
-            return (operator if torch.compiler.is_compiling() else run)(*args, **kwargs)
+        def call(x: Tensor, *args: Rest.args, **kwargs: Rest.kwargs) -> Tensor:
+            return (operator if torch.compiler.is_compiling() else run)(x, *args, **kwargs)
 
         return call
 

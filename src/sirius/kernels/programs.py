@@ -234,6 +234,13 @@ def _share(split, length, bound, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
+def _allowed(seen, place, places, inside):
+    """Whether queries see the slots at places [N] after what their row holds, [R, N]; seen: where a query's begin."""
+    asked = inside[:, None] & ((place >= 0) & (place < places))[None, :]
+    return (place < 0)[None, :] | (tl.load(seen[:, None] + place[None, :], mask=asked, other=0) != 0)
+
+
+@triton.jit
 def attend_kernel(
     query,
     keys,
@@ -259,8 +266,8 @@ def attend_kernel(
 ):
     """The attention of up to BLOCK_R queries of one key head to one share of the slots in use.
 
-    Lines of queries, [B, Hkv, groups * tokens], have a total of values [., SPLITS, D], and in sums [2, ., SPLITS] the
-    greatest score and the sum of weights that the total is made with.
+    Of every line of queries [B, Hkv, groups * tokens] and share, totals [., SPLITS, D] has the values added up, sums
+    [., SPLITS, 2] the greatest score and the sum of the weights.
     """
     split, b, lines = tl.program_id(0), tl.program_id(2).to(tl.int64), groups * tokens
     blocks = tl.cdiv(lines, BLOCK_R)
@@ -272,8 +279,7 @@ def attend_kernel(
     values += b * value_strides[0] + head * value_strides[2]
 
     length = tl.load(held + b).to(tl.int32)
-    bound = tl.minimum(length + places, slots)
-    first, after, last = _share(split, length, bound, SPLITS, BLOCK_N)
+    first, after, last = _share(split, length, tl.minimum(length + places, slots), SPLITS, BLOCK_N)
     total, weight = tl.zeros([BLOCK_R, BLOCK_D], tl.float32), tl.zeros([BLOCK_R], tl.float32)
     greatest = tl.full([BLOCK_R], float("-inf"), tl.float32)
     every = tl.full([BLOCK_N], 1, tl.int1)
@@ -283,19 +289,16 @@ def attend_kernel(
         total, greatest, weight = _soften(total, greatest, weight, _scores(q, k, scale, softcap), v)
     for start in tl.range(after, last, BLOCK_N, num_stages=1):  # few
         place = start + tl.arange(0, BLOCK_N) - length
-        asked = inside[:, None] & ((place >= 0) & (place < bound - length))[None, :]
-        sees = seen + (b * tokens + token)[:, None] * places + place[None, :]
-        allowed = (place < 0)[None, :] | (tl.load(sees, mask=asked, other=0) != 0)
+        allowed = _allowed(seen + (b * tokens + token) * places, place, tl.minimum(places, slots - length), inside)
         used = tl.max(allowed.to(tl.int32), 0) > 0  # a slot that nobody sees may hold anything
         k = _slots(keys, start, key_strides[1], D, used, BLOCK_D)
         v = _slots(values, start, value_strides[1], D, used, BLOCK_D)
         scores = tl.where(allowed, _scores(q, k, scale, softcap), float("-inf"))
         total, greatest, weight = _soften(total, greatest, weight, scores, v)
 
-    heads = tl.num_programs(1) // blocks
-    out = ((b * heads + head) * lines + line) * SPLITS + split
-    tl.store(sums + out, greatest, mask=inside)
-    tl.store(sums + out + tl.num_programs(2) * heads * lines * SPLITS, weight, mask=inside)
+    out = ((b * (tl.num_programs(1) // blocks) + head) * lines + line) * SPLITS + split
+    tl.store(sums + 2 * out, greatest, mask=inside)
+    tl.store(sums + 2 * out + 1, weight, mask=inside)
     written = line < tl.where(first < last, lines, 0)
     tl.store(totals + out[:, None] * D + column[None, :], total, mask=written[:, None] & (column < D)[None, :])
 
@@ -307,10 +310,10 @@ def combine_kernel(
     """y [B, tokens, heads, D] = what the shares of `attend_kernel` come to together."""
     line = tl.program_id(0).to(tl.int64)
     split, column = line * SPLITS + tl.arange(0, SPLITS), tl.arange(0, BLOCK_D)
-    greatest = tl.load(sums + split)
+    greatest = tl.load(sums + 2 * split)
     seen = greatest != float("-inf")
     factor = tl.where(seen, tl.exp2(greatest - tl.max(greatest, 0)), 0.0)
-    weight = tl.sum(factor * tl.load(sums + tl.num_programs(0) * SPLITS + split), 0)
+    weight = tl.sum(factor * tl.load(sums + 2 * split + 1), 0)
     mask = seen[:, None] & (column < D)[None, :]
     parts = tl.load(totals + split[:, None] * D + column[None, :], mask=mask, other=0.0)
     total = tl.sum(factor[:, None] * parts, 0) / tl.where(weight == 0, 1.0, weight)
