@@ -7,16 +7,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
-
+os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("SIRIUS_TEST_GPU", "")  # none: one device for both sides
+os.environ["TRITON_INTERPRET"] = str(int("SIRIUS_TEST_GPU" not in os.environ))  # read when triton is imported
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported
-ON_GPU = bool(os.environ.get("SIRIUS_TEST_GPU"))  # for tests/unit/test_gpu_kernels.py alone
-if not ON_GPU:
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # one device for both sides of a comparison
-    if importlib.util.find_spec("triton"):
-        with pytest.MonkeyPatch.context() as patch:  # Triton settles at its import who runs a program
-            patch.setenv("TRITON_INTERPRET", "1")
-            importlib.import_module("sirius.kernels.programs")
 
 import pytest
 import torch
@@ -42,8 +35,9 @@ from sirius.core import Mode, Window
 
 torch.set_num_threads(1)  # the models here are too small to share out
 
-if ON_GPU and not torch.cuda.is_available():
-    raise pytest.UsageError("SIRIUS_TEST_GPU is set, and PyTorch finds no GPU here")
+if importlib.util.find_spec("triton"):
+    importlib.import_module("sirius.kernels.programs")
+del os.environ["TRITON_INTERPRET"]  # what is dispatched to the kernels is not to change with it
 
 SHARED = Path(__file__).parents[2] / "shared"
 VOCABULARY, NEURONS = 131, 45
@@ -183,22 +177,22 @@ class Toy:
 
 @pytest.fixture
 def gpu_device(monkeypatch: pytest.MonkeyPatch) -> torch.device:
-    """Return where the GPU's kernels run: on the GPU if the tests may take it, else on the CPU, interpreted."""
-    if ON_GPU:
+    """Return where the GPU's kernels run: on the CPU, interpreted, or on the GPU of number SIRIUS_TEST_GPU."""
+    if "SIRIUS_TEST_GPU" in os.environ:
         return torch.device("cuda")
     pytest.importorskip("triton")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    from triton.runtime import interpreter
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle, tl
 
-    dot = interpreter.InterpreterBuilder.create_dot
+    dot = InterpreterBuilder.create_dot
 
-    def widened_dot(builder, a, b, *others):  # it multiplies the bits of bfloat16 as though they were integers
-        wide = (_widened(each) if str(each.dtype.scalar) == "bf16" else each for each in (a, b))
-        return dot(builder, *wide, *others)
+    def widened(handle: TensorHandle) -> TensorHandle:
+        if handle.dtype.scalar != tl.bfloat16:
+            return handle
+        return TensorHandle((handle.data.astype("uint32") << 16).view("float32"), tl.float32)
 
-    def _widened(handle):
-        numbers = (handle.data.astype("uint32") << 16).view("float32")
-        return interpreter.TensorHandle(numbers, interpreter.tl.float32)
+    def widened_dot(builder: InterpreterBuilder, a: TensorHandle, b: TensorHandle, *others: object) -> TensorHandle:
+        return dot(builder, widened(a), widened(b), *others)  # it takes the bits of bfloat16 for integers
 
-    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", widened_dot)
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", widened_dot)
     return torch.device("cpu")

@@ -1,6 +1,6 @@
 """The GPU's kernels against their plain reference, at odd sizes, into memory full of NaN.
 
-Triton's interpreter runs them on the CPU. On a GPU: SIRIUS_TEST_GPU=1 pytest tests/unit/test_gpu_kernels.py
+Triton's interpreter runs them on the CPU. On the first GPU: SIRIUS_TEST_GPU=0 pytest tests/unit/test_gpu_kernels.py
 """
 
 import subprocess
@@ -23,6 +23,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 EPSILON = {torch.float32: 2**-22, torch.bfloat16: 2**-7, torch.float16: 2**-10}  # the interpreter cuts digits off
 ROWS = [1, 3, 16, 17]
+CASES = [(dtype, rows) for dtype in DTYPES for rows in ROWS if dtype is torch.float32 or rows in (1, 17)]
 NEURONS, SIZE = 21, 37  # neither fills its blocks
 
 
@@ -102,8 +103,7 @@ def sums_are_right(z: torch.Tensor, weight: torch.Tensor, bias, index) -> None:
     close(got, want, reference.project(z.double().abs(), weight.double().abs(), None, neurons(index)) + want.abs())
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize(("dtype", "rows"), CASES, ids=str)
 @pytest.mark.parametrize("share", [None, 0.0, 0.4, 1.0])
 def test_products_equal_the_reference(dtype, rows, share):
     index, weight = some(NEURONS, share), random(dtype, NEURONS, SIZE, seed=1)
@@ -165,8 +165,7 @@ def bound_of(x: torch.Tensor, parts: list[torch.Tensor], index: torch.Tensor | N
     return reference.linear(x, gate, gate_bias, index) * reference.linear(x, up, up_bias, index)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize(("dtype", "rows"), CASES, ids=str)
 @pytest.mark.parametrize(("activation", "share"), [("silu", 0.5), ("gelu_tanh", None), ("gelu", 0.0), ("relu", 1.0)])
 def test_both_products_in_one_equal_the_reference(dtype, rows, activation, share):
     x, parts, index = 3 * random(dtype, rows, SIZE), mlp(dtype), some(NEURONS, share)
@@ -175,8 +174,7 @@ def test_both_products_in_one_equal_the_reference(dtype, rows, activation, share
     close(got, spread(want, index), spread(bound_of(x, parts, neurons(index)), index))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("rows", [1, 17])
+@pytest.mark.parametrize(("dtype", "rows"), CASES, ids=str)
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh", "gelu", "relu"])
 def test_the_gate_alone_equals_the_reference(dtype, rows, activation):
     x, (weight, _, bias, _) = 3 * random(dtype, rows, SIZE), mlp(dtype)
@@ -184,8 +182,7 @@ def test_the_gate_alone_equals_the_reference(dtype, rows, activation):
     close(gpu.gate(x, weight, bias, activation), want, reference.linear(x.double().abs(), weight.double().abs()))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize(("dtype", "rows"), CASES, ids=str)
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
 def test_the_rest_of_opened_neurons_equals_the_reference(dtype, rows, share):
     x, gated, index = random(dtype, rows, SIZE), random(dtype, rows, NEURONS), some(NEURONS, share)
@@ -211,7 +208,7 @@ def test_the_largest_equal_the_reference(dtype, count):
     assert torch.equal(gpu.largest(values, count), order[..., :count].sort().values)
 
 
-@settings(derandomize=True, deadline=None, max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(derandomize=True, deadline=None, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.lists(
         st.sampled_from([0.0, -0.0, 1.0, 1 + 2**-7, -1.0, 2**-24, 3e4, torch.inf, -torch.inf, torch.nan]), min_size=1
@@ -263,8 +260,7 @@ class Slots:
                 store[b, ~read[: store.shape[1]]] = torch.nan
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize(("dtype", "softcap"), list(zip(DTYPES, [None, 3.0, None], strict=True)), ids=str)
 def test_attention_equals_the_reference_and_reads_no_slot_that_is_not_seen(dtype, softcap):
     slots = Slots(dtype)
     want = slots.wanted(0.3, softcap)
@@ -275,14 +271,14 @@ def test_attention_equals_the_reference_and_reads_no_slot_that_is_not_seen(dtype
         ((got.double() - want).abs() <= 2 * EPSILON[dtype] * slots.values.double().nan_to_num().abs().max()).all()
     )
     assert bool((got[1, -1] == 0).all())
-    assert torch.equal(got, slots.attend(attention.attend, 0.3, softcap))
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1), (1, 2, 2, 64), (2, 1, 3, 16), (1, 3, 6, 3)], ids=str)
-def test_attention_is_right_at_any_size(shape):
+def test_attention_is_right_at_any_size_and_repeats_bit_for_bit(shape):
     slots = Slots(torch.float32, *shape)
-    want = slots.wanted(0.2, None)
-    torch.testing.assert_close(slots.attend(attention.attend, 0.2, None).double(), want, atol=2e-6, rtol=1e-5)
+    want, got = slots.wanted(0.2, None), slots.attend(attention.attend, 0.2, None)
+    torch.testing.assert_close(got.double(), want, atol=2e-6, rtol=1e-5)
+    assert torch.equal(slots.attend(attention.attend, 0.2, None), got)
 
 
 def test_attention_is_that_of_pytorch():
@@ -322,11 +318,10 @@ def test_operators_are_what_a_compiler_expects(name):
     torch.library.opcheck(getattr(torch.ops.sirius, name).default, arguments)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_a_compiled_call_is_the_same_call(name):
-    function, arguments = samples()[name]
-    compiled = torch.compile(lambda *given: function(*given), backend="eager", fullgraph=True)
-    assert torch.equal(compiled(*arguments), function(*arguments))
+def test_compiled_calls_are_the_same_calls():
+    calls = list(samples().values())
+    compiled = torch.compile(lambda: [call(*arguments) for call, arguments in calls], backend="eager", fullgraph=True)
+    assert all(torch.equal(got, call(*arguments)) for got, (call, arguments) in zip(compiled(), calls, strict=True))
 
 
 def test_the_kernels_are_taken_where_they_fit_and_nowhere_else(device, monkeypatch):

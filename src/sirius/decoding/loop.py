@@ -12,7 +12,6 @@ holds n tokens, by slots of the cache:
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from math import isnan
-from time import perf_counter
 
 import torch
 from torch import Tensor
@@ -27,7 +26,7 @@ from sirius.decoding.accept import (
     make_verdicts,
     without_interleave,
 )
-from sirius.decoding.host import answers_at_once, fetch, send
+from sirius.decoding.host import Stopwatch, answers_at_once, fetch, send
 from sirius.decoding.period import Measured, Period
 from sirius.decoding.sampling import Noise
 from sirius.decoding.tree import Tree
@@ -112,16 +111,16 @@ def start(model: LanguageModel, row: Row) -> Round | None:
 
 def next_round(model: LanguageModel, rows: Sequence[Row], plan: Plan) -> list[Round | None]:
     """Run one round: guess, check, keep what passed and add one token of the judge; None for a row with an error."""
-    began = perf_counter()
+    watch = Stopwatch(model.device)
     tree = draft(model, rows, plan)
-    drafted = perf_counter()
+    watch.mark()
     raw, check = verify(model, rows, tree, plan)
     judged = accept(check, raw, plan)
-    checked = perf_counter()
+    watch.mark()
     rounds = keep(model, rows, judged, (raw, check.scores), plan)
     verdicts = judged.verdicts
     kept, rejected = sum(v.accepted for v in verdicts), sum(v.origin == "correction" for v in verdicts)
-    plan.period.learn(Measured(drafted - began, checked - drafted, len(tree.levels) - 2, kept, rejected))
+    plan.period.learn(Measured(*watch.laps(), len(tree.levels) - 2, kept, rejected))
     return rounds
 
 

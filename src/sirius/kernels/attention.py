@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from sirius.kernels.gpu import FUSED, PROGRAMS, operation, power_of_two
+from sirius.kernels.gpu import PROGRAMS, launch, operation, power_of_two
 
 LEAST_SHARE = 128  # slots, of a split
 MOST_QUERIES = {2: 64, 4: 16}  # that one program takes on, by the size of a number
@@ -19,8 +19,7 @@ def attend(
 ) -> Tensor:
     """See `reference.attend`.
 
-    Queries, keys and values may be views whose last dimension lies together. No slot is read that no token sees, but for
-    those below `held`.
+    Queries, keys and values may be views whose last dimension lies together. A slot that no token sees is not read.
     """
     from sirius.kernels.programs import attend_kernel, combine_kernel
 
@@ -31,30 +30,25 @@ def attend(
         return y
     splits = _splits(slots, rows * kv_heads)
     totals = query.new_empty(rows, heads * tokens, splits, size, dtype=torch.float32)
-    greatests, weights = (totals.new_empty(totals.shape[:-1]) for _ in range(2))
+    sums = totals.new_empty(*totals.shape[:-1], 2)
     itemsize, columns = keys.element_size(), power_of_two(size, 16)
     queries = min(power_of_two(groups * tokens, 16), MOST_QUERIES[itemsize])
-    attend_kernel[(splits, kv_heads * -(-groups * tokens // queries), rows)](
-        *(query, keys, values, held, seen.contiguous().view(torch.uint8), totals, greatests, weights),
+    launch(
+        attend_kernel,
+        (splits, kv_heads * -(-groups * tokens // queries), rows),
+        *(query, keys, values, held, seen.contiguous().view(torch.uint8), totals, sums),
+        *(query.stride(), keys.stride(), values.stride()),
         *(scale, softcap, slots, seen.shape[2], tokens, groups),
-        *(*query.stride()[:3], *keys.stride()[:3], *values.stride()[:3]),
         D=size,
         SPLITS=splits,
         BLOCK_R=queries,
         BLOCK_N=min(64, max(16, 2**15 // (columns * itemsize**2))),
         BLOCK_D=columns,
-        num_warps=8 if queries == 64 or itemsize == 4 else 4,
-        num_stages=3 if itemsize == 2 else 2,
-        **FUSED,
+        warps=8 if queries == 64 or itemsize == 4 else 4,
+        stages=3 if itemsize == 2 else 2,
     )
-    combine_kernel[(rows * heads * tokens,)](
-        *(totals, greatests, weights, y, tokens, groups, heads),
-        D=size,
-        SPLITS=splits,
-        BLOCK_D=columns,
-        num_warps=4,
-        **FUSED,
-    )
+    sizes = {"D": size, "SPLITS": splits, "BLOCK_D": columns}
+    launch(combine_kernel, (rows * heads * tokens,), totals, sums, y, tokens, groups, heads, **sizes, warps=4)
     return y
 
 

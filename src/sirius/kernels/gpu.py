@@ -11,16 +11,16 @@ import os
 from collections.abc import Callable
 from functools import cache, wraps
 from math import prod
-from typing import NamedTuple, ParamSpec
+from typing import Any, Concatenate, NamedTuple, ParamSpec
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-Arguments = ParamSpec("Arguments")
+Rest = ParamSpec("Rest")
+Operation = Callable[Concatenate[Tensor, Rest], Tensor]
 Pair = tuple[Tensor | None, Tensor | None]  # a weight and its bias
 DTYPES = {torch.float32: 32, torch.bfloat16: 16, torch.float16: 19}  # bits of a float32 that their numbers use
-FUSED = {"enable_fp_fusion": True}  # multiply and add in one instruction, whatever a Triton release makes of none
 PROGRAMS = 4 * 132  # of a product split over its neurons: four for each multiprocessor of an H100
 MOST_SLICES = 64
 LONGEST = 2**16  # values of a line of `largest`
@@ -81,6 +81,13 @@ def runs_on(device: torch.device) -> bool:
     return (device.type == "cuda" or (device.type == "cpu" and interpreted())) and available()
 
 
+def launch(
+    kernel: Any, grid: tuple[int, ...], *arguments: object, warps: int, stages: int = 1, **sizes: object
+) -> None:
+    """Run a kernel on a grid; products are added in one instruction, whatever a release of Triton does by itself."""
+    kernel[grid](*arguments, **sizes, num_warps=warps, num_stages=stages, enable_fp_fusion=True)
+
+
 def power_of_two(number: int, least: int = 1) -> int:
     """Return the smallest power of two that is no less than number and least."""
     return max(least, 1 << max(number - 1, 0).bit_length())
@@ -90,6 +97,8 @@ _FUNCTIONS = {functional.silu: "silu", functional.gelu: "gelu", functional.relu:
 _MODULES = {
     "torch.nn.modules.activation.SiLU": "silu",
     "torch.nn.modules.activation.ReLU": "relu",
+    "torch.nn.modules.activation.GELU": "gelu",
+    "torch.nn.modules.activation.GELU(tanh)": "gelu_tanh",
     "transformers.activations.SiLUActivation": "silu",
     "transformers.activations.GELUActivation": "gelu",
     "transformers.activations.GELUTanh": "gelu_tanh",  # PytorchGELUTanh is another name of it
@@ -103,35 +112,33 @@ def activation_name(activation: Callable[[Tensor], Tensor]) -> str | None:
 
     None of any other.
     """
-    if type(activation) is nn.GELU:
-        return "gelu_tanh" if activation.approximate == "tanh" else "gelu"
-    if isinstance(activation, nn.Module):
-        return _MODULES.get(f"{type(activation).__module__}.{type(activation).__qualname__}")
-    return _FUNCTIONS.get(activation)
+    if not isinstance(activation, nn.Module):
+        return _FUNCTIONS.get(activation)
+    tanh = getattr(activation, "approximate", None) == "tanh"
+    name = f"{type(activation).__module__}.{type(activation).__qualname__}"
+    return _MODULES.get(name + "(tanh)" * tanh)
 
 
-def operation(
-    fake: Callable[Arguments, Tensor],
-) -> Callable[[Callable[Arguments, Tensor]], Callable[Arguments, Tensor]]:
+def operation(fake: Callable[..., Tensor]) -> Callable[[Operation[Rest]], Operation[Rest]]:
     """Make a function an operator of PyTorch's, sirius::<its name>, which a compiler takes as a whole.
 
     fake  what the compiler calls instead: the result without its values
 
-    Code that is not compiled calls the function itself, for the way through the operator costs more than some kernels.
+    Code that is not compiled calls the function itself; the way through the operator takes longer than some kernels.
     """
 
-    def register(function: Callable[Arguments, Tensor]) -> Callable[Arguments, Tensor]:
+    def register(function: Operation[Rest]) -> Operation[Rest]:
         @wraps(function)
-        def launch(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Tensor:
-            with torch.cuda.device_of(args[0]):
-                return function(*args, **kwargs)
+        def run(x: Tensor, *args: Rest.args, **kwargs: Rest.kwargs) -> Tensor:
+            with torch.cuda.device_of(x):
+                return function(x, *args, **kwargs)
 
-        operator = torch.library.custom_op(f"sirius::{function.__name__}", launch, mutates_args=())
+        operator = torch.library.custom_op(f"sirius::{function.__name__}", run, mutates_args=())
         operator.register_fake(fake)
 
         @wraps(function)
-        def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Tensor:
-            return (operator if torch.compiler.is_compiling() else launch)(*args, **kwargs)
+        def call(x: Tensor, *args: Rest.args, **kwargs: Rest.kwargs) -> Tensor:
+            return (operator if torch.compiler.is_compiling() else run)(x, *args, **kwargs)
 
         return call
 
@@ -192,7 +199,9 @@ def _linear(
     block = LINEAR[1 if rows == 1 else 16]
     columns = block.columns(size, x.element_size())
     each = block.neurons if rows > 1 or second[0] is None else block.neurons // 2
-    linear_kernel[(_blocks(rows, block.rows) * _blocks(count, each),)](
+    launch(
+        linear_kernel,
+        (_blocks(rows, block.rows) * _blocks(count, each),),
         *(x, *first, *second, gated, index, z),
         *(rows, count, neurons, size),
         ACTIVATION=activation,
@@ -200,9 +209,8 @@ def _linear(
         BLOCK_F=each,
         BLOCK_H=columns,
         EVEN_H=size % columns == 0,
-        num_warps=block.warps,
-        num_stages=block.stages,
-        **FUSED,
+        warps=block.warps,
+        stages=block.stages,
     )
     return z
 
@@ -222,19 +230,20 @@ def project(z: Tensor, weight: Tensor, bias: Tensor | None = None, index: Tensor
     grid = _blocks(rows, block.rows) * _blocks(size, columns)
     slices, share = split(count, block.neurons, grid)
     partial = z.new_empty(slices, rows, size, dtype=torch.float32)
-    project_kernel[(grid * slices,)](
+    launch(
+        project_kernel,
+        (grid * slices,),
         *(z, weight, index, partial),
         *(rows, count, size, share),
         BLOCK_R=block.rows,
         BLOCK_F=block.neurons,
         BLOCK_H=columns,
         EVEN_H=size % columns == 0,
-        num_warps=block.warps,
-        num_stages=block.stages,
-        **FUSED,
+        warps=block.warps,
+        stages=block.stages,
     )
     sums = {"SLICES": slices, "BLOCK_S": power_of_two(slices), "BLOCK": 128}
-    add_kernel[(_blocks(y.numel(), 128),)](partial, bias, y, y.numel(), size, **sums, num_warps=4, **FUSED)
+    launch(add_kernel, (_blocks(y.numel(), 128),), partial, bias, y, y.numel(), size, **sums, warps=4)
     return y
 
 
@@ -261,7 +270,7 @@ def largest(values: Tensor, count: int) -> Tensor:
         block = power_of_two(size)
         warps = min(max(block // 512, 1), 32)
         bits = DTYPES[values.dtype]
-        largest_kernel[(_rows(values),)](values, found, size, count, BITS=bits, BLOCK=block, num_warps=warps, **FUSED)
+        launch(largest_kernel, (_rows(values),), values, found, size, count, BITS=bits, BLOCK=block, warps=warps)
     return found
 
 

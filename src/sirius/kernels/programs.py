@@ -4,6 +4,9 @@
 Whatever may pass 2^31 elements is counted in int64.
 """
 
+# pyright: basic, reportArgumentType=false, reportGeneralTypeIssues=false, reportOperatorIssue=false
+# what Triton compiles is not what Python would run
+
 import triton
 import triton.language as tl
 
@@ -40,10 +43,7 @@ def _neurons_at(index, place, count):
 @triton.jit
 def _tile(start, row, column, H, keep, policy: tl.constexpr, EVEN: tl.constexpr):
     """The columns of some rows of a matrix [., H], 0 where a row is not to be kept; EVEN: every column is inside."""
-    if EVEN:
-        mask = keep[:, None]
-    else:
-        mask = keep[:, None] & (column < H)[None, :]
+    mask = keep[:, None] if EVEN else keep[:, None] & (column < H)[None, :]
     return tl.load(start + row[:, None] * H + column[None, :], mask=mask, other=0.0, eviction_policy=policy)
 
 
@@ -225,6 +225,22 @@ def _soften(total, greatest, weight, scores, v):
 
 
 @triton.jit
+def _share(split, length, bound, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr):
+    """One share of the slots below bound, in whole blocks: its first, its first block past length, its end."""
+    share = tl.cdiv(tl.cdiv(bound, SPLITS), BLOCK_N) * BLOCK_N
+    first = split * share
+    last = tl.minimum(first + share, bound)
+    return first, first + tl.maximum(tl.minimum(last, length) - first, 0) // BLOCK_N * BLOCK_N, last
+
+
+@triton.jit
+def _allowed(seen, place, places, inside):
+    """Whether queries see the slots at places [N] after what their row holds, [R, N]; seen: where a query's begin."""
+    asked = inside[:, None] & ((place >= 0) & (place < places))[None, :]
+    return (place < 0)[None, :] | (tl.load(seen[:, None] + place[None, :], mask=asked, other=0) != 0)
+
+
+@triton.jit
 def attend_kernel(
     query,
     keys,
@@ -232,103 +248,77 @@ def attend_kernel(
     held,
     seen,
     totals,
-    greatests,
-    weights,
+    sums,
+    query_strides,
+    key_strides,
+    value_strides,
     scale,
     softcap,
     slots,
     places,
     tokens,
     groups,
-    query_row,
-    query_head,
-    query_token,
-    key_row,
-    key_slot,
-    key_head,
-    value_row,
-    value_slot,
-    value_head,
     D: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """The attention of up to BLOCK_R queries of one key head to one share of the slots.
+    """The attention of up to BLOCK_R queries of one key head to one share of the slots in use.
 
-    Lines of queries, [B, Hkv, groups * tokens], have a total of values [., SPLITS, D], the greatest score and the weight
-    that the total is a sum of, [., SPLITS] each. A share is of the slots in use, not of all: no program is idle for long.
+    Of every line of queries [B, Hkv, groups * tokens] and share, totals [., SPLITS, D] has the values added up, sums
+    [., SPLITS, 2] the greatest score and the sum of the weights.
     """
-    split, head, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    lines = groups * tokens
+    split, b, lines = tl.program_id(0), tl.program_id(2).to(tl.int64), groups * tokens
     blocks = tl.cdiv(lines, BLOCK_R)
-    line = (head % blocks) * BLOCK_R + tl.arange(0, BLOCK_R)
-    head, column, token = head // blocks, tl.arange(0, BLOCK_D), line % tokens
-    at = query + b * query_row + (head * groups + line // tokens) * query_head + token * query_token
-    q = tl.load(at[:, None] + column[None, :], mask=(line < lines)[:, None] & (column < D)[None, :], other=0.0)
-    keys += b * key_row + head * key_head
-    values += b * value_row + head * value_head
+    head, line = tl.program_id(1) // blocks, tl.program_id(1) % blocks * BLOCK_R + tl.arange(0, BLOCK_R)
+    token, column, inside = line % tokens, tl.arange(0, BLOCK_D), line < lines
+    at = b * query_strides[0] + (head * groups + line // tokens) * query_strides[1] + token * query_strides[2]
+    q = tl.load(query + at[:, None] + column[None, :], mask=inside[:, None] & (column < D)[None, :], other=0.0)
+    keys += b * key_strides[0] + head * key_strides[2]
+    values += b * value_strides[0] + head * value_strides[2]
 
     length = tl.load(held + b).to(tl.int32)
-    bound = tl.minimum(length + places, slots)
-    share = tl.cdiv(tl.cdiv(bound, SPLITS), BLOCK_N) * BLOCK_N
-    first = split * share
-    last = tl.minimum(first + share, bound)
-    after = first + tl.maximum(tl.minimum(last, length) - first, 0) // BLOCK_N * BLOCK_N
-
-    total = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
+    first, after, last = _share(split, length, tl.minimum(length + places, slots), SPLITS, BLOCK_N)
+    total, weight = tl.zeros([BLOCK_R, BLOCK_D], tl.float32), tl.zeros([BLOCK_R], tl.float32)
     greatest = tl.full([BLOCK_R], float("-inf"), tl.float32)
-    weight = tl.zeros([BLOCK_R], tl.float32)
     every = tl.full([BLOCK_N], 1, tl.int1)
     for start in range(first, after, BLOCK_N):  # held, seen by all
-        k = _slots(keys, start, key_slot, D, every, BLOCK_D)
-        v = _slots(values, start, value_slot, D, every, BLOCK_D)
+        k = _slots(keys, start, key_strides[1], D, every, BLOCK_D)
+        v = _slots(values, start, value_strides[1], D, every, BLOCK_D)
         total, greatest, weight = _soften(total, greatest, weight, _scores(q, k, scale, softcap), v)
     for start in tl.range(after, last, BLOCK_N, num_stages=1):  # few
-        slot = start + tl.arange(0, BLOCK_N)
-        place = slot - length
-        sees = seen + (b * tokens + token)[:, None] * places + place[None, :]
-        asked = (line < lines)[:, None] & ((place >= 0) & (slot < bound))[None, :]
-        allowed = (place < 0)[None, :] | (tl.load(sees, mask=asked, other=0) != 0)
+        place = start + tl.arange(0, BLOCK_N) - length
+        allowed = _allowed(seen + (b * tokens + token) * places, place, tl.minimum(places, slots - length), inside)
         used = tl.max(allowed.to(tl.int32), 0) > 0  # a slot that nobody sees may hold anything
-        k = _slots(keys, start, key_slot, D, used, BLOCK_D)
-        v = _slots(values, start, value_slot, D, used, BLOCK_D)
+        k = _slots(keys, start, key_strides[1], D, used, BLOCK_D)
+        v = _slots(values, start, value_strides[1], D, used, BLOCK_D)
         scores = tl.where(allowed, _scores(q, k, scale, softcap), float("-inf"))
         total, greatest, weight = _soften(total, greatest, weight, scores, v)
 
     out = ((b * (tl.num_programs(1) // blocks) + head) * lines + line) * SPLITS + split
-    tl.store(greatests + out, greatest, mask=line < lines)
-    tl.store(weights + out, weight, mask=line < lines)
+    tl.store(sums + 2 * out, greatest, mask=inside)
+    tl.store(sums + 2 * out + 1, weight, mask=inside)
     written = line < tl.where(first < last, lines, 0)
     tl.store(totals + out[:, None] * D + column[None, :], total, mask=written[:, None] & (column < D)[None, :])
 
 
 @triton.jit
 def combine_kernel(
-    totals,
-    greatests,
-    weights,
-    y,
-    tokens,
-    groups,
-    heads,
-    D: tl.constexpr,
-    SPLITS: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    totals, sums, y, tokens, groups, heads, D: tl.constexpr, SPLITS: tl.constexpr, BLOCK_D: tl.constexpr
 ):
     """y [B, tokens, heads, D] = what the shares of `attend_kernel` come to together."""
     line = tl.program_id(0).to(tl.int64)
     split, column = line * SPLITS + tl.arange(0, SPLITS), tl.arange(0, BLOCK_D)
-    greatest = tl.load(greatests + split)
-    most = tl.max(greatest, 0)
-    factor = tl.where(greatest == float("-inf"), 0.0, tl.exp2(greatest - most))  # not NaN where nothing was seen
-    mask = (greatest > float("-inf"))[:, None] & (column < D)[None, :]
+    greatest = tl.load(sums + 2 * split)
+    seen = greatest != float("-inf")
+    factor = tl.where(seen, tl.exp2(greatest - tl.max(greatest, 0)), 0.0)
+    weight = tl.sum(factor * tl.load(sums + 2 * split + 1), 0)
+    mask = seen[:, None] & (column < D)[None, :]
     parts = tl.load(totals + split[:, None] * D + column[None, :], mask=mask, other=0.0)
-    weight = tl.sum(factor * tl.load(weights + split), 0)
     total = tl.sum(factor[:, None] * parts, 0) / tl.where(weight == 0, 1.0, weight)
 
-    lines = groups * tokens
-    head = line // lines % (heads // groups) * groups + line % lines // tokens
-    at = ((line // (lines * (heads // groups))) * tokens + line % tokens) * heads + head
+    lines, kv_heads = groups * tokens, heads // groups
+    head = line // lines % kv_heads * groups + line % lines // tokens
+    at = (line // (lines * kv_heads) * tokens + line % tokens) * heads + head
     tl.store(y + at * D + column, total, mask=column < D)
