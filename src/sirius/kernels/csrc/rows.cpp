@@ -39,12 +39,6 @@ struct Rows {
   }
 };
 
-// Fetches what is read later on.
-template <class T>
-inline void fetch(const T* from, int64_t count) {
-  for (int64_t i = 0; i < count; i += kLine / sizeof(T)) __builtin_prefetch(from + i);
-}
-
 // Fetches what lies kAhead bytes beyond a step of a row, going on in the next one.
 template <class T>
 inline void fetch_ahead(const T* row, const T* next, int64_t at, int64_t width) {
@@ -315,12 +309,13 @@ void add_panel(const float* panel, int64_t width, int64_t rows, const float* z, 
     Floats acc[M][kTile];
     for (int m = 0; m < M; m++)
       for (int v = 0; v < kTile; v++) acc[m][v] = load(sums + m * kColumns + c + v * kVector);
-    for (int64_t r = 0; r < rows; r++) {
+    int64_t r = 0;
+    do {  // there is a row; a loop that may not run at all keeps the sums twice
       Floats a[kTile];
       for (int v = 0; v < kTile; v++) a[v] = load(panel + r * kColumns + c + v * kVector);
       for (int m = 0; m < M; m++)
         for (int v = 0; v < kTile; v++) acc[m][v] += a[v] * z[m * stride + r];
-    }
+    } while (++r < rows);
     for (int m = 0; m < M; m++)
       for (int v = 0; v < kTile; v++) store(sums + m * kColumns + c + v * kVector, acc[m][v]);
   }
@@ -351,7 +346,8 @@ void project_columns(const Project& p, const float* z, int64_t token, int64_t to
       for (int64_t r = 0; r < depth; r++) widen_row(rows[i + r] + column, width, panel + r * kColumns);
       for (int64_t m = 0; m < tokens; m += kTileTokens) {
         for (int64_t r = m * kPanelRows / tokens; r < std::min(m + kTileTokens, tokens) * kPanelRows / tokens; r++)
-          fetch(rows[i + kPanelRows + r] + column, width);
+          for (int64_t c = 0; c < width; c += kLine / sizeof(T))
+            __builtin_prefetch(rows[i + kPanelRows + r] + column + c);
         add_tokens(panel, width, depth, z + (token + m) * p.count + i, p.count, tokens - m, sums + m * kColumns);
       }
     }
