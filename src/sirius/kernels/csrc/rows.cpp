@@ -292,7 +292,7 @@ void project_one(const Project& p, const float* z) {
       add_chunk(rows, chunks, chunk, column, std::min(taken * kLine, p.width - column), z, to);
     }
 #pragma omp barrier
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
     for (int64_t column = 0; column < p.width; column += kLine) {
       float totals[kLine] = {};
       for (int64_t chunk = 0; chunk < chunks.count; chunk++)
