@@ -68,7 +68,7 @@ def test_products_equal_the_reference(dtype, size, share, bias):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("threads", [1, 2, 3])
 def test_a_row_is_the_same_bit_for_bit_in_any_company_and_with_any_threads(dtype, threads):
     weight, x, z = random(dtype, 301, 520), random(dtype, 23, 520), random(dtype, 23, 301)
     index = some(301, 0.4)
@@ -110,6 +110,20 @@ def test_the_largest_are_found_with_ties_to_the_first(values, data):
     count = data.draw(st.integers(1, len(values)))
     order = sorted(range(len(values)), key=lambda i: (-values[i], i))[:count]
     assert cpu.largest(torch.tensor(values), count).tolist() == sorted(order)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("count", [1, 4096, 8191])
+def test_the_largest_of_16_bit_values_are_those_of_the_same_values_in_float32(dtype, count):
+    values = random(dtype, 8192).abs()  # many are equal
+    assert torch.equal(cpu.largest(values, count), cpu.largest(values.float(), count))
+
+
+def test_nan_is_among_the_largest():
+    values = random(torch.float32, 9).abs()
+    values[5] = torch.nan
+    for dtype in DTYPES:
+        assert cpu.largest(values.to(dtype), 1).tolist() == [5]
 
 
 def test_the_largest_of_many_rows_equal_the_reference():

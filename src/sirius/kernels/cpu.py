@@ -33,7 +33,7 @@ def library() -> ctypes.CDLL | None:
     tensors = [ctypes.c_int, _Pointer, _Size, _Size]
     found.sirius_linear.argtypes = [*tensors, _Pointer, _Size, _Pointer, _Pointer, _Pointer, ctypes.c_int]
     found.sirius_project.argtypes = [*tensors, _Pointer, _Pointer, _Size, _Pointer, _Pointer, ctypes.c_int]
-    found.sirius_largest.argtypes = [_Pointer, _Size, _Size, _Pointer]
+    found.sirius_largest.argtypes = [ctypes.c_int, _Pointer, _Size, _Size, _Pointer]
     for function in (found.sirius_linear, found.sirius_project, found.sirius_largest):
         function.restype = None
     return found
@@ -89,10 +89,10 @@ def project(z: Tensor, weight: Tensor, bias: Tensor | None = None, index: Tensor
 
 def largest(values: Tensor, count: int) -> Tensor:
     """See `reference.largest`; of equal values the first, NaN before all others."""
-    values = values.float().contiguous()
+    values = values.contiguous()
     found = torch.empty(*values.shape[:-1], count, dtype=torch.int64)
     for line, out in zip(values.view(-1, values.shape[-1]), found.view(-1, count), strict=True):
-        _library().sirius_largest(_at(line), len(line), count, _at(out))
+        _library().sirius_largest(DTYPES[line.dtype], _at(line), len(line), count, _at(out))
     return found
 
 

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <functional>
 #include <vector>
 
 #include "rows.h"
@@ -24,6 +25,16 @@ const Kernels& chosen() {
   return kernels;
 }
 
+// The bits of |values|, in the order of the values; those of 16-bit formats in the upper half.
+std::vector<uint32_t> magnitudes(Dtype dtype, const void* values, int64_t n) {
+  std::vector<uint32_t> bits(n);
+  if (dtype == kFloat32) memcpy(bits.data(), values, n * sizeof(uint32_t));
+  if (dtype != kFloat32)
+    for (int64_t i = 0; i < n; i++) bits[i] = uint32_t(static_cast<const uint16_t*>(values)[i]) << 16;
+  for (uint32_t& b : bits) b &= 0x7fffffff;
+  return bits;
+}
+
 }  // namespace
 
 extern "C" {
@@ -43,27 +54,35 @@ void sirius_project(int dtype, const void* z, int64_t rows, int64_t count, const
 // Writes the places of the k largest of n values >= 0 to out [k], ascending; of equal ones the first.
 //
 // The bits of such floats are in the order of the values: a histogram of their upper bits finds the one bin in which
-// the k-th largest is, and only that bin is sorted out further. NaN counts as the largest.
-void sirius_largest(const float* values, int64_t n, int64_t k, int64_t* out) {
-  constexpr int kShift = 20;
-  const auto bits = [&](int64_t i) {
-    uint32_t b;
-    memcpy(&b, values + i, 4);
-    return b & 0x7fffffff;
-  };
-  std::vector<int64_t> bins(1 << (31 - kShift));
-  for (int64_t i = 0; i < n; i++) bins[bits(i) >> kShift]++;
-  int64_t bin = int64_t(bins.size()) - 1, above = 0;
-  while (above + bins[bin] < k) above += bins[bin--];
-  std::vector<uint32_t> within;
-  for (int64_t i = 0; i < n; i++)
-    if (bits(i) >> kShift == uint32_t(bin)) within.push_back(bits(i));
+// the k-th largest is, and only that bin is sorted out further. NaN counts as the largest. Nothing branches on a value:
+// such a branch would be guessed wrong half the time.
+void sirius_largest(int dtype, const void* values, int64_t n, int64_t k, int64_t* out) {
+  constexpr int kShift = 20, kBins = 1 << (31 - kShift);
+  std::vector<uint32_t> bits = magnitudes(Dtype(dtype), values, n);
+  std::vector<int32_t> bins(2 * kBins);  // two histograms, since the same bin twice in a row would wait for itself
+  for (int64_t i = 0; i < n; i++) bins[(bits[i] >> kShift) + i % 2 * kBins]++;
+  int64_t bin = kBins, above = 0, held = 0;
+  while (above + held < k) {
+    above += held;
+    bin--;
+    held = bins[bin] + bins[bin + kBins];
+  }
+  std::vector<uint32_t> within(held + 1);
+  for (int64_t i = 0, found = 0; i < n; i++) {
+    within[found] = bits[i];
+    found += bits[i] >> kShift == uint32_t(bin);
+  }
+  within.pop_back();
   int64_t wanted = k - above;  // of `within`
   std::nth_element(within.begin(), within.begin() + (wanted - 1), within.end(), std::greater<uint32_t>());
   uint32_t bar = within[wanted - 1];
   int64_t ties = wanted - std::count_if(within.begin(), within.end(), [&](uint32_t b) { return b > bar; });
-  for (int64_t i = 0; i < n; i++)
-    if (bits(i) > bar || (bits(i) == bar && ties-- > 0)) *out++ = i;
+  for (int64_t i = 0, found = 0; found < k; i++) {
+    bool tie = (bits[i] == bar) & (ties > 0);
+    out[found] = i;
+    found += bits[i] > bar | tie;
+    ties -= tie;
+  }
 }
 
 }  // extern "C"

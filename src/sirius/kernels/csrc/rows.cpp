@@ -1,420 +1,373 @@
 // Products with some rows of a weight matrix, memory-bound for few tokens and compute-bound for many.
 //
-// Compiled once for each instruction set (SIRIUS_ISA), with vectors of SIRIUS_WIDTH floats. A block of rows is taken at
-// a time while the next block is fetched ahead: rows that are skipped would otherwise leave the hardware's prefetcher
-// behind. Weights are widened to float on the way; all sums are float.
+// Compiled once for each instruction set (SIRIUS_ISA), with vectors of SIRIUS_WIDTH floats. Few tokens read rows where
+// they lie, some at a time, with what follows fetched ahead: rows that are short or skipped leave the hardware's
+// prefetcher behind. Many tokens share a panel of widened rows in the first-level cache. All sums are float.
 
 #include "rows.h"
 
 #include <omp.h>
 
 #include <algorithm>
-#include <cstring>
-#include <type_traits>
+#include <memory>
 #include <vector>
 
-#if defined(__F16C__)
-#include <immintrin.h>
-#endif
+#include "formats.h"
 
 namespace {
 
-constexpr int kVector = SIRIUS_WIDTH;
-constexpr int kLine = 64;  // bytes of a cache line
-using Floats = float __attribute__((vector_size(kVector * 4)));
-using Words = uint32_t __attribute__((vector_size(kVector * 4)));
-using Halves = uint16_t __attribute__((vector_size(kVector * 2)));
+constexpr int kFewRows = 4;      // weight rows at a time where tokens are few
+constexpr int64_t kAhead = 512;  // bytes of a row that are fetched ahead
+constexpr int64_t kChunk = 256;  // most rows that project adds up before it adds their sum to the others'
 
-// Tiles of linear: weight rows x tokens whose sums stay in registers, 16 of them, or 32 with AVX-512.
-constexpr int kTileRows = kVector == 16 ? 4 : 3;
-constexpr int kTileTokens = kVector == 16 ? 6 : 4;
-constexpr int kFewRows = 4;                   // weight rows at a time where tokens are few
-constexpr int64_t kStretch = 512;             // of the width, where they are many
-constexpr int kPanelRows = 16, kPanel = 256;  // widened weights of project: half of a first-level cache
-constexpr int64_t kChunk = 128;               // least columns of project that a thread takes
+// Tiles whose sums stay in registers (16, or 32 with AVX-512): tokens x weight rows (linear) or vectors (project).
+constexpr int kTileTokens = 4, kTile = kVector == 16 ? 6 : 3;
+constexpr int64_t kBatch = 16;                      // tokens that share widened weights
+constexpr int64_t kGroup = 12, kStretch = 256;      // of linear: rows x elements that meet a batch in the cache
+constexpr int64_t kPanelRows = 16, kColumns = 192;  // of project: likewise
 
-struct BFloat16 {
-  uint16_t bits;
-};
-struct Float16 {
-  uint16_t bits;
-};
-
-float widen(float x) { return x; }
-
-float widen(BFloat16 x) {
-  uint32_t bits = uint32_t(x.bits) << 16;
-  float wide;
-  memcpy(&wide, &bits, 4);
-  return wide;
-}
-
-float widen(Float16 x) {
-  uint32_t sign = uint32_t(x.bits & 0x8000) << 16, rest = x.bits & 0x7fff, bits;
-  float wide;
-  if (rest >= 0x7c00) {
-    bits = 0x7f800000 | (rest & 0x3ff) << 13;
-  } else if (rest >= 0x400) {
-    bits = (rest << 13) + (112u << 23);
-  } else {
-    wide = float(rest) * 0x1p-24f;
-    memcpy(&bits, &wide, 4);
-  }
-  bits |= sign;
-  memcpy(&wide, &bits, 4);
-  return wide;
-}
-
-void narrow(float x, float* to) { *to = x; }
-
-void narrow(float x, BFloat16* to) {  // to nearest, ties to even
-  uint32_t bits;
-  memcpy(&bits, &x, 4);
-  to->bits = x != x ? 0x7fc0 : uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
-
-void narrow(float x, Float16* to) {
-  uint32_t bits;
-  memcpy(&bits, &x, 4);
-  uint16_t sign = uint16_t(bits >> 16 & 0x8000);
-  bits &= 0x7fffffff;
-  if (bits > 0x7f800000) {
-    to->bits = sign | 0x7e00;
-  } else if (bits >= 0x477ff000) {  // rounds past the largest
-    to->bits = sign | 0x7c00;
-  } else if (bits < 0x38800000) {  // below the least normal one; this sum rounds by itself
-    float small;
-    memcpy(&small, &bits, 4);
-    small += 0.5f;
-    memcpy(&bits, &small, 4);
-    to->bits = sign | uint16_t(bits - 0x3f000000);
-  } else {
-    to->bits = sign | uint16_t((bits + 0xc8000fff + (bits >> 13 & 1)) >> 13);
-  }
-}
-
-inline Floats load(const float* p) {
-  Floats v;
-  memcpy(&v, p, sizeof v);
-  return v;
-}
-
-inline Floats load(const BFloat16* p) {
-  Halves half;
-  memcpy(&half, p, sizeof half);
-  Words wide = __builtin_convertvector(half, Words) << 16;
-  Floats v;
-  memcpy(&v, &wide, sizeof v);
-  return v;
-}
-
-inline Floats load(const Float16* p) {
-#if defined(__AVX512F__)
-  return (Floats)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
-#elif defined(__F16C__)
-  return (Floats)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
-#else
-  Floats v;
-  for (int i = 0; i < kVector; i++) v[i] = widen(p[i]);
-  return v;
-#endif
-}
-
+// The rows of a product; past the end the last one again.
 template <class T>
-inline Floats load_part(const T* p, int64_t count) {
-  Floats v = {};
-  for (int64_t i = 0; i < count; i++) v[i] = widen(p[i]);
-  return v;
-}
+struct Rows {
+  const T* w;
+  int64_t width, count;
+  const int64_t* index;
 
-inline void store(float* p, Floats v) { memcpy(p, &v, sizeof v); }
-
-float sum(Floats v) {
-  for (int half = kVector / 2; half; half /= 2)
-    for (int i = 0; i < half; i++) v[i] += v[i + half];
-  return v[0];
-}
-
-template <class T>
-std::vector<float> widened(const T* x, int64_t count) {
-  std::vector<float> wide(count);
-  for (int64_t i = 0; i < count; i++) wide[i] = widen(x[i]);
-  return wide;
-}
-
-// bfloat16 is widened two vectors at a time, faster than one: the even elements of 2 * kVector by a shift, the odd ones
-// by a mask. What they meet (tokens, running sums) is kept in that order, evens before odds, up to `paired` elements.
-template <class T>
-constexpr bool kPaired = std::is_same_v<T, BFloat16>;
-
-template <class T>
-int64_t paired(int64_t width) {
-  constexpr int64_t step = kLine / sizeof(T);
-  return kPaired<T> ? width / step * step : 0;
-}
-
-// Where an element stands in that order.
-inline int64_t place(int64_t i, int64_t paired) {
-  if (i >= paired) return i;
-  int64_t within = i % (2 * kVector);
-  return i - within + within / 2 + within % 2 * kVector;
-}
-
-inline Words load_pairs(const BFloat16* p) {
-  Words bits;
-  memcpy(&bits, p, sizeof bits);
-  return bits;
-}
-
-inline Floats evens(Words bits) { return (Floats)(bits << 16); }
-inline Floats odds(Words bits) { return (Floats)(bits & 0xffff0000u); }
-
-// The pointers of a block of R rows; past the end the last row again.
-template <class T, int R>
-struct Block {
-  const T* row[R];
-  Block(const T* w, int64_t width, const int64_t* index, int64_t begin, int64_t end) {
-    for (int r = 0; r < R; r++) {
-      int64_t i = std::min(begin + r, end - 1);
-      row[r] = w + (index ? index[i] : i) * width;
-    }
+  const T* operator[](int64_t i) const {
+    i = std::min(i, count - 1);
+    return w + (index ? index[i] : i) * width;
   }
 };
 
-// Adds the products of M tokens' x[begin .. end) with R rows to sums [M][R], a vector each.
+// Fetches what lies kAhead bytes beyond a step of a row, going on in the next one.
+template <class T>
+inline void fetch_ahead(const T* row, const T* next, int64_t at, int64_t width) {
+  constexpr int64_t ahead = kAhead / sizeof(T), line = kLine / sizeof(T);
+  for (int64_t i = at + ahead; i < at + ahead + kStep<T>; i += line)
+    __builtin_prefetch(i < width ? row + i : next + i - width);
+}
+
+// Writes what a row's products with a token add up to.
+template <class T>
+void write_dot(const Linear& p, int64_t token, int64_t i, Floats sums) {
+  const T* bias = static_cast<const T*>(p.bias);
+  float dot = sum(sums) + (bias ? widen(bias[p.index ? p.index[i] : i]) : 0);
+  narrow(dot, static_cast<T*>(p.y) + token * p.count + i);
+}
+
+// Adds the products of M tokens' x, `stride` apart, with R rows.
 template <class T, int R, int M>
-void dot_tile(const float* x, int64_t width, const Block<T, R>& w, const T* const* ahead, int64_t begin, int64_t end,
+void dot_rows(const float* x, int64_t stride, const T* const* row, const T* const* next, int64_t width,
               Floats (*sums)[R]) {
-  constexpr int64_t step = kLine / sizeof(T);
-  Floats acc[M][R];
-  memcpy(acc, sums, sizeof acc);
-  auto at = [&](int64_t h) {
+  Floats acc[M][R] = {};
+  auto add = [&](int64_t h, auto&& loaded) {
     Floats a[R];
-    for (int r = 0; r < R; r++) a[r] = load(w.row[r] + h);
+    for (int r = 0; r < R; r++) a[r] = loaded(row[r]);
     for (int m = 0; m < M; m++) {
-      Floats b = load(x + m * width + h);
+      Floats b = load(x + m * stride + h);
       for (int r = 0; r < R; r++) acc[m][r] += a[r] * b;
     }
   };
-  auto at_pairs = [&](int64_t h) {
-    if constexpr (kPaired<T>) {
-      Words bits[R];
-      for (int r = 0; r < R; r++) bits[r] = load_pairs(w.row[r] + h);
-      for (int m = 0; m < M; m++) {
-        Floats b = load(x + m * width + h), c = load(x + m * width + h + kVector);
-        for (int r = 0; r < R; r++) acc[m][r] += evens(bits[r]) * b;
-        for (int r = 0; r < R; r++) acc[m][r] += odds(bits[r]) * c;
-      }
+  int64_t h = 0;
+  for (; h + kStep<T> <= width; h += kStep<T>) {
+    for (int r = 0; r < R; r++) fetch_ahead(row[r], next[r], h, width);
+#pragma GCC unroll 8
+    for (int64_t v = h; v < h + kStep<T>; v += 2 * kVector) {
+      add(v, [&](const T* p) { return load_half(p + v, 0); });
+      add(v + kVector, [&](const T* p) { return load_half(p + v, 1); });
+    }
+  }
+  for (; h + kVector <= width; h += kVector) add(h, [&](const T* p) { return load(p + h); });
+  if (h < width) add(h, [&](const T* p) { return load_part(p + h, width - h); });
+  for (int m = 0; m < M; m++)
+    for (int r = 0; r < R; r++) sums[m][r] = acc[m][r];
+}
+
+template <class T, int M>
+void linear_few(const Linear& p, const float* x, int64_t stride) {
+  constexpr int R = kFewRows;
+  Rows<T> rows{static_cast<const T*>(p.w), p.width, p.count, p.index};
+#pragma omp parallel for num_threads(p.threads) schedule(static)
+  for (int64_t first = 0; first < p.count; first += R) {
+    const T *row[R], *next[R];
+    for (int r = 0; r < R; r++) row[r] = rows[first + r], next[r] = rows[first + R + r];
+    Floats sums[M][R];
+    dot_rows<T, R, M>(x, stride, row, next, p.width, sums);
+    for (int64_t r = 0; r < std::min<int64_t>(R, p.count - first); r++)
+      for (int m = 0; m < M; m++) write_dot<T>(p, m, first + r, sums[m][r]);
+  }
+}
+
+// Adds the products of M tokens' x with a panel of kTile rows, over a stretch of the width. A whole stretch of rows
+// that are still to be widened, and `ahead` of them the next to fetch, is written to the panel on the way.
+template <int M, class T = float>
+void dot_tile(const float* x, float* panel, int64_t width, Floats (*sums)[kTile], const T* const* row = nullptr,
+              const T* const* ahead = nullptr) {
+  Floats acc[M][kTile];
+  for (int i = 0; i < M * kTile; i++) acc[i / kTile][i % kTile] = sums[i / kTile][i % kTile];
+  auto add = [&](int64_t h, auto&& loaded) {
+    Floats a[kTile];
+    for (int r = 0; r < kTile; r++) a[r] = loaded(r);
+    for (int m = 0; m < M; m++) {
+      Floats b = load(x + m * kStretch + h);
+      for (int r = 0; r < kTile; r++) acc[m][r] += a[r] * b;
     }
   };
-  int64_t h = begin;
-  for (; h + step <= end; h += step) {
-    if (ahead)
-      for (int r = 0; r < R; r++) __builtin_prefetch(ahead[r] + h);
-#pragma GCC unroll 8
-    for (int64_t v = 0; v < step; v += kPaired<T> ? 2 * kVector : kVector) kPaired<T> ? at_pairs(h + v) : at(h + v);
-  }
-  for (; h + kVector <= end; h += kVector) at(h);
-  if (h < end)
-    for (int m = 0; m < M; m++) {
-      Floats b = load_part(x + m * width + h, end - h);
-      for (int r = 0; r < R; r++) acc[m][r] += load_part(w.row[r] + h, end - h) * b;
+  auto widened = [&](int64_t h) { return [=](int r) { return load(panel + r * kStretch + h); }; };
+  auto fresh = [&](int64_t h, int half) {
+    return [=](int r) {
+      Floats a = load_half(row[r] + h, half);
+      store(panel + r * kStretch + h + half * kVector, a);
+      return a;
+    };
+  };
+  if (row)
+    for (int64_t h = 0; h < kStretch; h += 2 * kVector) {
+      for (int r = 0; r < kTile; r++) __builtin_prefetch(ahead[r] + h);
+      add(h, fresh(h, 0));
+      add(h + kVector, fresh(h, 1));
     }
-  memcpy(sums, acc, sizeof acc);
+  else if (width == kStretch)  // a loop of known length takes a tenth less time
+    for (int64_t h = 0; h < kStretch; h += kVector) add(h, widened(h));
+  else
+    for (int64_t h = 0; h < width; h += kVector) add(h, widened(h));
+  for (int i = 0; i < M * kTile; i++) sums[i / kTile][i % kTile] = acc[i / kTile][i % kTile];
 }
 
-template <class T, int R>
-void dot_tokens(const float* x, int64_t tokens, int64_t width, const Block<T, R>& w, const T* const* ahead,
-                int64_t begin, int64_t end, Floats (*sums)[R]) {
+template <class T, class... Fresh>
+void dot_tokens(const float* x, int64_t tokens, float* panel, int64_t width, Floats (*sums)[kTile], Fresh... fresh) {
   switch (tokens) {
-    case 1: return dot_tile<T, R, 1>(x, width, w, ahead, begin, end, sums);
-    case 2: return dot_tile<T, R, 2>(x, width, w, ahead, begin, end, sums);
-    case 3: return dot_tile<T, R, 3>(x, width, w, ahead, begin, end, sums);
-    case 4: return dot_tile<T, R, 4>(x, width, w, ahead, begin, end, sums);
-    case 5: return dot_tile<T, R, 5>(x, width, w, ahead, begin, end, sums);
-    default: return dot_tile<T, R, 6>(x, width, w, ahead, begin, end, sums);
+    case 1: return dot_tile<1, T>(x, panel, width, sums, fresh...);
+    case 2: return dot_tile<2, T>(x, panel, width, sums, fresh...);
+    case 3: return dot_tile<3, T>(x, panel, width, sums, fresh...);
+    default: return dot_tile<kTileTokens, T>(x, panel, width, sums, fresh...);
   }
 }
 
-// G blocks of R rows at a time, in stretches of the width: a stretch of a few tokens serves all blocks from the
-// first-level cache.
-template <class T, int R, int G>
-void linear_groups(const Linear& p, const float* x, int64_t stretch, int64_t tile) {
-  const T* w = static_cast<const T*>(p.w);
-  const T* bias = static_cast<const T*>(p.bias);
-  T* y = static_cast<T*>(p.y);
-  int64_t groups = (p.count + R * G - 1) / (R * G);
-#pragma omp parallel num_threads(p.threads)
-  {
-    std::vector<Floats> sums(G * p.rows * R);
-    auto of = [&](int64_t g, int64_t m) { return reinterpret_cast<Floats(*)[R]>(&sums[(g * p.rows + m) * R]); };
-#pragma omp for schedule(static)
-    for (int64_t group = 0; group < groups; group++) {
-      std::fill(sums.begin(), sums.end(), Floats{});
-      int64_t first = group * R * G, blocks = std::min<int64_t>(G, (p.count - first + R - 1) / R);
-      for (int64_t h = 0; h < p.width; h += stretch)
-        for (int64_t m = 0; m < p.rows; m += tile)
-          for (int64_t g = 0; g < blocks; g++) {
-            Block<T, R> now(w, p.width, p.index, first + g * R, p.count);
-            Block<T, R> next(w, p.width, p.index, std::min(first + (g + G) * R, p.count - 1), p.count);
-            dot_tokens<T, R>(x + m * p.width, std::min(tile, p.rows - m), p.width, now, m ? nullptr : next.row, h,
-                             std::min(h + stretch, p.width), of(g, m));
-          }
-      for (int64_t i = first; i < std::min(first + blocks * R, p.count); i++)
-        for (int64_t m = 0; m < p.rows; m++) {
-          float dot = sum((*of((i - first) / R, m))[(i - first) % R]);
-          narrow(dot + (bias ? widen(bias[p.index ? p.index[i] : i]) : 0), y + m * p.count + i);
-        }
+// The products of kGroup rows from `first` on with some tokens, stretch by stretch of the width.
+template <class T>
+void linear_rows(const Linear& p, const float* x, int64_t token, int64_t tokens, int64_t first) {
+  alignas(kLine) float panel[kTile * kStretch];
+  Floats sums[kGroup / kTile][kBatch][kTile] = {};
+  Rows<T> rows{static_cast<const T*>(p.w), p.width, p.count, p.index};
+  for (int64_t h = 0; h < p.width; h += kStretch) {
+    int64_t width = std::min(kStretch, p.width - h), whole = (width + kVector - 1) / kVector * kVector;
+    const float* at = x + h * p.rows + token * kStretch;
+    for (int64_t g = 0; g < kGroup / kTile; g++) {
+      const T *row[kTile], *ahead[kTile];
+      for (int64_t r = 0, i = first + g * kTile; r < kTile; r++, i++) {
+        row[r] = rows[i] + h;
+        ahead[r] = h + kStretch < p.width ? row[r] + kStretch : rows[i + kGroup];
+        if (width < kStretch) widen_row(row[r], width, panel + r * kStretch);
+      }
+      int64_t m = 0;
+      if (width == kStretch) {
+        dot_tokens<T>(at, tokens, panel, width, sums[g], row, ahead);
+        m += kTileTokens;
+      }
+      for (; m < tokens; m += kTileTokens)
+        dot_tokens<float>(at + m * kStretch, tokens - m, panel, whole, sums[g] + m);
     }
   }
+  for (int64_t r = 0; r < std::min(kGroup, p.count - first); r++)
+    for (int64_t m = 0; m < tokens; m++) write_dot<T>(p, token + m, first + r, sums[r / kTile][m][r % kTile]);
+}
+
+// Tokens widened: [stretches of the width, tokens, stretch].
+template <class T>
+std::vector<Floats> widen_tokens(const Linear& p, int64_t stretch) {
+  std::vector<Floats> x((p.width + stretch - 1) / stretch * stretch * p.rows / kVector);
+  for (int64_t m = 0; m < p.rows; m++)
+    for (int64_t h = 0; h < p.width; h += stretch)
+      widen_row(static_cast<const T*>(p.x) + m * p.width + h, std::min(stretch, p.width - h),
+                reinterpret_cast<float*>(x.data()) + h * p.rows + m * stretch);
+  return x;
 }
 
 template <class T>
 void linear_of(const Linear& p) {
-  std::vector<float> x(p.rows * p.width);
-  for (int64_t m = 0; m < p.rows; m++) {
-    const T* from = static_cast<const T*>(p.x) + m * p.width;
-    float* to = x.data() + m * p.width;
-    int64_t h = 0;
-    if constexpr (kPaired<T>)
-      for (; h < paired<T>(p.width); h += 2 * kVector) {
-        Words bits = load_pairs(from + h);
-        store(to + h, evens(bits));
-        store(to + h + kVector, odds(bits));
-      }
-    for (; h < p.width; h++) to[h] = widen(from[h]);
-  }
-  if (p.rows > 2)
-    linear_groups<T, kTileRows, 8>(p, x.data(), kStretch, kTileTokens);
-  else
-    linear_groups<T, kFewRows, 1>(p, x.data(), p.width, 2);
+  int64_t stretch = p.rows > 2 ? kStretch : (p.width + kVector - 1) / kVector * kVector;
+  std::vector<Floats> wide = widen_tokens<T>(p, stretch);
+  const float* x = reinterpret_cast<const float*>(wide.data());
+  if (p.rows == 1) return linear_few<T, 1>(p, x, stretch);
+  if (p.rows == 2) return linear_few<T, 2>(p, x, stretch);
+#pragma omp parallel for num_threads(p.threads) schedule(static)
+  for (int64_t first = 0; first < p.count; first += kGroup)
+    for (int64_t m = 0; m < p.rows; m += kBatch) linear_rows<T>(p, x, m, std::min(kBatch, p.rows - m), first);
+}
+
+// What project adds up: rows are cut into chunks whose sums are added in turn, always the same ones, so that threads
+// can share them.
+struct Chunks {
+  int64_t rows, count;
+  explicit Chunks(int64_t rows) : rows(rows), count((rows + kChunk - 1) / kChunk) {}
+  int64_t begin(int64_t chunk) const { return chunk * rows / count; }
+};
+
+// This thread's part of some pieces of work.
+struct Share {
+  int64_t begin, end;
+  explicit Share(int64_t pieces)
+      : begin(omp_get_thread_num() * pieces / omp_get_num_threads()),
+        end((omp_get_thread_num() + 1) * pieces / omp_get_num_threads()) {}
+};
+
+// Writes a token's sums of some columns, which are in the order of widened elements.
+template <class T>
+void write_sums(const Project& p, int64_t token, int64_t column, int64_t width, const float* sums) {
+  const T* bias = static_cast<const T*>(p.bias);
+  T* y = static_cast<T*>(p.y) + token * p.width + column;
+  auto write = [&](int64_t c, float sum) { narrow(sum + (bias ? widen(bias[column + c]) : 0), y + c); };
+  int64_t c = 0;
+  if constexpr (kPaired<T>)
+    for (; c + kStep<T> <= width; c += kStep<T>)
+      for (int64_t i = 0; i < kStep<T>; i++)
+        write(c + i, sums[c + i / (2 * kVector) * (2 * kVector) + i % (2 * kVector) / 2 + i % 2 * kVector]);
+  for (; c < width; c++) write(c, sums[c]);
 }
 
 // Adds z[0 .. R) times R rows to the sums of one token.
 template <class T, int R>
-void add_rows(const Block<T, R>& w, const T* const* ahead, const float* z, float* sums, int64_t width) {
-  constexpr int64_t step = kLine / sizeof(T);
-  auto add = [&](int64_t c, auto&& loaded, int64_t count) {
-    Floats s = count == kVector ? load(sums + c) : load_part(sums + c, count);
-    for (int r = 0; r < R; r++) s += loaded(w.row[r] + c) * z[r];
-    memcpy(sums + c, &s, count * 4);
+void add_rows(const T* const* row, const T* const* next, const float* z, float* sums, int64_t width) {
+  auto add = [&](int64_t c, auto&& loaded) {
+    Floats s = load(sums + c);
+    for (int r = 0; r < R; r++) s += loaded(row[r] + c) * z[r];
+    store(sums + c, s);
   };
-  auto whole = [](const T* p) { return load(p); };
-  auto add_pairs = [&](int64_t c) {
-    if constexpr (kPaired<T>) {
-      Floats even = load(sums + c), odd = load(sums + c + kVector);
-      for (int r = 0; r < R; r++) {
-        Words bits = load_pairs(w.row[r] + c);
-        even += evens(bits) * z[r];
-        odd += odds(bits) * z[r];
-      }
-      store(sums + c, even);
-      store(sums + c + kVector, odd);
+  auto add_two = [&](int64_t c) {
+    Floats s = load(sums + c), t = load(sums + c + kVector);
+    for (int r = 0; r < R; r++) {
+      s += load_half(row[r] + c, 0) * z[r];
+      t += load_half(row[r] + c, 1) * z[r];
     }
+    store(sums + c, s);
+    store(sums + c + kVector, t);
   };
   int64_t c = 0;
-  for (; c + step <= width; c += step) {
-    for (int r = 0; r < R; r++) __builtin_prefetch(ahead[r] + c);
+  for (; c + kStep<T> <= width; c += kStep<T>) {
+    for (int r = 0; r < R; r++) fetch_ahead(row[r], next[r], c, width);
 #pragma GCC unroll 8
-    for (int64_t v = 0; v < step; v += kPaired<T> ? 2 * kVector : kVector)
-      kPaired<T> ? add_pairs(c + v) : add(c + v, whole, kVector);
+    for (int64_t v = c; v < c + kStep<T>; v += 2 * kVector) add_two(v);
   }
-  for (; c + kVector <= width; c += kVector) add(c, whole, kVector);
-  if (c < width) add(c, [&](const T* p) { return load_part(p, width - c); }, width - c);
+  for (; c + kVector <= width; c += kVector) add(c, [](const T* p) { return load(p); });
+  if (c < width) add(c, [&](const T* p) { return load_part(p, width - c); });
 }
 
+// Adds rows i .. end - 1 in whole blocks of R, and returns the first that is left.
+template <class T, int R>
+int64_t add_blocks(const Rows<T>& rows, int64_t i, int64_t end, int64_t column, const float* z, float* sums,
+                   int64_t width) {
+  for (; i + R <= end; i += R) {
+    const T *row[R], *next[R];
+    for (int r = 0; r < R; r++) row[r] = rows[i + r] + column, next[r] = rows[i + R + r] + column;
+    add_rows<T, R>(row, next, z + i, sums, width);
+  }
+  return i;
+}
+
+// Adds up some columns of a chunk's rows.
 template <class T>
-void project_token(const Project& p, const float* z, const T* w, int64_t width, float* sums) {
-  constexpr int R = kFewRows;
-  int64_t i = 0;
-  for (; i + R <= p.count; i += R) {
-    Block<T, R> now(w, p.width, p.index, i, p.count), next(w, p.width, p.index, std::min(i + R, p.count - 1), p.count);
-    add_rows<T, R>(now, next.row, z + i, sums, width);
-  }
-  for (; i < p.count; i++) {
-    Block<T, 1> now(w, p.width, p.index, i, p.count);
-    add_rows<T, 1>(now, now.row, z + i, sums, width);
+void add_chunk(const Rows<T>& rows, const Chunks& chunks, int64_t chunk, int64_t column, int64_t width, const float* z,
+               float* sums) {
+  int64_t last = chunks.begin(chunk + 1);
+  int64_t i = add_blocks<T, kFewRows>(rows, chunks.begin(chunk), last, column, z, sums, width);
+  add_blocks<T, 1>(rows, i, last, column, z, sums, width);
+}
+
+// One token: threads share the columns of all chunks, chunk by chunk, so that most rows are read whole.
+template <class T>
+void project_one(const Project& p, const float* z) {
+  Chunks chunks(p.count);
+  Rows<T> rows{static_cast<const T*>(p.w), p.width, p.count, p.index};
+  int64_t pieces = (p.width + kLine - 1) / kLine, stride = pieces * kLine, taken;
+  std::unique_ptr<float[]> sums(new float[chunks.count * stride]);
+#pragma omp parallel num_threads(p.threads) private(taken)
+  {
+    Share share(chunks.count * pieces);
+    for (int64_t at = share.begin; at < share.end; at += taken) {
+      int64_t chunk = at / pieces, column = at % pieces * kLine;
+      taken = std::min(pieces - at % pieces, share.end - at);
+      float* to = sums.get() + chunk * stride + column;
+      std::fill(to, to + taken * kLine, 0.0f);
+      add_chunk(rows, chunks, chunk, column, std::min(taken * kLine, p.width - column), z, to);
+    }
+#pragma omp barrier
+#pragma omp for schedule(static) nowait
+    for (int64_t column = 0; column < p.width; column += kLine) {
+      float totals[kLine] = {};
+      for (int64_t chunk = 0; chunk < chunks.count; chunk++)
+        for (int64_t c = 0; c < kLine; c++) totals[c] += sums[chunk * stride + column + c];
+      write_sums<T>(p, 0, column, std::min<int64_t>(kLine, p.width - column), totals);
+    }
   }
 }
 
-// Adds rows of a panel [rows, kPanel], weighed by z, to kPanel sums of M tokens: two vectors of them in registers.
+// Adds rows of a panel [rows, kColumns], weighed by z, to `width` sums of M tokens.
 template <int M>
-void add_panel(const float* panel, int64_t rows, const float* z, int64_t stride, float* sums) {
-  for (int64_t c = 0; c < kPanel; c += 2 * kVector) {
-    Floats acc[M][2];
+void add_panel(const float* panel, int64_t width, int64_t rows, const float* z, int64_t stride, float* sums) {
+  for (int64_t c = 0; c < width; c += kTile * kVector) {
+    Floats acc[M][kTile];
     for (int m = 0; m < M; m++)
-      for (int v = 0; v < 2; v++) acc[m][v] = load(sums + m * kPanel + c + v * kVector);
-    for (int64_t r = 0; r < rows; r++) {
-      Floats a = load(panel + r * kPanel + c), b = load(panel + r * kPanel + c + kVector);
-      for (int m = 0; m < M; m++) {
-        acc[m][0] += a * z[m * stride + r];
-        acc[m][1] += b * z[m * stride + r];
-      }
-    }
+      for (int v = 0; v < kTile; v++) acc[m][v] = load(sums + m * kColumns + c + v * kVector);
+    int64_t r = 0;
+    do {  // there is a row; a loop that may not run at all keeps the sums twice
+      Floats a[kTile];
+      for (int v = 0; v < kTile; v++) a[v] = load(panel + r * kColumns + c + v * kVector);
+      for (int m = 0; m < M; m++)
+        for (int v = 0; v < kTile; v++) acc[m][v] += a[v] * z[m * stride + r];
+    } while (++r < rows);
     for (int m = 0; m < M; m++)
-      for (int v = 0; v < 2; v++) store(sums + m * kPanel + c + v * kVector, acc[m][v]);
+      for (int v = 0; v < kTile; v++) store(sums + m * kColumns + c + v * kVector, acc[m][v]);
   }
 }
 
-// Some tokens at once: rows are widened into a panel, once for all tokens.
-template <class T>
-void project_tokens(const Project& p, const float* z, const T* w, int64_t width, float* sums) {
-  alignas(kLine) float panel[kPanelRows * kPanel] = {};
-  for (int64_t i = 0; i < p.count; i += kPanelRows) {
-    int64_t rows = std::min<int64_t>(kPanelRows, p.count - i);
-    for (int64_t r = 0; r < rows; r++) {
-      auto row = [&](int64_t j) { return w + (p.index ? p.index[j] : j) * p.width; };
-      const T *from = row(i + r), *ahead = row(std::min(i + r + kPanelRows, p.count - 1));
-      int64_t c = 0;
-      for (; c + kVector <= width; c += kVector) {
-        __builtin_prefetch(ahead + c);
-        store(panel + r * kPanel + c, load(from + c));
-      }
-      for (; c < width; c++) panel[r * kPanel + c] = widen(from[c]);
-    }
-    for (int64_t m = 0; m < p.rows;) {
-      const float* weights = z + m * p.count + i;
-      float* to = sums + m * kPanel;
-      switch (std::min<int64_t>(p.rows - m, 4)) {
-        case 1: add_panel<1>(panel, rows, weights, p.count, to); m += 1; break;
-        case 2: add_panel<2>(panel, rows, weights, p.count, to); m += 2; break;
-        case 3: add_panel<3>(panel, rows, weights, p.count, to); m += 3; break;
-        default: add_panel<4>(panel, rows, weights, p.count, to); m += 4; break;
-      }
-    }
+void add_tokens(const float* panel, int64_t width, int64_t rows, const float* z, int64_t stride, int64_t tokens,
+                float* sums) {
+  switch (tokens) {
+    case 1: return add_panel<1>(panel, width, rows, z, stride, sums);
+    case 2: return add_panel<2>(panel, width, rows, z, stride, sums);
+    case 3: return add_panel<3>(panel, width, rows, z, stride, sums);
+    default: return add_panel<kTileTokens>(panel, width, rows, z, stride, sums);
   }
 }
 
+// The sums of some tokens, at most kColumns columns from `column` on.
 template <class T>
-void project_columns(const Project& p, const float* z, int64_t first, int64_t width) {
-  const T* w = static_cast<const T*>(p.w) + first;
-  const T* bias = static_cast<const T*>(p.bias);
-  T* y = static_cast<T*>(p.y);
-  int64_t stride = p.rows == 1 ? width : kPanel;
-  std::vector<float> sums(p.rows * stride);
-  if (p.rows == 1)
-    project_token(p, z, w, width, sums.data());
-  else
-    project_tokens(p, z, w, width, sums.data());
-  int64_t swapped = p.rows == 1 ? paired<T>(width) : 0;
-  for (int64_t m = 0; m < p.rows; m++)
-    for (int64_t c = 0; c < width; c++)
-      narrow(sums[m * stride + place(c, swapped)] + (bias ? widen(bias[first + c]) : 0), y + m * p.width + first + c);
+void project_columns(const Project& p, const float* z, int64_t token, int64_t tokens, int64_t column, int64_t width) {
+  alignas(kLine) float panel[kPanelRows * kColumns] = {};
+  alignas(kLine) float sums[kBatch * kColumns], totals[kBatch * kColumns] = {};
+  Chunks chunks(p.count);
+  Rows<T> rows{static_cast<const T*>(p.w), p.width, p.count, p.index};
+  for (int64_t chunk = 0; chunk < chunks.count; chunk++) {
+    std::fill(sums, sums + tokens * kColumns, 0.0f);
+    int64_t last = chunks.begin(chunk + 1);
+    for (int64_t i = chunks.begin(chunk); i < last; i += kPanelRows) {
+      int64_t depth = std::min(kPanelRows, last - i);
+      for (int64_t r = 0; r < depth; r++) widen_row(rows[i + r] + column, width, panel + r * kColumns);
+      for (int64_t m = 0; m < tokens; m += kTileTokens) {
+        for (int64_t r = m * kPanelRows / tokens; r < std::min(m + kTileTokens, tokens) * kPanelRows / tokens; r++)
+          for (int64_t c = 0; c < width; c += kLine / sizeof(T))
+            __builtin_prefetch(rows[i + kPanelRows + r] + column + c);
+        add_tokens(panel, width, depth, z + (token + m) * p.count + i, p.count, tokens - m, sums + m * kColumns);
+      }
+    }
+    for (int64_t i = 0; i < tokens * kColumns; i++) totals[i] += sums[i];
+  }
+  for (int64_t m = 0; m < tokens; m++) write_sums<T>(p, token + m, column, width, totals + m * kColumns);
 }
 
 template <class T>
 void project_of(const Project& p) {
-  std::vector<float> z = widened(static_cast<const T*>(p.z), p.rows * p.count);
+  std::vector<float> z(p.rows * p.count);
+  for (size_t i = 0; i < z.size(); i++) z[i] = widen(static_cast<const T*>(p.z)[i]);
+  if (p.rows == 1) return project_one<T>(p, z.data());
 #pragma omp parallel num_threads(p.threads)
   {
-    // One token takes its columns in one stretch: the longer it is, the better memory streams.
-    int64_t most = p.rows == 1 ? p.width : kPanel;
-    int64_t share = (p.width + omp_get_num_threads() - 1) / omp_get_num_threads();
-    share = std::max(kChunk, (share + kLine - 1) / kLine * kLine);
-#pragma omp for schedule(static)
-    for (int64_t begin = 0; begin < p.width; begin += share)
-      for (int64_t c = begin; c < std::min(begin + share, p.width); c += most)
-        project_columns<T>(p, z.data(), c, std::min({most, begin + share - c, p.width - c}));
+    Share share((p.width + kLine - 1) / kLine);
+    int64_t end = std::min(share.end * kLine, p.width);
+    for (int64_t column = share.begin * kLine; column < end; column += kColumns)
+      for (int64_t m = 0; m < p.rows; m += kBatch)
+        project_columns<T>(p, z.data(), m, std::min(kBatch, p.rows - m), column, std::min(kColumns, end - column));
   }
 }
 

@@ -1,0 +1,160 @@
+// The number formats, and vectors of SIRIUS_WIDTH floats that they widen to. Included by rows.cpp alone.
+
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+constexpr int kVector = SIRIUS_WIDTH;
+constexpr int kLine = 64;  // bytes of a cache line
+using Floats = float __attribute__((vector_size(kVector * 4)));
+using Words = uint32_t __attribute__((vector_size(kVector * 4)));
+using Halves = uint16_t __attribute__((vector_size(kVector * 2)));
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+float widen(float x) { return x; }
+
+float widen(BFloat16 x) {
+  uint32_t bits = uint32_t(x.bits) << 16;
+  float wide;
+  memcpy(&wide, &bits, 4);
+  return wide;
+}
+
+float widen(Float16 x) {
+  uint32_t sign = uint32_t(x.bits & 0x8000) << 16, rest = x.bits & 0x7fff, bits;
+  float wide;
+  if (rest >= 0x7c00) {
+    bits = 0x7f800000 | (rest & 0x3ff) << 13;
+  } else if (rest >= 0x400) {
+    bits = (rest << 13) + (112u << 23);
+  } else {
+    wide = float(rest) * 0x1p-24f;
+    memcpy(&bits, &wide, 4);
+  }
+  bits |= sign;
+  memcpy(&wide, &bits, 4);
+  return wide;
+}
+
+void narrow(float x, float* to) { *to = x; }
+
+void narrow(float x, BFloat16* to) {  // to nearest, ties to even
+  uint32_t bits;
+  memcpy(&bits, &x, 4);
+  to->bits = x != x ? 0x7fc0 : uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+void narrow(float x, Float16* to) {
+  uint32_t bits;
+  memcpy(&bits, &x, 4);
+  uint16_t sign = uint16_t(bits >> 16 & 0x8000);
+  bits &= 0x7fffffff;
+  if (bits > 0x7f800000) {
+    to->bits = sign | 0x7e00;
+  } else if (bits >= 0x477ff000) {  // rounds past the largest
+    to->bits = sign | 0x7c00;
+  } else if (bits < 0x38800000) {  // below the least normal one; this sum rounds by itself
+    float small;
+    memcpy(&small, &bits, 4);
+    small += 0.5f;
+    memcpy(&bits, &small, 4);
+    to->bits = sign | uint16_t(bits - 0x3f000000);
+  } else {
+    to->bits = sign | uint16_t((bits + 0xc8000fff + (bits >> 13 & 1)) >> 13);
+  }
+}
+
+inline Floats load(const float* p) {
+  Floats v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+
+inline Floats load(const BFloat16* p) {
+  Halves half;
+  memcpy(&half, p, sizeof half);
+  Words wide = __builtin_convertvector(half, Words) << 16;
+  Floats v;
+  memcpy(&v, &wide, sizeof v);
+  return v;
+}
+
+inline Floats load(const Float16* p) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+#elif defined(__F16C__)
+  return (Floats)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+#else
+  Floats v;
+  for (int i = 0; i < kVector; i++) v[i] = widen(p[i]);
+  return v;
+#endif
+}
+
+template <class T>
+inline Floats load_part(const T* p, int64_t count) {
+  Floats v = {};
+  for (int64_t i = 0; i < count; i++) v[i] = widen(p[i]);
+  return v;
+}
+
+inline void store(float* p, Floats v) { memcpy(p, &v, sizeof v); }
+
+inline float sum(Floats v) {
+  for (int half = kVector / 2; half; half /= 2)
+    for (int i = 0; i < half; i++) v[i] += v[i + half];
+  return v[0];
+}
+
+// bfloat16 is widened two vectors at a time, faster than one: the even elements of 2 * kVector by a shift, the odd ones
+// by a mask. What they meet (tokens, running sums) is kept in that order, evens before odds, in whole steps of a row.
+template <class T>
+constexpr bool kPaired = std::is_same_v<T, BFloat16>;
+
+// Elements of a step through a row: whole cache lines and two vectors.
+template <class T>
+constexpr int64_t kStep = std::max<int64_t>(kLine / sizeof(T), 2 * kVector);
+
+// The first or second of the two vectors that 2 * kVector elements widen to.
+template <class T>
+inline Floats load_half(const T* p, int half) {
+  if constexpr (kPaired<T>) {
+    Words bits;
+    memcpy(&bits, p, sizeof bits);
+    return (Floats)(half ? bits & 0xffff0000u : bits << 16);
+  } else {
+    return load(p + half * kVector);
+  }
+}
+
+// Writes `count` widened elements to `to`, in that order, and zeros up to a whole vector.
+template <class T>
+inline void widen_row(const T* from, int64_t count, float* to) {
+  int64_t i = 0;
+  for (; i + kStep<T> <= count; i += kStep<T>) {
+#pragma GCC unroll 8
+    for (int64_t v = i; v < i + kStep<T>; v += 2 * kVector) {
+      store(to + v, load_half(from + v, 0));
+      store(to + v + kVector, load_half(from + v, 1));
+    }
+  }
+  for (; i + kVector <= count; i += kVector) store(to + i, load(from + i));
+  if (i < count) store(to + i, load_part(from + i, count - i));
+}
+
+}  // namespace
