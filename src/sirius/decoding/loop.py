@@ -120,7 +120,8 @@ def next_round(model: LanguageModel, rows: Sequence[Row], plan: Plan) -> list[Ro
     rounds = keep(model, rows, judged, (raw, check.scores), plan)
     verdicts = judged.verdicts
     kept, rejected = sum(v.accepted for v in verdicts), sum(v.origin == "correction" for v in verdicts)
-    plan.period.learn(Measured(*watch.laps(), len(tree.levels) - 2, kept, rejected))
+    drafted, checked = watch.laps()
+    plan.period.learn(Measured(drafted, checked, len(tree.levels) - 2, kept, rejected))
     return rounds
 
 
