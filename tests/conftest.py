@@ -112,7 +112,7 @@ def bench(monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
 def greedy(model: PreTrainedModel, prompt: list[int], new_tokens: int, **options: object) -> list[int]:
     """Return the new tokens of transformers' own greedy decoding."""
     with torch.inference_mode():
-        ids = torch.tensor([prompt])
+        ids = torch.tensor([prompt], device=model.device)
         out = model.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False, **options
         )

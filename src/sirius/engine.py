@@ -17,6 +17,7 @@ from sirius.core import CorrectionConfig, Request, SamplingConfig, SparsityConfi
 from sirius.errors import RequestError, SiriusError
 from sirius.model.loading import Source, load_model, load_tokenizer
 from sirius.model.prepare import check_sliding, context_limit, prepare, sliding_window
+from sirius.model.workspace import check_compiles
 from sirius.processors import make_processor
 from sirius.text import StopAt
 
@@ -63,8 +64,12 @@ class Engine:
         """Prepare a transformers model that is already loaded; its MLPs are replaced (`sirius.restore` undoes it).
 
         compile  compile the passes of a GPU: minutes at the first text, then less time at each token
+
+        Raises ConfigError where there is nothing to compile, UnsupportedModelError where the structure does not fit.
         """
         prepare(model)
+        if compile:
+            check_compiles(model)
         self.compile = compile
         self.model, self.tokenizer = model.eval(), tokenizer
         self.ends = end_tokens(model)
@@ -86,7 +91,7 @@ class Engine:
         device  "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1", ...
         compile compile the passes of a GPU: minutes at the first text, then less time at each token
 
-        Raises ModelError where it cannot be loaded, UnsupportedModelError where its structure does not fit.
+        Raises ModelError where it cannot be loaded, otherwise as `Engine` does.
         """
         source = Source(str(path), revision, trust_remote_code)
         return cls(load_model(source, dtype, device), load_tokenizer(source), compile=compile)

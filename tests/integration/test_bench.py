@@ -87,7 +87,7 @@ def test_kernels_are_measured_at_every_density_and_batch(bench):
     code, out, _ = bench("kernels", "--neurons", 40, "--hidden", 33, "--dtype", "float32", "--device", "cpu", "--json")
     assert code == 0
     rows = json.loads(out)["rows"]
-    assert len(rows) == 5 * (2 * 6 + 1)
+    assert len(rows) == 5 * (4 * 6 + 1)  # linear, glu, up_rows, project at six densities; largest at one
     assert all(row["kernel_ms"] > 0 and row["reference_ms"] > 0 for row in rows)
 
 

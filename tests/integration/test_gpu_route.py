@@ -13,7 +13,7 @@ from conftest import FAMILIES, greedy, tiny_model
 from sirius import CorrectionConfig, Engine, SparsityConfig
 from sirius.errors import ConfigError
 from sirius.kernels import gpu
-from sirius.model import session, workspace
+from sirius.model import passes, workspace
 from sirius.model.workspace import IDLE, Workspace
 
 PROMPT, OTHER = [5, 9, 2, 77, 31], [8, 8, 100]
@@ -47,7 +47,7 @@ def recorded(monkeypatch) -> list[int]:
         make(space, *args, **options)
         space.passes.record = record
 
-    monkeypatch.setattr(session, "attends", lambda device, dtype: True)
+    monkeypatch.setattr(workspace, "attends", lambda device, dtype: True)
     monkeypatch.setattr(Workspace, "__init__", make_recording)
     monkeypatch.setattr(workspace, "_idle", weakref.WeakKeyDictionary())
     return records
@@ -145,7 +145,7 @@ def test_what_cannot_be_recorded_runs_as_before_and_is_told_once(recorded, monke
 @pytest.mark.parametrize("name", ["coarse", "fine"])
 def test_each_record_is_compiled_once_and_writes_the_same_text(recorded, monkeypatch, name):
     torch.compiler.reset()  # another test's graphs would serve this one's model too
-    monkeypatch.setattr(workspace, "COMPILER", "aot_eager")
+    monkeypatch.setattr(passes, "COMPILER", "aot_eager")
     model = tiny_model(eos_token_id=None)
     want = [greedy(model, prompt, 40) for prompt in (PROMPT, OTHER)]
     engine = Engine(model, compile=True)
@@ -160,9 +160,8 @@ def test_each_record_is_compiled_once_and_writes_the_same_text(recorded, monkeyp
 
 
 def test_there_is_nothing_to_compile_on_the_cpu():
-    engine = Engine(tiny_model(), compile=True)
     with pytest.raises(ConfigError, match=r"compiled on a GPU.* is torch.float32 on cpu: leave compile out"):
-        engine.generate(PROMPT, max_new_tokens=4)
+        Engine(tiny_model(), compile=True)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])

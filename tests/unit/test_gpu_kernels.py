@@ -170,7 +170,7 @@ def bound_of(x: torch.Tensor, parts: list[torch.Tensor], index: torch.Tensor | N
 def test_both_products_in_one_equal_the_reference(dtype, rows, activation, share):
     x, parts, index = 3 * random(dtype, rows, SIZE), mlp(dtype), some(NEURONS, share)
     got = gpu.glu(x, *(only(index, each) for each in parts), activation, index)
-    want = reference.glu(*doubles(x, *parts), activation, neurons(index))
+    want = reference.glu(*doubles(x, *parts), reference.ACTIVATIONS[activation], neurons(index))
     close(got, spread(want, index), spread(bound_of(x, parts, neurons(index)), index))
 
 
@@ -178,7 +178,7 @@ def test_both_products_in_one_equal_the_reference(dtype, rows, activation, share
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh", "gelu", "relu"])
 def test_the_gate_alone_equals_the_reference(dtype, rows, activation):
     x, (weight, _, bias, _) = 3 * random(dtype, rows, SIZE), mlp(dtype)
-    want = reference.gate(*doubles(x, weight, bias), activation)
+    want = reference.gate(*doubles(x, weight, bias), reference.ACTIVATIONS[activation])
     close(gpu.gate(x, weight, bias, activation), want, reference.linear(x.double().abs(), weight.double().abs()))
 
 

@@ -24,7 +24,7 @@ from sirius.errors import ConfigError
 from sirius.model.prepare import count_parameters, restore
 from sirius.stats import Parameters
 
-TRANSFORMERS, FULL = "transformers", "full"
+TRANSFORMERS, STATIC, FULL = "transformers", "transformers, static", "full"
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,7 @@ class Workload:
     """One stream: `context` tokens held while `tokens` more are decoded, in each of `cycles` turns.
 
     histogram  weights of 0, 1, ... K-1 accepted guesses of a window
+    compile    our passes are compiled, on a GPU
 
     Raises ConfigError where a turn has no room for two whole windows.
     """
@@ -41,6 +42,7 @@ class Workload:
     cycles: int
     histogram: tuple[float, ...]
     device: str = "cpu"
+    compile: bool = False
 
     def __post_init__(self) -> None:
         least = 2 * len(self.histogram) + 1
@@ -132,10 +134,16 @@ class _Clock(BaseStreamer):
         """Nothing is held back."""
 
 
-def make_settings(keep: float, fine_keeps: Sequence[float], period: int, widths: Sequence[int]) -> list[Setting]:
-    """Return the settings of a run: transformers, our full decoding, each sparsity alone, and corrected ones."""
+def make_settings(
+    keep: float, fine_keeps: Sequence[float], period: int, widths: Sequence[int], device: str
+) -> list[Setting]:
+    """Return the settings of a run: transformers, our full decoding, each sparsity alone, and corrected ones.
+
+    On a GPU transformers' static cache, with which it compiles its steps, is one more.
+    """
     coarse, fines = SparsityConfig("coarse", keep), [SparsityConfig("fine", each) for each in fine_keeps]
-    settings = [Setting(TRANSFORMERS), Setting(FULL, SparsityConfig("none")), Setting(f"coarse {keep:g}", coarse)]
+    theirs = [Setting(TRANSFORMERS), *([Setting(STATIC)] if device.startswith("cuda") else [])]
+    settings = [*theirs, Setting(FULL, SparsityConfig("none")), Setting(f"coarse {keep:g}", coarse)]
     settings += [Setting(f"fine {each.keep:g}", each) for each in fines]
     for width in widths:
         tree = f", tree {width}" if width > 1 else ""
@@ -169,14 +177,14 @@ def run(
 def _turn(model: PreTrainedModel, setting: Setting, workload: Workload, times: Times) -> None:
     known = reset_peak(workload.device)
     if setting.sparsity is None:
-        _run_transformers(model, workload, times)
+        _run_transformers(model, setting, workload, times)
     else:
-        _run_ours(Engine(model), setting, workload, times)
+        _run_ours(Engine(model, compile=workload.compile), setting, workload, times)
     if known:
         times.peaks.append(peak_bytes(workload.device))
 
 
-def _run_transformers(model: PreTrainedModel, workload: Workload, times: Times) -> None:
+def _run_transformers(model: PreTrainedModel, setting: Setting, workload: Workload, times: Times) -> None:
     restore(model)
     ids, clock = torch.tensor([prompt(model, workload.context)], device=workload.device), _Clock()
     with torch.inference_mode():
@@ -187,6 +195,7 @@ def _run_transformers(model: PreTrainedModel, workload: Workload, times: Times) 
             do_sample=False,
             streamer=clock,
             pad_token_id=0,
+            **({"cache_implementation": "static"} if setting.name == STATIC else {}),
         )
     times.rounds += [b - a for a, b in zip(clock.at[1:], clock.at[2:], strict=False)]  # the first put is the prompt
 

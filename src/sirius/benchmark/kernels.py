@@ -4,14 +4,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from statistics import median
+from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch.nn.functional import silu
 
 from sirius.benchmark.ceiling import SIZE, Ceiling
 from sirius.benchmark.timing import repeated
 from sirius.kernels import dispatch, reference
 
+OPERATIONS = ("linear", "glu", "up_rows", "project")
 DENSITIES = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)
 BATCHES = (1, 2, 4, 8, 16)
 
@@ -54,10 +57,10 @@ def run(
 ) -> list[Row]:
     """Time every operation; `on_row` is called after each row. Weights take turns, so that no cache holds them."""
     matrix = size.neurons * size.hidden * size.dtype.itemsize
-    copies = max(2, -(-SIZE // matrix))
+    copies = max(3, -(-SIZE // matrix))
     weights = [_random(size, size.neurons, size.hidden, seed=i) for i in range(copies)]
     rows = []
-    for operation in ("linear", "project"):
+    for operation in OPERATIONS:
         for batch in batches:
             for density in densities:
                 rows.append(_row(operation, size, batch, density, weights, ceiling))
@@ -72,13 +75,12 @@ def _row(operation: str, size: Size, batch: int, density: float, weights: list[T
     count = round(density * size.neurons)
     order = torch.randperm(size.neurons, generator=torch.Generator().manual_seed(0))
     index = None if count == size.neurons else order[:count].sort().values.to(size.device)
-    x = _random(size, batch, size.hidden if operation == "linear" else count)
     of_kernel, of_reference = (
-        _milliseconds(_rotating(getattr(module, operation), x, weights, index), size.device)
+        _milliseconds(_call(operation, module, size, batch, weights, index), size.device)
         for module in (dispatch, reference)
     )
-    read = count * size.hidden * size.dtype.itemsize
-    speed = read / of_kernel / 1e6
+    products = count * size.hidden * (2 if operation == "glu" else 1)
+    speed = products * size.dtype.itemsize / of_kernel / 1e6
     return Row(
         operation,
         batch,
@@ -87,8 +89,24 @@ def _row(operation: str, size: Size, batch: int, density: float, weights: list[T
         round(of_reference, 4),
         round(speed, 2),
         round(speed / ceiling.gb_per_s, 3),
-        round(2 * batch * count * size.hidden / of_kernel / 1e6, 1),
+        round(2 * batch * products / of_kernel / 1e6, 1),
     )
+
+
+def _call(
+    operation: str, module: ModuleType, size: Size, batch: int, weights: list[Tensor], index: Tensor | None
+) -> Callable[[], Tensor]:
+    """Return a call of an operation on other weights each time."""
+    turns, everything = cycle(weights), torch.arange(size.neurons, device=size.device)
+    x, gated = _random(size, batch, size.hidden), _random(size, batch, size.neurons)
+    z = gated if index is None else gated[:, index]
+    calls: dict[str, Callable[[], Tensor]] = {
+        "linear": lambda: module.linear(x, next(turns), None, index),
+        "project": lambda: module.project(z, next(turns), None, index),
+        "glu": lambda: module.glu(x, next(turns), next(turns), None, None, silu, index),
+        "up_rows": lambda: module.up_rows(gated, x, next(turns), None, everything if index is None else index),
+    }
+    return calls[operation]
 
 
 def _largest(size: Size, batch: int, ceiling: Ceiling) -> Row:
@@ -100,13 +118,6 @@ def _largest(size: Size, batch: int, ceiling: Ceiling) -> Row:
     speed = values.numel() * 4 / of_kernel / 1e6
     share = round(speed / ceiling.gb_per_s, 3)
     return Row("largest", batch, 0.5, round(of_kernel, 4), round(of_reference, 4), round(speed, 2), share, 0.0)
-
-
-def _rotating(
-    operation: Callable[..., Tensor], x: Tensor, weights: list[Tensor], index: Tensor | None
-) -> Callable[[], Tensor]:
-    turns = cycle(weights)
-    return lambda: operation(x, next(turns), None, index)
 
 
 def _milliseconds(call: Callable[[], object], device: str) -> float:

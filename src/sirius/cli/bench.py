@@ -25,6 +25,7 @@ Layers = Annotated[int | None, typer.Option(min=1, help="Only so many of its lay
 Dtype = Annotated[str, typer.Option(help="bfloat16, float16 or float32.")]
 Device = Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu, cuda.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Of the CPU. [default: torch's]")]
+Compile = Annotated[bool, typer.Option("--compile", help="Compile our passes on a GPU: minutes at first.")]
 Seed = Annotated[int, typer.Option(help="Of the weights.")]
 FIRST = "The first is the base point's. [default:"
 Json = Annotated[bool, typer.Option("--json", help="Print the record as JSON.")]
@@ -58,6 +59,7 @@ def decode(
         Path | None, typer.Option(help="Play back the acceptance_histogram of this JSON instead.")
     ] = None,
     peer: Annotated[str | None, typer.Option(help="llama.cpp, to time it beside ours on the same weights.")] = None,
+    compile: Compile = False,
     seed: Seed = 0,
     json: Json = False,
 ) -> None:
@@ -72,9 +74,9 @@ def decode(
     if peer not in (None, "llama.cpp"):
         raise ConfigError(f"--peer is llama.cpp, which is all that there is; got {peer!r}")
     histogram = geometric(acceptance(aal, period), period) if replay is None else _histogram(replay, period)
-    settings = measure.make_settings(keep, fine_keep or [0.5, 0.25], period, tree_width or [1, 4])
     where = _device(device)
-    workload = measure.Workload(context, tokens, cycles, histogram, where)
+    settings = measure.make_settings(keep, fine_keep or [0.5, 0.25], period, tree_width or [1, 4], where)
+    workload = measure.Workload(context, tokens, cycles, histogram, where, compile)
     model = _model(shape, layers, dtype, where, seed)
     with open_peer(model, context + tokens, known["threads"]) if peer else nullcontext() as other:
         ceiling = measure_ceiling(model.dtype, where)
@@ -149,7 +151,9 @@ def kernels(
 
     size = measure.Size(neurons, hidden, find_dtype(dtype), _device(device))
     ceiling = measure_ceiling(size.dtype, size.device)
-    with progress("measuring", len(measure.BATCHES) * (2 * len(measure.DENSITIES) + 1)) as advance:
+    with progress(
+        "measuring", len(measure.BATCHES) * (len(measure.OPERATIONS) * len(measure.DENSITIES) + 1)
+    ) as advance:
         rows = measure.run(size, ceiling, on_row=advance)
     parts = {"ceiling": asdict(ceiling), "rows": [asdict(row) for row in rows]}
     _print({**known, **parts}, lambda: show.operations(rows, ceiling), json)

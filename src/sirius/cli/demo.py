@@ -18,6 +18,7 @@ def demo(
     seed: Annotated[int, typer.Option(help="Which problems.")] = 0,
     keep: Annotated[float | None, typer.Option(help="Fraction of neurons that coarse keeps. [default: 0.4]")] = None,
     model: Annotated[Path | None, typer.Option(help="A folder that `sirius demo train` wrote.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, ...; the model is too small to gain by a GPU.")] = "cpu",
     json: Annotated[bool, typer.Option("--json", help="Print the table as JSON, and no example.")] = False,
 ) -> None:
     """Compare full, sparse and corrected decoding on two tasks, then show one problem token by token."""
@@ -32,7 +33,7 @@ def demo(
 
     torch.set_num_threads(1)  # the model is too small to share out: a second thread only waits
     settings = showcase.make_settings() if keep is None else showcase.make_settings(keep)
-    engine = load(None if model is None else str(model), "auto", "cpu", None, False)
+    engine = load(None if model is None else str(model), device=device)
     with progress("decoding", problems * len(TASKS) * len(settings)) as advance:
         rows = showcase.run(engine, settings, problems, seed, on_problem=advance)
     if json:
@@ -64,7 +65,7 @@ def oracle(
 
     chosen = SparsityConfig(sparsity, keep)
     torch.set_num_threads(1)
-    engine = load(None, "auto", "cpu", None, False)
+    engine = load(None, device="cpu")
     with progress("decoding", problems * len(study.BARS)) as advance:
         points = study.run(engine, chosen, problems, seed, on_problem=advance)
     if json:

@@ -71,6 +71,9 @@ def generate(
     ] = None,
     dtype: Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16, float16, float64.")] = "auto",
     device: Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu, cuda, ...")] = "auto",
+    compile: Annotated[
+        bool, typer.Option("--compile", help="Compile a GPU's passes: minutes at first, then less time a token.")
+    ] = False,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
     trust_remote_code: Annotated[bool, typer.Option(help="Run code that comes with the checkpoint.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print a JSON object for each completion.")] = False,
@@ -108,7 +111,8 @@ def generate(
 
     @cache  # a file of which nothing is left to do loads no model
     def load() -> "Engine":
-        return terminal.load(model, dtype, device, revision, trust_remote_code)
+        hub = {"revision": revision, "trust_remote_code": trust_remote_code}
+        return terminal.load(model, dtype=dtype, device=device, compile=compile, **hub)
 
     form = _Form(settings, json, logprobs)
     if input is not None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -31,8 +31,11 @@ def saved_as_it_goes() -> Iterator[None]:
         raise
 
 
-def load(model: str | None, dtype: str, device: str, revision: str | None, trust_remote_code: bool) -> "Engine":
-    """Return the engine of a model folder or hub id, of the embedded model where there is none."""
+def load(model: str | None, **options: Any) -> "Engine":
+    """Return the engine of a model folder or hub id, of the embedded model where there is none.
+
+    options  those of `Engine.load`
+    """
     quieten()
     from sirius.demo.embedded import FOLDER, check_embedded
     from sirius.engine import Engine
@@ -40,9 +43,7 @@ def load(model: str | None, dtype: str, device: str, revision: str | None, trust
     if model is None:
         check_embedded()
     with err.status("loading the model"):
-        return Engine.load(
-            model or str(FOLDER), dtype=dtype, device=device, revision=revision, trust_remote_code=trust_remote_code
-        )
+        return Engine.load(model or str(FOLDER), **options)
 
 
 def quieten() -> None:

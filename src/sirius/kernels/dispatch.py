@@ -1,6 +1,5 @@
 """Which implementation an operation takes, decided here alone: a kernel where there is one, else plain PyTorch."""
 
-from collections.abc import Callable
 from math import prod
 from types import ModuleType
 
@@ -8,11 +7,10 @@ import torch
 from torch import Tensor
 
 from sirius.kernels import attention, cpu, gpu, reference
+from sirius.kernels.reference import Activation
 
 MANY = 64  # tokens from which on a matrix product of PyTorch's is the faster one, where the CPU has instructions for it
 FEW = 16  # tokens up to which a GPU reads weights in a kernel of ours as fast as it can
-
-Activation = Callable[[Tensor], Tensor]
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, index: Tensor | None = None) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from sirius.kernels import dispatch
-from sirius.kernels.dispatch import Activation
+from sirius.kernels.reference import Activation
 
 
 @dataclass(frozen=True)

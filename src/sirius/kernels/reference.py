@@ -4,13 +4,20 @@ Weights are neuron-major: gate, up and down are all [F, H] and row j belongs to 
 skipped rows. `linear` and `project` also take a stack of weights [B, F, H], one for each row of x [B, T, H].
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh"), "relu": F.relu}
+Activation = Callable[[Tensor], Tensor]
+ACTIVATIONS: dict[str, Activation] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+}
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, index: Tensor | None = None) -> Tensor:
@@ -41,9 +48,9 @@ def largest(values: Tensor, count: int) -> Tensor:
     return values.topk(count, dim=-1).indices.sort(dim=-1).values
 
 
-def gate(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
-    """Return act(gate(x)) [..., F] of x [..., H]; `activation` is a name of ACTIVATIONS."""
-    return ACTIVATIONS[activation](linear(x, weight, bias))
+def gate(x: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation) -> Tensor:
+    """Return act(gate(x)) [..., F] of x [..., H]."""
+    return activation(linear(x, weight, bias))
 
 
 def glu(
@@ -52,11 +59,11 @@ def glu(
     up: Tensor,
     gate_bias: Tensor | None,
     up_bias: Tensor | None,
-    activation: str,
+    activation: Activation,
     index: Tensor | None = None,
 ) -> Tensor:
     """Return z = act(gate(x)) * up(x) of x [..., H], of the neurons at index [k] int64, [..., k]; of all without it."""
-    return ACTIVATIONS[activation](linear(x, gate, gate_bias, index)) * linear(x, up, up_bias, index)
+    return activation(linear(x, gate, gate_bias, index)) * linear(x, up, up_bias, index)
 
 
 def up_rows(gated: Tensor, x: Tensor, up: Tensor, up_bias: Tensor | None, index: Tensor) -> Tensor:

@@ -4,11 +4,16 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 WARM = 2  # passes of a shape in one session before it is worth a record; the last window of a text never is
+
+COMPILER = "inductor"
+SHAPES = 64  # of a draft step, checks of each size, for batches of each size: all are compiled for themselves
 
 Call = Callable[..., Tensor]
 Replay = Callable[[Call, Mapping[str, Tensor]], Tensor]
@@ -81,3 +86,14 @@ class GraphRecorder:
 def _replay(graph: "torch.cuda.CUDAGraph", output: Tensor, call: Call, buffers: Mapping[str, Tensor]) -> Tensor:
     graph.replay()
     return output
+
+
+def compile_model(model: PreTrainedModel) -> Callable[..., Any]:
+    """Return a model's forward, compiled for each shape that it meets; between its matrix products little is left."""
+    compiled = torch.compile(model.forward, dynamic=False, backend=COMPILER)
+
+    def forward(*args: object, **kwargs: object) -> object:
+        with torch._dynamo.config.patch(recompile_limit=SHAPES, accumulated_recompile_limit=8 * SHAPES):
+            return compiled(*args, **kwargs)
+
+    return forward

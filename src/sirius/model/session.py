@@ -11,12 +11,11 @@ from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
 from sirius.core import Mode, Window
-from sirius.errors import ConfigError
-from sirius.kernels.dispatch import attends
 from sirius.model import attention
 from sirius.model.cache import SlotCache
 from sirius.model.mask import chain_mask, tree_mask
 from sirius.model.mlp import Chosen, Observe, Route, SparseMLP, fixed_routes
+from sirius.model.passes import compile_model
 from sirius.model.workspace import borrow, drop_idle
 from sirius.sparsity.base import PromptSparsity, Sparsity, TokenSparsity
 from sirius.stats import DENSE, Touched
@@ -39,18 +38,11 @@ class Session:
         """Open an empty session; `make` gives a method for a prompt, or None to draft with every neuron.
 
         compiled  passes that are recorded are compiled first
-
-        Raises ConfigError where they cannot be: no pass is recorded there.
         """
         self.model, self.mlps, self.make = model, mlps, make
+        self.forward = compile_model(model) if compiled else model
         self.shared = make()
-        can = attends(model.device, model.dtype)
-        if compiled and not can:
-            raise ConfigError(
-                f"passes are compiled on a GPU with Triton, in a dtype of up to 32 bits; this model is {model.dtype} "
-                f"on {model.device}: leave compile out"
-            )
-        self.space = borrow(self, model, (self.shared and self.shared.config, compiled), can)
+        self.space = borrow(self, model, (self.shared and self.shared.config, compiled))
         eager = model.config._attn_implementation == "eager"
         self.mask_dtype = model.dtype if eager else None
         self.dense: list[Route | None] = [None] * len(mlps)
@@ -112,7 +104,7 @@ class Session:
         self.cache.place(lengths[:, None] + window.first + torch.arange(count))
         before = self.cache.copy(window.fixed) if window.fixed else []
         routes, inputs = self._routes(mode), self._inputs(tokens, lengths, window)
-        call, compiled = (partial(self._read, forward, routes) for forward in (self.model, self.space.forward))
+        call, compiled = (partial(self._read, forward, routes) for forward in (self.model, self.forward))
         if self.refreshing:
             scores = call(**inputs)
         else:

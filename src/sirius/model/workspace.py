@@ -1,32 +1,28 @@
 """What the sessions of a model use one after the other: the slots of the cache, routes, and recorded passes."""
 
 import weakref
-from collections.abc import Callable, Hashable
-from typing import Any
+from collections.abc import Hashable
 
-import torch
 from transformers import PreTrainedModel
 
+from sirius.errors import ConfigError
+from sirius.kernels.dispatch import attends
 from sirius.model.cache import SlotCache
 from sirius.model.mlp import Route, Tally, renewed
 from sirius.model.passes import GraphRecorder, Passes
 
 STEP = 1024  # slots are reserved in steps of so many where passes are recorded: the records end where the slots move
-COMPILER = "inductor"
-SHAPES = 64  # of a draft step, checks of each size, for batches of each size: all are compiled for themselves
 IDLE = 4  # workspaces kept of a model; each has memory for keys and values
 
 
 class Workspace:
     """The tensors of one session at a time, which stay where they are, so that passes over them can be replayed.
 
-    forward  the model's, compiled if asked for: what is recorded
     attends  whether attention reads the slots by a kernel of ours; only then are passes recorded
     drafts   the routes of the draft with fixed neurons
     """
 
-    def __init__(self, model: PreTrainedModel, attends: bool, compiled: bool = False) -> None:
-        self.forward: Callable[..., Any] = compile_model(model) if compiled else model.forward
+    def __init__(self, model: PreTrainedModel, attends: bool) -> None:
         self.layers, self.device, self.attends = model.config.get_text_config().num_hidden_layers, model.device, attends
         self.passes = Passes(GraphRecorder(self.device) if attends and self.device.type == "cuda" else None)
         self.release()
@@ -61,29 +57,28 @@ class Workspace:
         return self.drafts
 
 
-def compile_model(model: PreTrainedModel) -> Callable[..., Any]:
-    """Return a model's forward, compiled for each shape that it meets; between its matrix products little is left."""
-    compiled = torch.compile(model.forward, dynamic=False, backend=COMPILER)
-
-    def forward(*args: object, **kwargs: object) -> object:
-        with torch._dynamo.config.patch(recompile_limit=SHAPES, accumulated_recompile_limit=8 * SHAPES):
-            return compiled(*args, **kwargs)
-
-    return forward
-
-
 _idle: "weakref.WeakKeyDictionary[PreTrainedModel, dict[Hashable, Workspace]]" = weakref.WeakKeyDictionary()
 
 
-def borrow(session: object, model: PreTrainedModel, key: tuple[Hashable, bool], attends: bool) -> Workspace:
+def check_compiles(model: PreTrainedModel) -> None:
+    """Raise ConfigError where no pass of a model is recorded, and so none would be compiled."""
+    if not attends(model.device, model.dtype):
+        raise ConfigError(
+            f"passes are compiled on a GPU with Triton, in a dtype of up to 32 bits; this model is {model.dtype} on "
+            f"{model.device}: leave compile out"
+        )
+
+
+def borrow(session: object, model: PreTrainedModel, key: tuple[Hashable, bool]) -> Workspace:
     """Return a workspace for a session, an idle one of the same key where there is one; it is idle again after it.
 
     key  what decides the draft's routes, and whether passes are compiled
     """
-    space = _idle.get(model, {}).pop(key, None) if attends else None
+    kept = attends(model.device, model.dtype)
+    space = _idle.get(model, {}).pop(key, None) if kept else None
     if space is None or space.device != model.device:
-        space = Workspace(model, attends, compiled=key[1])
-    if attends:
+        space = Workspace(model, kept)
+    if kept:
         weakref.finalize(session, _give_back, weakref.ref(model), key, space).atexit = False
     return space
 
