@@ -15,7 +15,13 @@ SOURCE = Path("src/sirius/kernels/csrc")
 LIBRARY = Path("src/sirius/kernels/libsirius_cpu.so")
 FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fopenmp", "-ffp-contract=fast"]
 GENERIC = {"generic": (4, [])}
-X86 = {**GENERIC, "avx2": (8, ["-march=x86-64-v3"]), "avx512": (16, ["-march=x86-64-v4"])}
+X86 = {
+    **GENERIC,
+    "avx2": (8, ["-march=x86-64-v3"]),
+    "avx512": (16, ["-march=x86-64-v4"]),
+    "avx512bf16": (16, ["-march=x86-64-v4", "-mavx512bf16"]),
+    "emulated": (16, ["-march=x86-64-v3", "-DSIRIUS_EMULATED", "-O1"]),  # avx512bf16 by other instructions, for tests
+}
 
 
 class KernelBuild(BuildHookInterface):

@@ -12,6 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from sirius.errors import ConfigError
+
 LIBRARY = Path(__file__).with_name("libsirius_cpu.so")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as in csrc/rows.h
 _Pointer, _Size = ctypes.c_void_p, ctypes.c_int64
@@ -31,16 +33,16 @@ def library() -> ctypes.CDLL | None:
         return None
     found.sirius_isa.restype = ctypes.c_char_p
     tensors = [ctypes.c_int, _Pointer, _Size, _Size]
-    found.sirius_linear.argtypes = [*tensors, _Pointer, _Size, _Pointer, _Pointer, _Pointer, ctypes.c_int]
-    found.sirius_project.argtypes = [*tensors, _Pointer, _Pointer, _Size, _Pointer, _Pointer, ctypes.c_int]
+    found.sirius_linear.argtypes = [*tensors, _Pointer, _Size, _Size, _Pointer, _Pointer, _Pointer, ctypes.c_int]
+    found.sirius_project.argtypes = [*tensors, _Pointer, _Pointer, _Size, _Size, _Pointer, _Pointer, ctypes.c_int]
     found.sirius_largest.argtypes = [ctypes.c_int, _Pointer, _Size, _Size, _Pointer]
-    for function in (found.sirius_linear, found.sirius_project, found.sirius_largest):
-        function.restype = None
+    found.sirius_linear.restype = found.sirius_project.restype = _Size
+    found.sirius_largest.restype = None
     return found
 
 
 def instructions() -> str | None:
-    """Return the instruction set that the kernels use here: "avx512", "avx2" or "generic"; None without kernels."""
+    """Return the instruction set that the kernels use here, a name in `hatch_build.X86`; None without kernels."""
     found = library()
     return found and found.sirius_isa().decode()
 
@@ -67,23 +69,25 @@ def takes(tensor: Tensor) -> bool:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, index: Tensor | None = None) -> Tensor:
-    """See `reference.linear`."""
+    """See `reference.linear`; raise ConfigError where the index is not one of int64, of rows that the weight has."""
     x = x.contiguous()
     count = len(weight) if index is None else len(index)
     y = x.new_empty(*x.shape[:-1], count)
-    at_x, at_w, at_index, at_bias, at_y = map(_at, (x, weight, index, bias, y))
+    at_x, at_w, at_bias, at_y = map(_at, (x, weight, bias, y))
     sizes = DTYPES[x.dtype], at_x, _rows(x), x.shape[-1]
-    _library().sirius_linear(*sizes, at_w, count, at_index, at_bias, at_y, torch.get_num_threads())
+    rows = len(weight), count, _index_at(index, count)
+    _check(_library().sirius_linear(*sizes, at_w, *rows, at_bias, at_y, torch.get_num_threads()), weight, index)
     return y
 
 
 def project(z: Tensor, weight: Tensor, bias: Tensor | None = None, index: Tensor | None = None) -> Tensor:
-    """See `reference.project`."""
+    """See `reference.project`; raise ConfigError where the index is not one of int64, of rows that the weight has."""
     z = z.contiguous()
     y = z.new_empty(*z.shape[:-1], weight.shape[1])
-    at_z, at_w, at_index, at_bias, at_y = map(_at, (z, weight, index, bias, y))
+    at_z, at_w, at_bias, at_y = map(_at, (z, weight, bias, y))
     sizes = DTYPES[z.dtype], at_z, _rows(z), z.shape[-1]
-    _library().sirius_project(*sizes, at_index, at_w, weight.shape[1], at_bias, at_y, torch.get_num_threads())
+    rows = _index_at(index, z.shape[-1]), at_w, *weight.shape
+    _check(_library().sirius_project(*sizes, *rows, at_bias, at_y, torch.get_num_threads()), weight, index)
     return y
 
 
@@ -100,6 +104,24 @@ def _library() -> ctypes.CDLL:
     found = library()
     assert found is not None, "no compiled kernels: `fits` was not asked"
     return found
+
+
+def _index_at(index: Tensor | None, count: int) -> int | None:
+    if index is not None and (index.dtype is not torch.int64 or len(index) != count):
+        raise ConfigError(
+            f"an index of {len(index)} {index.dtype} for {count} neurons; give one of {count} torch.int64"
+        )
+    return _at(index)
+
+
+def _check(outside: int, weight: Tensor, index: Tensor | None) -> None:
+    """Raise ConfigError where a place in the index, -1 for none, is that of a row outside the weight."""
+    if outside >= 0:
+        row = outside if index is None else int(index[outside])
+        raise ConfigError(
+            f"neuron {row} is asked for, in place {outside}, of a weight of {len(weight)} rows; "
+            f"a sparsity method's neurons must be from 0 to {len(weight) - 1}"
+        )
 
 
 def _rows(x: Tensor) -> int:

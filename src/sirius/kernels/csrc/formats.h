@@ -1,4 +1,4 @@
-// The number formats, and vectors of SIRIUS_WIDTH floats that they widen to. Included by rows.cpp alone.
+// The number formats, vectors of SIRIUS_WIDTH floats that they widen to, and what is multiplied.
 
 #pragma once
 
@@ -95,9 +95,9 @@ inline Floats load(const BFloat16* p) {
 }
 
 inline Floats load(const Float16* p) {
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) && SIRIUS_WIDTH == 16
   return (Floats)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
-#elif defined(__F16C__)
+#elif defined(__F16C__) && SIRIUS_WIDTH == 8
   return (Floats)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
 #else
   Floats v;
@@ -113,7 +113,17 @@ inline Floats load_part(const T* p, int64_t count) {
   return v;
 }
 
-inline void store(float* p, Floats v) { memcpy(p, &v, sizeof v); }
+template <class V>
+inline void store(void* p, V v) {
+  memcpy(p, &v, sizeof v);
+}
+
+template <class V>
+inline V stored(const void* p) {
+  V v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
 
 inline float sum(Floats v) {
   for (int half = kVector / 2; half; half /= 2)
@@ -142,19 +152,40 @@ inline Floats load_half(const T* p, int half) {
   }
 }
 
-// Writes `count` widened elements to `to`, in that order, and zeros up to a whole vector.
+#if defined(__AVX512BF16__) || defined(SIRIUS_EMULATED)
+constexpr bool kPairs = true;
+#else
+constexpr bool kPairs = false;
+#endif
+
+// Whether T is multiplied as it is, pair by pair: bfloat16, where an instruction does so.
 template <class T>
-inline void widen_row(const T* from, int64_t count, float* to) {
-  int64_t i = 0;
-  for (; i + kStep<T> <= count; i += kStep<T>) {
-#pragma GCC unroll 8
-    for (int64_t v = i; v < i + kStep<T>; v += 2 * kVector) {
-      store(to + v, load_half(from + v, 0));
-      store(to + v + kVector, load_half(from + v, 1));
-    }
-  }
-  for (; i + kVector <= count; i += kVector) store(to + i, load(from + i));
-  if (i < count) store(to + i, load_part(from + i, count - i));
+constexpr bool kDots = kPairs && std::is_same_v<T, BFloat16>;
+
+inline Floats multiply_add(Floats sums, Floats a, Floats b) { return sums + a * b; }
+inline Floats multiply_add(Floats sums, Floats a, float b) { return sums + a * b; }
+
+inline Floats flush_denormals(Floats v) {
+  Words bits = (Words)v, normal = (Words)((bits & 0x7fffffffu) >= 0x00800000u);
+  return (Floats)(bits & (normal | 0x80000000u));
 }
+
+// Adds to each sum the products of two pairs of bfloat16. The instruction adds that of the upper ones and then that of
+// the lower ones, rounds each sum to nearest, ties to even, and takes and gives denormals as zeros (Intel's manual,
+// VDPBF16PS). The same by other instructions is for tests, on machines that lack it.
+inline Floats multiply_add(Floats sums, Words a, Words b) {
+#if defined(__AVX512BF16__)
+  return (Floats)_mm512_dpbf16_ps((__m512)sums, (__m512bh)a, (__m512bh)b);
+#else
+  auto add = [&](Words x, Words y) {
+    sums = flush_denormals(sums + flush_denormals((Floats)x) * flush_denormals((Floats)y));
+  };
+  add(a & 0xffff0000u, b & 0xffff0000u);
+  add(a << 16, b << 16);
+  return sums;
+#endif
+}
+
+inline Floats multiply_add(Floats sums, Words a, uint32_t b) { return multiply_add(sums, a, Words{} + b); }
 
 }  // namespace

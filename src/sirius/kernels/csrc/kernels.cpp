@@ -10,19 +10,47 @@
 
 namespace {
 
-const Kernels& chosen() {
-  static const Kernels& kernels = [] () -> const Kernels& {
+// An instruction set's kernels, and whether this machine has it.
+struct Level {
+  const Kernels& kernels;
+  bool here;
+};
+
+// The best instruction set; where SIRIUS_ISA names one, for tests, the best from there on down.
+const Kernels& best() {
 #if defined(__x86_64__)
-    const char* limit = getenv("SIRIUS_ISA");  // for tests: no more than this
-    bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-    bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                  __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-    if (avx512 && (!limit || !strcmp(limit, "avx512"))) return kernels_avx512;
-    if (avx2 && (!limit || strcmp(limit, "generic"))) return kernels_avx2;
+  bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  const Level levels[] = {
+      {kernels_avx512bf16, avx512 && __builtin_cpu_supports("avx512bf16")},
+      {kernels_avx512, avx512},
+      {kernels_avx2, avx2},
+      {kernels_emulated, avx2},  // behind what it needs: taken only by name
+  };
+  const char* limit = getenv("SIRIUS_ISA");
+  bool allowed = !limit;
+  for (const Level& level : levels) {
+    allowed |= limit && !strcmp(limit, level.kernels.name);
+    if (allowed && level.here) return level.kernels;
+  }
 #endif
-    return kernels_generic;
-  }();
+  return kernels_generic;
+}
+
+const Kernels& chosen() {
+  static const Kernels& kernels = best();
   return kernels;
+}
+
+// The place of the first row that the weight, of `height` rows, does not have; -1 if there is none. Scanned without a
+// branch: the sign of an index is set below 0, that of height - 1 - index from the height on.
+int64_t first_outside(const int64_t* index, int64_t count, int64_t height) {
+  if (!index) return count <= height ? -1 : height;
+  uint64_t signs = 0;
+  for (int64_t i = 0; i < count; i++) signs |= uint64_t(index[i]) | (uint64_t(height) - 1 - uint64_t(index[i]));
+  if (!(signs >> 63)) return -1;
+  return std::find_if(index, index + count, [&](int64_t row) { return row < 0 || row >= height; }) - index;
 }
 
 // The bits of |values|, in the order of the values; those of 16-bit formats in the upper half.
@@ -41,14 +69,19 @@ extern "C" {
 
 const char* sirius_isa() { return chosen().name; }
 
-void sirius_linear(int dtype, const void* x, int64_t rows, int64_t width, const void* w, int64_t count,
-                   const int64_t* index, const void* bias, void* y, int threads) {
-  chosen().linear({Dtype(dtype), x, rows, width, w, count, index, bias, y, threads});
+// Both return -1, or without a product the place in the index of the first row that w [height, width] does not have.
+int64_t sirius_linear(int dtype, const void* x, int64_t rows, int64_t width, const void* w, int64_t height,
+                      int64_t count, const int64_t* index, const void* bias, void* y, int threads) {
+  int64_t outside = first_outside(index, count, height);
+  if (outside < 0) chosen().linear({Dtype(dtype), x, rows, width, w, count, index, bias, y, threads});
+  return outside;
 }
 
-void sirius_project(int dtype, const void* z, int64_t rows, int64_t count, const int64_t* index, const void* w,
-                    int64_t width, const void* bias, void* y, int threads) {
-  chosen().project({Dtype(dtype), z, rows, count, index, w, width, bias, y, threads});
+int64_t sirius_project(int dtype, const void* z, int64_t rows, int64_t count, const int64_t* index, const void* w,
+                       int64_t height, int64_t width, const void* bias, void* y, int threads) {
+  int64_t outside = first_outside(index, count, height);
+  if (outside < 0) chosen().project({Dtype(dtype), z, rows, count, index, w, width, bias, y, threads});
+  return outside;
 }
 
 // Writes the places of the k largest of n values >= 0 to out [k], ascending; of equal ones the first.

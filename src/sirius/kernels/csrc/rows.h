@@ -45,3 +45,5 @@ struct Kernels {
 extern const Kernels kernels_generic;
 extern const Kernels kernels_avx2;
 extern const Kernels kernels_avx512;
+extern const Kernels kernels_avx512bf16;
+extern const Kernels kernels_emulated;  // its bfloat16 dot products by AVX2

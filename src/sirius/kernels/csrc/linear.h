@@ -1,0 +1,171 @@
+// Dot products of tokens with rows of a weight.
+
+#pragma once
+
+#include <vector>
+
+#include "readers.h"
+#include "rows.h"
+
+namespace {
+
+constexpr int64_t kGroup = 12, kStretch = 256;  // rows x columns that meet a batch in the cache
+
+template <class T>
+using DotRow = std::conditional_t<kDots<T>, Neighbours, Widened<T>>;
+
+// Writes what a row's products with a token add up to.
+template <class T>
+void write_dot(const Linear& p, int64_t token, int64_t i, Floats sums) {
+  const T* bias = static_cast<const T*>(p.bias);
+  float dot = sum(sums) + (bias ? widen(bias[p.index ? p.index[i] : i]) : 0);
+  narrow(dot, static_cast<T*>(p.y) + token * p.count + i);
+}
+
+// Adds the products of M tokens' x, `stride` apart, with R rows.
+template <int R, int M, class Row>
+void dot_rows(const typename Row::Element* x, int64_t stride, const Row* row, const Row* next, int64_t width,
+              Floats (*sums)[R]) {
+  using Vector = typename Row::Vector;
+  constexpr int64_t step = kStep<typename Row::Format>;
+  Floats acc[M][R] = {};
+  auto add = [&](int64_t h, auto&& loaded) {
+    Vector a[R];
+    for (int r = 0; r < R; r++) a[r] = loaded(row[r]);
+    for (int m = 0; m < M; m++) {
+      Vector b = stored<Vector>(x + m * stride + h);
+      for (int r = 0; r < R; r++) acc[m][r] = multiply_add(acc[m][r], a[r], b);
+    }
+  };
+  int64_t h = 0;
+  for (; h + step <= width; h += step) {
+    for (int r = 0; r < R; r++) row[r].fetch(next[r], h, width);
+#pragma GCC unroll 8
+    for (int64_t v = h; v < h + step; v += 2 * kVector)
+#pragma GCC unroll 2
+      for (int half = 0; half < Row::kHalves; half++)
+        add(v + half * kVector, [&](const Row& from) { return from.half(v, half); });
+  }
+  for (; h + Row::kLanes <= width; h += Row::kLanes) add(h, [&](const Row& from) { return from.whole(h); });
+  if (h < width) add(h, [&](const Row& from) { return from.part(h, width - h); });
+  for (int m = 0; m < M; m++)
+    for (int r = 0; r < R; r++) sums[m][r] = acc[m][r];
+}
+
+template <class T, int M>
+void linear_few(const Linear& p, const typename DotRow<T>::Element* x, int64_t stride) {
+  using Row = DotRow<T>;
+  constexpr int R = kFewRows;
+  Rows<T> rows{static_cast<const T*>(p.w), p.width, p.count, p.index};
+#pragma omp parallel for num_threads(p.threads) schedule(static)
+  for (int64_t first = 0; first < p.count; first += R) {
+    Row row[R], next[R];
+    for (int r = 0; r < R; r++) row[r] = Row::at(rows, first + r, 0), next[r] = Row::at(rows, first + R + r, 0);
+    Floats sums[M][R];
+    dot_rows<R, M>(x, stride, row, next, p.width, sums);
+    for (int64_t r = 0; r < std::min<int64_t>(R, p.count - first); r++)
+      for (int m = 0; m < M; m++) write_dot<T>(p, m, first + r, sums[m][r]);
+  }
+}
+
+// Adds the products of M tokens' x with a panel of kTile rows, over a stretch of the width. A whole stretch of rows
+// that are still to be read, and `ahead` of them the next to fetch, is written to the panel on the way.
+template <int M, class Row>
+void dot_tile(const typename Row::Element* x, typename Row::Element* panel, int64_t width, Floats (*sums)[kTile],
+              const Row* row = nullptr, const Row* ahead = nullptr) {
+  using Vector = typename Row::Vector;
+  Floats acc[M][kTile];
+  for (int i = 0; i < M * kTile; i++) acc[i / kTile][i % kTile] = sums[i / kTile][i % kTile];
+  auto add = [&](int64_t h, auto&& loaded) {
+    Vector a[kTile];
+    for (int r = 0; r < kTile; r++) a[r] = loaded(r);
+    for (int m = 0; m < M; m++) {
+      Vector b = stored<Vector>(x + m * kStretch + h);
+      for (int r = 0; r < kTile; r++) acc[m][r] = multiply_add(acc[m][r], a[r], b);
+    }
+  };
+  auto held = [&](int64_t h) { return [=](int r) { return stored<Vector>(panel + r * kStretch + h); }; };
+  auto fresh = [&](int64_t h, int half) {
+    return [=](int r) {
+      Vector a = row[r].half(h, half);
+      store(panel + r * kStretch + h + half * kVector, a);
+      return a;
+    };
+  };
+  if (row)
+    for (int64_t h = 0; h < kStretch; h += 2 * kVector) {
+      for (int r = 0; r < kTile; r++) __builtin_prefetch(ahead[r].row + h);
+#pragma GCC unroll 2
+      for (int half = 0; half < Row::kHalves; half++) add(h + half * kVector, fresh(h, half));
+    }
+  else if (width == kStretch)  // a loop of known length takes a tenth less time
+    for (int64_t h = 0; h < kStretch; h += Row::kLanes) add(h, held(h));
+  else
+    for (int64_t h = 0; h < width; h += Row::kLanes) add(h, held(h));
+  for (int i = 0; i < M * kTile; i++) sums[i / kTile][i % kTile] = acc[i / kTile][i % kTile];
+}
+
+template <class Row, class Element, class... Fresh>
+void dot_tokens(const Element* x, int64_t tokens, Element* panel, int64_t width, Floats (*sums)[kTile],
+                Fresh... fresh) {
+  switch (tokens) {
+    case 1: return dot_tile<1, Row>(x, panel, width, sums, fresh...);
+    case 2: return dot_tile<2, Row>(x, panel, width, sums, fresh...);
+    case 3: return dot_tile<3, Row>(x, panel, width, sums, fresh...);
+    default: return dot_tile<kTileTokens, Row>(x, panel, width, sums, fresh...);
+  }
+}
+
+// The products of kGroup rows from `first` on with some tokens, stretch by stretch of the width.
+template <class T, class Row = DotRow<T>>
+void linear_rows(const Linear& p, const typename Row::Element* x, int64_t token, int64_t tokens, int64_t first) {
+  alignas(kLine) typename Row::Element panel[kTile * kStretch];
+  Floats sums[kGroup / kTile][kBatch][kTile] = {};
+  Rows<T> rows{static_cast<const T*>(p.w), p.width, p.count, p.index};
+  for (int64_t h = 0; h < p.width; h += kStretch) {
+    int64_t width = std::min(kStretch, p.width - h);
+    int64_t whole = (width + Row::kLanes - 1) / Row::kLanes * Row::kLanes;
+    const auto* at = x + h * p.rows + token * kStretch;
+    for (int64_t g = 0; g < kGroup / kTile; g++) {
+      Row row[kTile], ahead[kTile];
+      for (int64_t r = 0, i = first + g * kTile; r < kTile; r++, i++) {
+        row[r] = Row::at(rows, i, h);
+        ahead[r] = h + kStretch < p.width ? Row::at(rows, i, h + kStretch) : Row::at(rows, i + kGroup, 0);
+        if (width < kStretch) unpack(row[r], width, panel + r * kStretch);
+      }
+      int64_t m = 0;
+      if (width == kStretch) {
+        dot_tokens<Row>(at, tokens, panel, width, sums[g], row, ahead);
+        m += kTileTokens;
+      }
+      for (; m < tokens; m += kTileTokens) dot_tokens<Row>(at + m * kStretch, tokens - m, panel, whole, sums[g] + m);
+    }
+  }
+  for (int64_t r = 0; r < std::min(kGroup, p.count - first); r++)
+    for (int64_t m = 0; m < tokens; m++) write_dot<T>(p, token + m, first + r, sums[r / kTile][m][r % kTile]);
+}
+
+// Tokens as they are multiplied: [stretches of the width, tokens, stretch].
+template <class T, class Row = DotRow<T>>
+std::vector<typename Row::Vector> unpack_tokens(const Linear& p, int64_t stretch) {
+  std::vector<typename Row::Vector> x((p.width + stretch - 1) / stretch * stretch * p.rows / Row::kLanes);
+  for (int64_t m = 0; m < p.rows; m++)
+    for (int64_t h = 0; h < p.width; h += stretch)
+      unpack(Row{static_cast<const T*>(p.x) + m * p.width + h}, std::min(stretch, p.width - h),
+             reinterpret_cast<typename Row::Element*>(x.data()) + h * p.rows + m * stretch);
+  return x;
+}
+
+template <class T, class Row = DotRow<T>>
+void linear_of(const Linear& p) {
+  int64_t stretch = p.rows > 2 ? kStretch : (p.width + Row::kLanes - 1) / Row::kLanes * Row::kLanes;
+  auto unpacked = unpack_tokens<T>(p, stretch);
+  const auto* x = reinterpret_cast<const typename Row::Element*>(unpacked.data());
+  if (p.rows == 1) return linear_few<T, 1>(p, x, stretch);
+  if (p.rows == 2) return linear_few<T, 2>(p, x, stretch);
+#pragma omp parallel for num_threads(p.threads) schedule(static)
+  for (int64_t first = 0; first < p.count; first += kGroup)
+    for (int64_t m = 0; m < p.rows; m += kBatch) linear_rows<T>(p, x, m, std::min(kBatch, p.rows - m), first);
+}
+
+}  // namespace

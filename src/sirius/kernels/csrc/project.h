@@ -1,0 +1,240 @@
+// Sums of rows of a weight, weighed by tokens.
+
+#pragma once
+
+#include <omp.h>
+
+#include <memory>
+#include <vector>
+
+#include "readers.h"
+#include "rows.h"
+
+namespace {
+
+constexpr int64_t kChunk = 256;                     // most rows that are added up before their sum joins the others'
+constexpr int64_t kPanelRows = 16, kColumns = 192;  // rows x columns that meet a batch in the cache
+
+// Rows are added one by one, or in pairs by dot products.
+template <class T, bool alone = false>
+using SumRow = std::conditional_t<kDots<T>, Stacked<alone>, Widened<T>>;
+
+template <class T>
+constexpr int kTaken = SumRow<T>::kRows;  // rows at once
+
+template <class T>
+constexpr int64_t reads(int64_t rows) {
+  return (rows + kTaken<T> - 1) / kTaken<T>;
+}
+
+// What project adds up: rows are cut into chunks whose sums are added in turn, always the same ones, so that threads
+// can share them. Only the last one may have an odd number of rows: no pair is cut.
+struct Chunks {
+  int64_t rows, count;
+  explicit Chunks(int64_t rows) : rows(rows), count((rows + kChunk - 1) / kChunk) {}
+  int64_t begin(int64_t chunk) const { return std::min(rows, chunk * ((rows + 1) / 2) / count * 2); }
+};
+
+// This thread's part of some pieces of work.
+struct Share {
+  int64_t begin, end;
+  explicit Share(int64_t pieces)
+      : begin(omp_get_thread_num() * pieces / omp_get_num_threads()),
+        end((omp_get_thread_num() + 1) * pieces / omp_get_num_threads()) {}
+};
+
+// Writes a token's sums of some columns, which are in the order of widened elements.
+template <class T>
+void write_sums(const Project& p, int64_t token, int64_t column, int64_t width, const float* sums) {
+  const T* bias = static_cast<const T*>(p.bias);
+  T* y = static_cast<T*>(p.y) + token * p.width + column;
+  auto write = [&](int64_t c, float sum) { narrow(sum + (bias ? widen(bias[column + c]) : 0), y + c); };
+  int64_t c = 0;
+  if constexpr (kPaired<T>)
+    for (; c + kStep<T> <= width; c += kStep<T>)
+      for (int64_t i = 0; i < kStep<T>; i++)
+        write(c + i, sums[c + i / (2 * kVector) * (2 * kVector) + i % (2 * kVector) / 2 + i % 2 * kVector]);
+  for (; c < width; c++) write(c, sums[c]);
+}
+
+// Adds what N readers give, weighed by z[0 .. N), to the sums of one token.
+template <int N, class Row>
+void add_rows(const Row* row, const Row* next, const typename Row::Element* z, float* sums, int64_t width) {
+  constexpr int64_t step = kStep<typename Row::Format>;
+  auto add = [&](int64_t c, auto&& loaded) {
+    Floats s = load(sums + c);
+    for (int r = 0; r < N; r++) s = multiply_add(s, loaded(row[r]), z[r]);
+    store(sums + c, s);
+  };
+  auto add_two = [&](int64_t c) {
+    Floats s = load(sums + c), t = load(sums + c + kVector);
+    for (int r = 0; r < N; r++) {
+      s = multiply_add(s, row[r].half(c, 0), z[r]);
+      t = multiply_add(t, row[r].half(c, 1), z[r]);
+    }
+    store(sums + c, s);
+    store(sums + c + kVector, t);
+  };
+  int64_t c = 0;
+  for (; c + step <= width; c += step) {
+    for (int r = 0; r < N; r++) row[r].fetch(next[r], c, width);
+#pragma GCC unroll 8
+    for (int64_t v = c; v < c + step; v += 2 * kVector) add_two(v);
+  }
+  for (; c + kVector <= width; c += kVector) add(c, [&](const Row& from) { return from.whole(c); });
+  if (c < width) add(c, [&](const Row& from) { return from.part(c, width - c); });
+}
+
+// Adds rows i .. end - 1 in whole blocks of R, and returns the first that is left.
+template <class T, int R>
+int64_t add_blocks(const Rows<T>& rows, int64_t i, int64_t end, int64_t column, const typename SumRow<T>::Element* z,
+                   float* sums, int64_t width) {
+  using Row = SumRow<T, R == 1>;
+  constexpr int N = reads<T>(R);
+  for (; i + R <= end; i += R) {
+    Row row[N], next[N];
+    for (int r = 0; r < N; r++) {
+      row[r] = Row::at(rows, i + r * kTaken<T>, column);
+      next[r] = Row::at(rows, i + R + r * kTaken<T>, column);
+    }
+    add_rows<N>(row, next, z + i / kTaken<T>, sums, width);
+  }
+  return i;
+}
+
+// Adds up some columns of a chunk's rows.
+template <class T>
+void add_chunk(const Rows<T>& rows, const Chunks& chunks, int64_t chunk, int64_t column, int64_t width,
+               const typename SumRow<T>::Element* z, float* sums) {
+  int64_t last = chunks.begin(chunk + 1);
+  int64_t i = add_blocks<T, kFewRows>(rows, chunks.begin(chunk), last, column, z, sums, width);
+  i = add_blocks<T, 2>(rows, i, last, column, z, sums, width);
+  add_blocks<T, 1>(rows, i, last, column, z, sums, width);
+}
+
+// One token: threads share the columns of all chunks, chunk by chunk, so that most rows are read whole.
+template <class T>
+void project_one(const Project& p, const typename SumRow<T>::Element* z) {
+  Chunks chunks(p.count);
+  Rows<T> rows{static_cast<const T*>(p.w), p.width, p.count, p.index};
+  int64_t pieces = (p.width + kLine - 1) / kLine, stride = pieces * kLine, taken;
+  std::unique_ptr<float[]> sums(new float[chunks.count * stride]);
+#pragma omp parallel num_threads(p.threads) private(taken)
+  {
+    Share share(chunks.count * pieces);
+    for (int64_t at = share.begin; at < share.end; at += taken) {
+      int64_t chunk = at / pieces, column = at % pieces * kLine;
+      taken = std::min(pieces - at % pieces, share.end - at);
+      float* to = sums.get() + chunk * stride + column;
+      std::fill(to, to + taken * kLine, 0.0f);
+      add_chunk(rows, chunks, chunk, column, std::min(taken * kLine, p.width - column), z, to);
+    }
+#pragma omp barrier
+#pragma omp for schedule(static) nowait
+    for (int64_t column = 0; column < p.width; column += kLine) {
+      float totals[kLine] = {};
+      for (int64_t chunk = 0; chunk < chunks.count; chunk++)
+        for (int64_t c = 0; c < kLine; c++) totals[c] += sums[chunk * stride + column + c];
+      write_sums<T>(p, 0, column, std::min<int64_t>(kLine, p.width - column), totals);
+    }
+  }
+}
+
+// Adds `count` lines of a panel [count, kColumns], weighed by z, to `width` sums of M tokens.
+template <int M, class Element>
+void add_panel(const Element* panel, int64_t width, int64_t count, const Element* z, int64_t stride, float* sums) {
+  using Vector = std::conditional_t<std::is_same_v<Element, float>, Floats, Words>;
+  for (int64_t c = 0; c < width; c += kTile * kVector) {
+    Floats acc[M][kTile];
+    for (int m = 0; m < M; m++)
+      for (int v = 0; v < kTile; v++) acc[m][v] = load(sums + m * kColumns + c + v * kVector);
+    int64_t r = 0;
+    do {  // there is a line; a loop that may not run at all keeps the sums twice
+      Vector a[kTile];
+      for (int v = 0; v < kTile; v++) a[v] = stored<Vector>(panel + r * kColumns + c + v * kVector);
+      for (int m = 0; m < M; m++)
+        for (int v = 0; v < kTile; v++) acc[m][v] = multiply_add(acc[m][v], a[v], z[m * stride + r]);
+    } while (++r < count);
+    for (int m = 0; m < M; m++)
+      for (int v = 0; v < kTile; v++) store(sums + m * kColumns + c + v * kVector, acc[m][v]);
+  }
+}
+
+template <class Element>
+void add_tokens(const Element* panel, int64_t width, int64_t count, const Element* z, int64_t stride, int64_t tokens,
+                float* sums) {
+  switch (tokens) {
+    case 1: return add_panel<1>(panel, width, count, z, stride, sums);
+    case 2: return add_panel<2>(panel, width, count, z, stride, sums);
+    case 3: return add_panel<3>(panel, width, count, z, stride, sums);
+    default: return add_panel<kTileTokens>(panel, width, count, z, stride, sums);
+  }
+}
+
+// Writes rows i .. end - 1 to a panel.
+template <class T>
+void fill_panel(const Rows<T>& rows, int64_t i, int64_t end, int64_t column, int64_t width,
+                typename SumRow<T>::Element* panel) {
+  for (; i + kTaken<T> <= end; i += kTaken<T>, panel += kColumns)
+    unpack(SumRow<T>::at(rows, i, column), width, panel);
+  if (i < end) unpack(SumRow<T, true>::at(rows, i, column), width, panel);
+}
+
+// The sums of some tokens, at most kColumns columns from `column` on.
+template <class T, class Element = typename SumRow<T>::Element>
+void project_columns(const Project& p, const Element* z, int64_t token, int64_t tokens, int64_t column, int64_t width) {
+  alignas(kLine) Element panel[reads<T>(kPanelRows) * kColumns] = {};
+  alignas(kLine) float sums[kBatch * kColumns], totals[kBatch * kColumns] = {};
+  Chunks chunks(p.count);
+  Rows<T> rows{static_cast<const T*>(p.w), p.width, p.count, p.index};
+  int64_t stride = reads<T>(p.count);
+  for (int64_t chunk = 0; chunk < chunks.count; chunk++) {
+    std::fill(sums, sums + tokens * kColumns, 0.0f);
+    int64_t last = chunks.begin(chunk + 1);
+    for (int64_t i = chunks.begin(chunk); i < last; i += kPanelRows) {
+      int64_t end = std::min(i + kPanelRows, last);
+      fill_panel(rows, i, end, column, width, panel);
+      for (int64_t m = 0; m < tokens; m += kTileTokens) {
+        for (int64_t r = m * kPanelRows / tokens; r < std::min(m + kTileTokens, tokens) * kPanelRows / tokens; r++)
+          for (int64_t c = 0; c < width; c += kLine / sizeof(T))
+            __builtin_prefetch(rows[i + kPanelRows + r] + column + c);
+        add_tokens(panel, width, reads<T>(end - i), z + (token + m) * stride + i / kTaken<T>, stride, tokens - m,
+                   sums + m * kColumns);
+      }
+    }
+    for (int64_t i = 0; i < tokens * kColumns; i++) totals[i] += sums[i];
+  }
+  for (int64_t m = 0; m < tokens; m++) write_sums<T>(p, token + m, column, width, totals + m * kColumns);
+}
+
+// The weights of rows, widened or in pairs: [tokens, reads].
+template <class T, class Element = typename SumRow<T>::Element>
+std::vector<Element> unpack_weights(const Project& p) {
+  int64_t stride = reads<T>(p.count);
+  std::vector<Element> z(p.rows * stride);
+  for (int64_t m = 0; m < p.rows; m++)
+    for (int64_t i = 0; i < p.count; i++) {
+      T from = static_cast<const T*>(p.z)[m * p.count + i];
+      if constexpr (kDots<T>)
+        z[m * stride + i / 2] |= uint32_t(from.bits) << i % 2 * 16;
+      else
+        z[m * stride + i] = widen(from);
+    }
+  return z;
+}
+
+template <class T>
+void project_of(const Project& p) {
+  auto z = unpack_weights<T>(p);
+  if (p.rows == 1) return project_one<T>(p, z.data());
+#pragma omp parallel num_threads(p.threads)
+  {
+    Share share((p.width + kLine - 1) / kLine);
+    int64_t end = std::min(share.end * kLine, p.width);
+    for (int64_t column = share.begin * kLine; column < end; column += kColumns)
+      for (int64_t m = 0; m < p.rows; m += kBatch)
+        project_columns<T>(p, z.data(), m, std::min(kBatch, p.rows - m), column, std::min(kColumns, end - column));
+  }
+}
+
+}  // namespace

@@ -1,0 +1,123 @@
+// How the products read rows of a weight: where they lie, and what of them makes a vector.
+
+#pragma once
+
+#include <algorithm>
+
+#include "formats.h"
+
+namespace {
+
+constexpr int64_t kAhead = 512;  // bytes of a row that are fetched ahead
+
+// Tiles whose sums stay in registers (16, or 32 with AVX-512): tokens x weight rows (linear) or vectors (project).
+constexpr int kTileTokens = 4, kTile = kVector == 16 ? 6 : 3;
+constexpr int64_t kBatch = 16;  // tokens that share a panel
+constexpr int kFewRows = 4;     // weight rows at a time where tokens are few
+
+// The rows of a product; past the end the last one again.
+template <class T>
+struct Rows {
+  const T* w;
+  int64_t width, count;
+  const int64_t* index;
+
+  const T* operator[](int64_t i) const {
+    i = std::min(i, count - 1);
+    return w + (index ? index[i] : i) * width;
+  }
+};
+
+// Fetches what lies kAhead bytes beyond a step of a row, going on in the next one.
+template <class T>
+inline void fetch_ahead(const T* row, const T* next, int64_t at, int64_t width) {
+  constexpr int64_t ahead = kAhead / sizeof(T), line = kLine / sizeof(T);
+  for (int64_t i = at + ahead; i < at + ahead + kStep<T>; i += line)
+    __builtin_prefetch(i < width ? row + i : next + i - width);
+}
+
+// A reader gives vectors of some columns: `half`, the first or second that 2 * kVector columns make, `whole`, and `part`,
+// the first `count` columns and zeros. Copies of them, and what meets them, are arrays of Element.
+
+// One row, widened.
+template <class T>
+struct Widened {
+  using Format = T;
+  using Element = float;
+  using Vector = Floats;
+  static constexpr int kRows = 1, kHalves = 2;
+  static constexpr int64_t kLanes = kVector;  // columns of a vector
+  const T* row;
+
+  static Widened at(const Rows<T>& rows, int64_t i, int64_t column) { return {rows[i] + column}; }
+  Floats half(int64_t c, int half) const { return load_half(row + c, half); }
+  Floats whole(int64_t c) const { return load(row + c); }
+  Floats part(int64_t c, int64_t count) const { return load_part(row + c, count); }
+  void fetch(const Widened& next, int64_t c, int64_t width) const { fetch_ahead(row, next.row, c, width); }
+};
+
+// One row as it is: pairs of neighbours, for dot products.
+struct Neighbours {
+  using Format = BFloat16;
+  using Element = BFloat16;
+  using Vector = Words;
+  static constexpr int kRows = 1, kHalves = 1;
+  static constexpr int64_t kLanes = 2 * kVector;
+  const BFloat16* row;
+
+  static Neighbours at(const Rows<BFloat16>& rows, int64_t i, int64_t column) { return {rows[i] + column}; }
+  Words half(int64_t c, int) const { return whole(c); }
+  Words whole(int64_t c) const { return stored<Words>(row + c); }
+  Words part(int64_t c, int64_t count) const {
+    Words pairs = {};
+    memcpy(&pairs, row + c, count * sizeof(BFloat16));
+    return pairs;
+  }
+  void fetch(const Neighbours& next, int64_t c, int64_t width) const { fetch_ahead(row, next.row, c, width); }
+};
+
+// Two rows as they are: pairs of a column, for sums of rows; in place of the second one zeros if the first is `alone`.
+template <bool alone>
+struct Stacked {
+  using Format = BFloat16;
+  using Element = uint32_t;
+  using Vector = Words;
+  static constexpr int kRows = 2, kHalves = 2;
+  static constexpr int64_t kLanes = kVector;
+  const BFloat16 *row, *second;
+
+  static Stacked at(const Rows<BFloat16>& rows, int64_t i, int64_t column) {
+    return {rows[i] + column, rows[i + 1] + column};
+  }
+  Words half(int64_t c, int half) const {
+    Words low = stored<Words>(row + c), high = alone ? Words{} : stored<Words>(second + c);
+    return half ? low >> 16 | (high & 0xffff0000u) : (low & 0xffffu) | high << 16;
+  }
+  Words whole(int64_t c) const {
+    Words low = (Words)load(row + c), high = alone ? Words{} : (Words)load(second + c);
+    return low >> 16 | high;
+  }
+  Words part(int64_t c, int64_t count) const {
+    Words low = (Words)load_part(row + c, count), high = alone ? Words{} : (Words)load_part(second + c, count);
+    return low >> 16 | high;
+  }
+  void fetch(const Stacked& next, int64_t c, int64_t width) const {
+    fetch_ahead(row, next.row, c, width);
+    if (!alone) fetch_ahead(second, next.second, c, width);
+  }
+};
+
+// Writes `count` columns to `to`, and zeros up to a whole vector. Whole steps are in the order of `half`.
+template <class Row>
+inline void unpack(const Row& row, int64_t count, typename Row::Element* to) {
+  constexpr int64_t step = kStep<typename Row::Format>;
+  int64_t c = 0;
+  for (; c + step <= count; c += step)
+#pragma GCC unroll 8
+    for (int64_t v = c; v < c + step; v += 2 * kVector)
+      for (int half = 0; half < Row::kHalves; half++) store(to + v + half * kVector, row.half(v, half));
+  for (; c + Row::kLanes <= count; c += Row::kLanes) store(to + c, row.whole(c));
+  if (c < count) store(to + c, row.part(c, count - c));
+}
+
+}  // namespace
