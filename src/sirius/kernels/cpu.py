@@ -23,19 +23,24 @@ _Pointer, _Size = ctypes.c_void_p, ctypes.c_int64
 def library() -> ctypes.CDLL | None:
     """Return the compiled kernels; None, with one line in the log, where there are none."""
     try:
-        found = ctypes.CDLL(str(LIBRARY))
-    except OSError as error:
+        return _bound(ctypes.CDLL(str(LIBRARY)))
+    except (OSError, AttributeError) as error:  # there is none, or one of another version
         logging.getLogger("sirius").warning(
             "no compiled CPU kernels (%s); plain PyTorch takes their place, slower. "
             "Install a C++ compiler and sirius again to have them",
             error,
         )
         return None
+
+
+def _bound(found: ctypes.CDLL) -> ctypes.CDLL:
+    """Say what the library's functions take and return."""
+    number = ctypes.c_int
+    tensors = [number, _Pointer, _Size, _Size]
     found.sirius_isa.restype = ctypes.c_char_p
-    tensors = [ctypes.c_int, _Pointer, _Size, _Size]
-    found.sirius_linear.argtypes = [*tensors, _Pointer, _Size, _Size, _Pointer, _Pointer, _Pointer, ctypes.c_int]
-    found.sirius_project.argtypes = [*tensors, _Pointer, _Pointer, _Size, _Size, _Pointer, _Pointer, ctypes.c_int]
-    found.sirius_largest.argtypes = [ctypes.c_int, _Pointer, _Size, _Size, _Pointer]
+    found.sirius_linear.argtypes = [*tensors, _Pointer, _Size, _Size, _Pointer, _Pointer, _Pointer, number]
+    found.sirius_project.argtypes = [*tensors, _Pointer, _Pointer, _Size, _Size, _Pointer, _Pointer, number]
+    found.sirius_largest.argtypes = [number, _Pointer, _Size, _Size, _Pointer]
     found.sirius_linear.restype = found.sirius_project.restype = _Size
     found.sirius_largest.restype = None
     return found
