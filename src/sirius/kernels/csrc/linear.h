@@ -41,10 +41,10 @@ void dot_rows(const typename Row::Element* x, int64_t stride, const Row* row, co
   for (; h + step <= width; h += step) {
     for (int r = 0; r < R; r++) row[r].fetch(next[r], h, width);
 #pragma GCC unroll 8
-    for (int64_t v = h; v < h + step; v += 2 * kVector)
-#pragma GCC unroll 2
-      for (int half = 0; half < Row::kHalves; half++)
-        add(v + half * kVector, [&](const Row& from) { return from.half(v, half); });
+    for (int64_t v = h; v < h + step; v += 2 * kVector) {  // a loop over the halves inside takes 5% longer
+      add(v, [&](const Row& from) { return from.half(v, 0); });
+      if constexpr (Row::kHalves == 2) add(v + kVector, [&](const Row& from) { return from.half(v, 1); });
+    }
   }
   for (; h + Row::kLanes <= width; h += Row::kLanes) add(h, [&](const Row& from) { return from.whole(h); });
   if (h < width) add(h, [&](const Row& from) { return from.part(h, width - h); });

@@ -28,16 +28,17 @@ struct Rows {
   }
 };
 
-// Fetches what lies kAhead bytes beyond a step of a row, going on in the next one.
+// Fetches what lies kAhead bytes beyond a step of a row, going on in the next one. GCC drops calls of a function that
+// only fetches, as if it did nothing, unless they are put inline at once.
 template <class T>
-inline void fetch_ahead(const T* row, const T* next, int64_t at, int64_t width) {
+[[gnu::always_inline]] inline void fetch_ahead(const T* row, const T* next, int64_t at, int64_t width) {
   constexpr int64_t ahead = kAhead / sizeof(T), line = kLine / sizeof(T);
   for (int64_t i = at + ahead; i < at + ahead + kStep<T>; i += line)
     __builtin_prefetch(i < width ? row + i : next + i - width);
 }
 
-// A reader gives vectors of some columns: `half`, the first or second that 2 * kVector columns make, `whole`, and `part`,
-// the first `count` columns and zeros. Copies of them, and what meets them, are arrays of Element.
+// A reader gives vectors of some columns: `half`, the first or second that 2 * kVector columns make, `whole`, and
+// `part`, the first `count` columns and zeros. Copies of them, and what meets them, are arrays of Element.
 
 // One row, widened.
 template <class T>
@@ -53,7 +54,9 @@ struct Widened {
   Floats half(int64_t c, int half) const { return load_half(row + c, half); }
   Floats whole(int64_t c) const { return load(row + c); }
   Floats part(int64_t c, int64_t count) const { return load_part(row + c, count); }
-  void fetch(const Widened& next, int64_t c, int64_t width) const { fetch_ahead(row, next.row, c, width); }
+  [[gnu::always_inline]] void fetch(const Widened& next, int64_t c, int64_t width) const {
+    fetch_ahead(row, next.row, c, width);
+  }
 };
 
 // One row as it is: pairs of neighbours, for dot products.
@@ -73,7 +76,9 @@ struct Neighbours {
     memcpy(&pairs, row + c, count * sizeof(BFloat16));
     return pairs;
   }
-  void fetch(const Neighbours& next, int64_t c, int64_t width) const { fetch_ahead(row, next.row, c, width); }
+  [[gnu::always_inline]] void fetch(const Neighbours& next, int64_t c, int64_t width) const {
+    fetch_ahead(row, next.row, c, width);
+  }
 };
 
 // Two rows as they are: pairs of a column, for sums of rows; in place of the second one zeros if the first is `alone`.
@@ -101,7 +106,7 @@ struct Stacked {
     Words low = (Words)load_part(row + c, count), high = alone ? Words{} : (Words)load_part(second + c, count);
     return low >> 16 | high;
   }
-  void fetch(const Stacked& next, int64_t c, int64_t width) const {
+  [[gnu::always_inline]] void fetch(const Stacked& next, int64_t c, int64_t width) const {
     fetch_ahead(row, next.row, c, width);
     if (!alone) fetch_ahead(second, next.second, c, width);
   }
@@ -114,8 +119,8 @@ inline void unpack(const Row& row, int64_t count, typename Row::Element* to) {
   int64_t c = 0;
   for (; c + step <= count; c += step)
 #pragma GCC unroll 8
-    for (int64_t v = c; v < c + step; v += 2 * kVector)
-      for (int half = 0; half < Row::kHalves; half++) store(to + v + half * kVector, row.half(v, half));
+    for (int64_t v = 0; v < step; v += 2 * kVector)
+      for (int half = 0; half < Row::kHalves; half++) store(to + c + v + half * kVector, row.half(c + v, half));
   for (; c + Row::kLanes <= count; c += Row::kLanes) store(to + c, row.whole(c));
   if (c < count) store(to + c, row.part(c, count - c));
 }
