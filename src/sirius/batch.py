@@ -201,10 +201,10 @@ class Batch:
             self.session.reserve(rows, max(e.row.slots for e in (entry, *islice(self.waiting, self.rows))))
             return start(self.session, entry.row)
         except torch.OutOfMemoryError:
-            if not self.active:
-                self.session.release()
-            self.session.reserve(len(self.active) + 1, entry.row.slots)
-            return start(self.session, entry.row)
+            pass  # its traceback holds what the first try had
+        self.session.release()
+        self.session.reserve(len(self.active) + 1, entry.row.slots)
+        return start(self.session, entry.row)
 
     def _round(self) -> list[Update]:
         began = perf_counter()

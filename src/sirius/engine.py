@@ -67,9 +67,9 @@ class Engine:
 
         Raises ConfigError where there is nothing to compile, UnsupportedModelError where the structure does not fit.
         """
-        prepare(model)
         if compile:
             check_compiles(model)
+        prepare(model)
         self.compile = compile
         self.model, self.tokenizer = model.eval(), tokenizer
         self.ends = end_tokens(model)

@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from conftest import FAMILIES, greedy, tiny_model
-from sirius import CorrectionConfig, Engine, SparsityConfig
+from sirius import CorrectionConfig, Engine, SparsityConfig, restore
 from sirius.errors import ConfigError
 from sirius.kernels import gpu
 from sirius.model import passes, workspace
+from sirius.model.cache import SlotLayer
 from sirius.model.workspace import IDLE, Workspace
 
 PROMPT, OTHER = [5, 9, 2, 77, 31], [8, 8, 100]
@@ -39,9 +40,9 @@ def recorded(monkeypatch) -> list[int]:
     make = Workspace.__init__
 
     def record(call, buffers):
-        call(**buffers)
+        first = call(**buffers)
         records.append(buffers["input_ids"].data_ptr())
-        return lambda call, buffers: call(**buffers)
+        return first, lambda call, buffers: call(**buffers)
 
     def make_recording(space, *args, **options):
         make(space, *args, **options)
@@ -144,6 +145,7 @@ def test_what_cannot_be_recorded_runs_as_before_and_is_told_once(recorded, monke
 
 @pytest.mark.parametrize("name", ["coarse", "fine"])
 def test_each_record_is_compiled_once_and_writes_the_same_text(recorded, monkeypatch, name):
+    monkeypatch.setattr("sirius.engine.check_compiles", lambda model: None)
     torch.compiler.reset()  # another test's graphs would serve this one's model too
     monkeypatch.setattr(passes, "COMPILER", "aot_eager")
     model = tiny_model(eos_token_id=None)
@@ -162,6 +164,114 @@ def test_each_record_is_compiled_once_and_writes_the_same_text(recorded, monkeyp
 def test_there_is_nothing_to_compile_on_the_cpu():
     with pytest.raises(ConfigError, match=r"compiled on a GPU.* is torch.float32 on cpu: leave compile out"):
         Engine(tiny_model(), compile=True)
+
+
+def test_weights_that_have_moved_are_not_read_where_they_were(recorded):
+    model = tiny_model(eos_token_id=None)
+
+    def generate() -> list[int]:
+        done = Engine(model).generate(PROMPT, max_new_tokens=40, sparsity="fine", correction=argmax(4))
+        gc.collect()
+        return list(done.token_ids)
+
+    want = greedy(model, PROMPT, 40)
+    assert generate() == want
+    spaces = list(workspace._idle[model].values())
+    restore(model)
+    assert model not in workspace._idle
+    assert generate() == want
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    assert generate() == want
+    assert not set(map(id, workspace._idle[model].values())) & set(map(id, spaces))
+
+
+def test_inference_mode_may_end_between_two_texts(recorded):
+    engine = Engine(tiny_model(eos_token_id=None))
+    options = {"sparsity": "coarse", "correction": argmax(4), "max_new_tokens": 40}
+    with torch.inference_mode():
+        first = engine.generate(PROMPT, **options)
+    gc.collect()
+    assert engine.generate(PROMPT, **options).token_ids == first.token_ids
+
+
+def test_memory_that_runs_out_leaves_no_record_of_what_has_moved(recorded, monkeypatch):
+    engine = Engine(tiny_model(eos_token_id=None))
+    batch = engine.batch(rows=2, correction=argmax(4))
+    batch.add(engine.text(PROMPT, max_new_tokens=60))
+    for _ in range(8):
+        batch.step()
+    passes = batch.session.space.passes
+    assert passes.recorded
+    batch.add(engine.text(OTHER, max_new_tokens=300))
+    grow, grown = SlotLayer.grow, []
+
+    def grow_once(layer, rows, slots):
+        if grown:
+            raise torch.OutOfMemoryError("no more")
+        grown.append(layer)
+        grow(layer, rows, slots)
+
+    monkeypatch.setattr(SlotLayer, "grow", grow_once)
+    updates = batch.step()
+    monkeypatch.undo()
+    assert "out of memory" in str(updates[0].error)
+    assert not passes.recorded
+    while batch.busy:
+        updates = batch.step()
+    assert list(updates[-1].completion.token_ids) == greedy(engine.model, PROMPT, 60)
+
+
+def test_a_step_that_was_recorded_counts_once(recorded):
+    model = tiny_model(eos_token_id=None)
+    options = {"sparsity": METHODS["fine with a threshold"], "correction": argmax(5), "max_new_tokens": 40}
+    density = Engine(model).generate(PROMPT, **options).stats.density_streamed
+    assert recorded
+    workspace.drop_idle(model)
+    recorded.clear()
+    batch = Engine(model).batch(rows=1, **{name: options[name] for name in ("sparsity", "correction")})
+    batch.session.space.passes.record = None
+    batch.add(Engine(model).text(PROMPT, max_new_tokens=40))
+    while batch.busy:
+        [update] = batch.step()
+    assert update.completion.stats.density_streamed == density
+
+
+@pytest.mark.parametrize("name", ["coarse", "fine"])
+def test_a_compiler_takes_the_gpus_kernels_as_they_are(gpu_device, monkeypatch, name):
+    """Without a graph break: a compiled pass is one piece."""
+    monkeypatch.setattr("sirius.engine.check_compiles", lambda model: None)
+    monkeypatch.setattr(passes, "COMPILER", "aot_eager")
+    monkeypatch.setattr(passes, "WARM", 0)
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    model = tiny_model(eos_token_id=None).to(gpu_device)
+    engine = Engine(model, compile=True)
+    batch = engine.batch(rows=1, sparsity=METHODS[name], correction=argmax(2))
+    if gpu_device.type == "cpu":
+        batch.session.space.passes.record = lambda call, buffers: (call(**buffers), None)
+    batch.add(engine.text(PROMPT, max_new_tokens=3))
+    while batch.busy:
+        [update] = batch.step()
+    assert list(update.completion.token_ids) == greedy(model, PROMPT, 3)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == len(batch.session.space.passes.recorded) >= 2
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("name", METHODS)
+def test_graphs_write_the_full_models_text_for_one_prompt_after_another(gpu_device, name, compiled):
+    model = tiny_model(eos_token_id=None).to(gpu_device)
+    engine = Engine(model, compile=compiled)
+    for prompt in (PROMPT, OTHER, PROMPT):
+        want = greedy(model, prompt, 60)
+        got = engine.generate(prompt, max_new_tokens=60, sparsity=METHODS[name], correction=argmax(5))
+        assert list(got.token_ids) == want
+        gc.collect()
+    [space] = workspace._idle[model].values()
+    assert space.passes.record is not None
+    assert bool(space.passes.recorded) == ("refresh" not in name)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])

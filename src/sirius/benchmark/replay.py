@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from itertools import accumulate
 
-import torch
 from torch import Tensor
 
 from sirius.decoding.accept import Check
+from sirius.decoding.host import send
 from sirius.errors import ConfigError
 
 PUBLISHED_AAL, PUBLISHED_PERIOD = 15.22, 16  # Sirius (arXiv 2409.03856)
@@ -52,7 +52,7 @@ class Replay:
     def __call__(self, check: Check) -> Tensor:
         """Return which guesses pass, [B, N] bool."""
         depths = check.tree.depths
-        passed = torch.tensor([self._next() for _ in depths], device=depths.device)
+        passed = send([self._next() for _ in depths], depths.device)
         return depths <= passed[:, None]
 
     def _next(self) -> int:

@@ -22,7 +22,7 @@ def fetch(*tensors: Tensor) -> list[Tensor]:
 
 
 def send(values: list[int], device: torch.device) -> Tensor:
-    """Return whole numbers on a device, [n] int64, without waiting until they are there."""
+    """Return whole numbers on a device, [n] int64, without waiting for what it has yet to do."""
     return torch.tensor(values, dtype=torch.int64).to(device, non_blocking=True)
 
 
@@ -31,7 +31,7 @@ class Stopwatch:
 
     def __init__(self, device: torch.device) -> None:
         """Set the first mark."""
-        self.on_gpu = device.type == "cuda"
+        self.device, self.on_gpu = device, device.type == "cuda"
         self.marks: list[float] = []
         self.events: list[torch.cuda.Event] = []
         self.mark()
@@ -40,7 +40,7 @@ class Stopwatch:
         """Set a further mark."""
         if self.on_gpu:
             self.events.append(torch.cuda.Event(enable_timing=True))
-            self.events[-1].record()
+            self.events[-1].record(torch.cuda.current_stream(self.device))
         else:
             self.marks.append(perf_counter())
 

@@ -136,7 +136,7 @@ def draft(model: LanguageModel, rows: Sequence[Row], plan: Plan) -> Tree:
     depth, ends = send(depths, model.device), send(sorted(plan.ends), model.device)
     for level in range(max(depths)):
         here = tree.last
-        scores, ended = tree.scores[:, here], torch.isin(tree.tokens[:, here], ends) & (level > 0)
+        scores, ended = tree.scores[:, here], (tree.tokens[:, here, None] == ends).any(-1) & (level > 0)
         over, on = (torch.where(which, scores, -torch.inf).logsumexp(1, keepdim=True) for which in (ended, ~ended))
         going = ~ended & (scores > -torch.inf) & (over <= on) & (depth[:, None] > level)
         if answers_at_once(going) and not bool(going.any()):

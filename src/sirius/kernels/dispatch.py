@@ -61,12 +61,12 @@ def largest(values: Tensor, count: int) -> Tensor:
     return (cpu if cpu.takes(values) else reference).largest(values, count)
 
 
-def places(kept: Tensor, weight: Tensor) -> Tensor:
-    """Return where kept [F] bool is True, ascending, as an index [k] int64 of the rows of weight [F, H].
+def places(kept: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """Return where kept [F] bool is True, ascending, as an index [k] int64 for a product of x with weight [F, H].
 
-    On a GPU, which is not asked how many there are, k is F and -1 fills the end.
+    On a GPU, which is not asked how many there are, k is F and -1 fills the end: no neuron to the kernels there.
     """
-    if gpu.fits(weight, weight):
+    if _on_gpu(x, weight):
         return torch.nonzero_static(kept, size=len(kept))[:, 0]
     return kept.nonzero()[:, 0]
 

@@ -76,6 +76,7 @@ def fits(x: Tensor, weight: Tensor) -> bool:
     )
 
 
+@torch.compiler.assume_constant_result
 def runs_on(device: torch.device) -> bool:
     """Tell whether the kernels run on a device."""
     return (device.type == "cuda" or (device.type == "cpu" and interpreted())) and available()
@@ -263,7 +264,7 @@ def largest(values: Tensor, count: int) -> Tensor:
     from sirius.kernels.programs import largest_kernel
 
     size = values.shape[-1]
-    assert 0 <= count <= size <= 2**16, f"{count} of {size} values"
+    assert 0 <= count <= size <= LONGEST, f"{count} of {size} values"
     values = values.contiguous()
     found = values.new_empty(*values.shape[:-1], count, dtype=torch.int64)
     if found.numel():

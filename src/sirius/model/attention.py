@@ -24,6 +24,7 @@ def slot_attention(
     attention_mask  [B, 1, T, M] bool  which of the M slots after the held ones each token sees
     held            [B] int64, of kwargs: slots that each row holds; all of them are seen
     """
+    assert kwargs.get("s_aux") is None, "attention sinks are none of ours"
     held, softcap = kwargs["held"], kwargs.get("softcap")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     return attend(query, key.transpose(1, 2), value.transpose(1, 2), held, attention_mask[:, 0], scale, softcap), None

@@ -174,7 +174,7 @@ class Chosen:
         self.tally.add(kept)
         if kept.shape[:-1].numel() > 1:  # several sets
             gated = gated * kept
-        return kernel.gated_mlp_rows(gated, x, neurons, places(kept.flatten(0, 1).any(0), neurons.up))
+        return kernel.gated_mlp_rows(gated, x, neurons, places(kept.flatten(0, 1).any(0), x, neurons.up))
 
 
 def fixed_routes(methods: Sequence[PromptSparsity], mlps: Sequence[SparseMLP]) -> list[Route | None]:

@@ -3,43 +3,58 @@
 import logging
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping
-from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 WARM = 2  # passes of a shape in one session before it is worth a record; the last window of a text never is
-
+MOST = 32  # records of a workspace; each keeps the scores of its shape
 COMPILER = "inductor"
 SHAPES = 64  # of a draft step, checks of each size, for batches of each size: all are compiled for themselves
 
 Call = Callable[..., Tensor]
-Replay = Callable[[Call, Mapping[str, Tensor]], Tensor]
-Record = Callable[[Call, Mapping[str, Tensor]], Replay]
+Inputs = Mapping[str, Tensor]
+Replay = Callable[[Call, Inputs], Tensor]
+Record = Callable[[Call, Inputs], tuple[Tensor, Replay]]  # also the result of the pass that it took to record it
+
+
+class _Recorded(NamedTuple):
+    """A record: the buffers that it reads, what replays it, and what else it reads and so must live as long."""
+
+    buffers: dict[str, Tensor]
+    replay: Replay
+    alive: object
 
 
 class Passes:
     """What was recorded, by key: all that decides which kernels a pass launches, and at which addresses.
 
-    Inputs are copied into buffers that stay where they are. A result is written over by the next pass of its key.
+    Inputs are copied into buffers that stay where they are. A result may be written over by the next pass of any key.
     """
 
     def __init__(self, record: Record | None) -> None:
         """Take what records a pass; None runs each as it comes."""
         self.record = record
         self.counts: Counter[Hashable] = Counter()
-        self.recorded: dict[Hashable, tuple[dict[str, Tensor], Replay]] = {}
+        self.recorded: dict[Hashable, _Recorded] = {}
 
-    def run(self, key: Hashable, call: Call, inputs: Mapping[str, Tensor], faster: Call) -> Tensor:
-        """Return `call(**inputs)`, replayed where a pass of that key was recorded; `faster` is what a record is of."""
-        if key not in self.recorded and not self._recordable(key, faster, inputs):
-            return call(**inputs)
-        buffers, replay = self.recorded[key]
-        for name, buffer in buffers.items():
-            buffer.copy_(inputs[name])
-        return replay(faster, buffers)
+    def run(self, key: Hashable, calls: tuple[Call, Call], inputs: Inputs, alive: object = None) -> Tensor:
+        """Return a pass over inputs, replayed where one of that key was recorded.
+
+        calls  the pass, and the same compiled, which is what is recorded where that is possible
+        alive  what the pass reads besides
+        """
+        if key in self.recorded:
+            buffers, replay, _ = self.recorded[key]
+            for name, buffer in buffers.items():
+                buffer.copy_(inputs[name])
+            return replay(calls[1], buffers)
+        self.counts[key] += 1
+        if self.record is None or self.counts[key] <= WARM:
+            return calls[0](**inputs)
+        return self._first(key, calls, inputs, alive)
 
     def begin(self) -> None:
         """Begin a session: what it does often is recorded, and what earlier ones did is there."""
@@ -49,17 +64,26 @@ class Passes:
         """Drop what was recorded, as something in it has moved."""
         self.recorded.clear()
 
-    def _recordable(self, key: Hashable, call: Call, inputs: Mapping[str, Tensor]) -> bool:
-        self.counts[key] += 1
-        if self.record is None or self.counts[key] <= WARM:
-            return False
-        buffers = {name: each.clone() for name, each in inputs.items()}
-        try:
-            self.recorded[key] = buffers, self.record(call, buffers)
-        except RuntimeError as error:
-            logging.getLogger("sirius").warning("this model's passes cannot be recorded and run slower: %s", error)
-            self.record = None
-        return key in self.recorded
+    def _first(self, key: Hashable, calls: tuple[Call, Call], inputs: Inputs, alive: object) -> Tensor:
+        """Record a pass, compiled if that works, and return its result."""
+        for call in dict.fromkeys(reversed(calls)):
+            buffers = {name: each.clone() for name, each in inputs.items()}
+            try:
+                assert self.record is not None
+                scores, replay = self.record(call, buffers)
+            except torch.OutOfMemoryError:
+                self.forget()  # their memory may do for the pass itself
+                break
+            except RuntimeError as error:
+                what = "recorded" if call is calls[0] else "compiled"
+                logging.getLogger("sirius").warning("this model's passes cannot be %s and run slower: %s", what, error)
+                continue
+            if len(self.recorded) >= MOST:
+                self.recorded.pop(next(iter(self.recorded)))
+            self.recorded[key] = _Recorded(buffers, replay, alive)
+            return scores
+        self.record = None
+        return calls[0](**inputs)
 
 
 class GraphRecorder:
@@ -69,23 +93,28 @@ class GraphRecorder:
         self.device = device
         self.pool = torch.cuda.graph_pool_handle()
 
-    def __call__(self, call: Call, buffers: Mapping[str, Tensor]) -> Replay:
-        """Run a pass once to warm up and once to record it."""
-        with torch.cuda.device(self.device):
-            aside = torch.cuda.Stream()
-            aside.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(aside):
-                call(**buffers)
-            torch.cuda.current_stream().wait_stream(aside)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self.pool):
+    def __call__(self, call: Call, buffers: Inputs) -> tuple[Tensor, Replay]:
+        """Run a pass once, which also compiles and tunes what it launches, then record it.
+
+        Raises RuntimeError of a pass that asks the device something, or allocates in another way than through PyTorch.
+        """
+        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
+        aside = torch.cuda.Stream(self.device)
+        aside.wait_stream(current)
+        with torch.cuda.stream(aside):
+            first = call(**buffers).clone()
+            graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
+            try:
                 output = call(**buffers)
-        return partial(_replay, graph, output)
+            finally:
+                graph.capture_end()
+        current.wait_stream(aside)
 
+        def replay(call: Call, buffers: Inputs) -> Tensor:
+            graph.replay()
+            return output
 
-def _replay(graph: "torch.cuda.CUDAGraph", output: Tensor, call: Call, buffers: Mapping[str, Tensor]) -> Tensor:
-    graph.replay()
-    return output
+        return first, replay
 
 
 def compile_model(model: PreTrainedModel) -> Callable[..., Any]:

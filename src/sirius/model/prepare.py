@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from sirius.errors import RequestError, UnsupportedModelError
 from sirius.model import linear
 from sirius.model.mlp import SparseMLP, agrees
+from sirius.model.workspace import drop_idle
 from sirius.stats import Parameters
 
 SEPARATE = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
@@ -52,6 +53,7 @@ def restore(model: PreTrainedModel) -> None:
             if isinstance(child, SparseMLP):
                 setattr(parent, name, child.restore())
     linear.give_back(model)
+    drop_idle(model)
 
 
 def sparse_mlps(model: nn.Module) -> list[SparseMLP]:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,7 +22,13 @@ from sirius.stats import DENSE, Touched
 
 LOOKS = 64  # what tokens look at covers a multiple of so many slots, so that a draft's levels share a record
 Forward = Callable[..., Any]
+Method = TypeVar("Method", bound=Callable[..., Any])
 MakeMethod = Callable[[], Sparsity | None]
+
+
+def _ordinary(method: Method) -> Method:
+    """Run a method without gradients and outside of inference mode, whose tensors could not be written to after it."""
+    return torch.inference_mode(False)(torch.no_grad()(method))
 
 
 class Session:
@@ -32,6 +38,7 @@ class Session:
     pass sets the routes of the model's MLPs and takes them back.
     """
 
+    @_ordinary
     def __init__(
         self, model: PreTrainedModel, mlps: list[SparseMLP], make: MakeMethod = lambda: None, compiled: bool = False
     ) -> None:
@@ -61,18 +68,22 @@ class Session:
         """Where the model is."""
         return self.model.device
 
+    @_ordinary
     def reserve(self, rows: int, slots: int) -> None:
         """Make room for rows and slots to come, so that the cache is not moved when they do."""
         self.space.reserve(rows, slots)
 
+    @_ordinary
     def release(self) -> None:
-        """Give back the memory of a session without rows."""
-        assert not self.methods, f"{len(self.methods)} rows are open"
-        self.space.release()
+        """Give back what memory can be had: of idle workspaces and records, and of the cache where no row is open."""
         drop_idle(self.model)
-        self._rows_changed()
+        if self.methods:
+            self.space.passes.forget()
+        else:
+            self.space.release()
+            self._rows_changed()
 
-    @torch.no_grad()
+    @_ordinary
     def open(self, prompt: Tensor, slots: int) -> Tensor:
         """Read prompt [P] int64 into a new row of `slots` slots, the sparsity method looking on.
 
@@ -93,7 +104,7 @@ class Session:
         self._rows_changed()
         return scores[0, 0]
 
-    @torch.no_grad()
+    @_ordinary
     def read(self, tokens: Tensor, mode: Mode, window: Window) -> Tensor:
         """Feed tokens [B, T] int64, a line for each row, to the places of a window; return scores [B, T, V].
 
@@ -104,11 +115,12 @@ class Session:
         self.cache.place(lengths[:, None] + window.first + torch.arange(count))
         before = self.cache.copy(window.fixed) if window.fixed else []
         routes, inputs = self._routes(mode), self._inputs(tokens, lengths, window)
-        call, compiled = (partial(self._read, forward, routes) for forward in (self.model, self.forward))
+        call = partial(self._read, self.model, routes)
         if self.refreshing:
             scores = call(**inputs)
         else:
-            scores = self.space.passes.run((mode, inputs["looks"].shape), call, inputs, compiled)
+            calls = call, call if self.forward is self.model else partial(self._read, self.forward, routes)
+            scores = self.space.passes.run((mode, inputs["looks"].shape), calls, inputs, alive=routes)
         if window.fixed:
             self.cache.paste(window.fixed, before)
         return scores
@@ -147,6 +159,7 @@ class Session:
         with self._routed(routes), self._attending():
             return self._scores(forward, mask[:, None], {**looked, "held": held})
 
+    @_ordinary
     def keep(self, path: Tensor, counts: Tensor) -> None:
         """Let each row hold the first counts[b] [B] of the places path[b] [B, n] int64 after what it holds already."""
         self.cache.keep(path, counts)
@@ -159,6 +172,7 @@ class Session:
                     method.refresh(layer, z[row, kept.to(z.device)])
         self.seen, self.drafts = {}, None
 
+    @_ordinary
     def close(self, row: int) -> None:
         """Drop a row and free its slots; the last row takes its number."""
         self.cache.move(len(self.methods) - 1, row)

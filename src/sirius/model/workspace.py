@@ -3,6 +3,7 @@
 import weakref
 from collections.abc import Hashable
 
+import torch
 from transformers import PreTrainedModel
 
 from sirius.errors import ConfigError
@@ -19,23 +20,25 @@ class Workspace:
     """The tensors of one session at a time, which stay where they are, so that passes over them can be replayed.
 
     attends  whether attention reads the slots by a kernel of ours; only then are passes recorded
+    weights  where the model's were when the workspace was made, and their dtypes: records know no others
     drafts   the routes of the draft with fixed neurons
     """
 
     def __init__(self, model: PreTrainedModel, attends: bool) -> None:
         self.layers, self.device, self.attends = model.config.get_text_config().num_hidden_layers, model.device, attends
+        self.weights = places_of(model)
         self.passes = Passes(GraphRecorder(self.device) if attends and self.device.type == "cuda" else None)
         self.release()
 
     def release(self) -> None:
         """Let go of all memory."""
+        self.passes.forget()
         self.cache = SlotCache(self.layers, 0, 0, self.device)
         self.tally = Tally(0, self.device)
         self.drafts: list[Route | None] = []
-        self.passes.forget()
 
-    def clear(self) -> None:
-        """Let every row hold nothing."""
+    def begin(self) -> None:
+        """Let every row hold nothing, for a new session."""
         self.cache.clear()
         self.tally.clear()
         self.passes.begin()
@@ -45,9 +48,9 @@ class Workspace:
         table = self.cache.table
         if rows <= table.rows and slots <= table.slots:
             return
+        self.passes.forget()
         self.cache.reserve(rows, -(-slots // STEP) * STEP if self.attends else slots)
         self.tally.reserve(table.rows)
-        self.passes.forget()
 
     def renew(self, drafts: list[Route | None]) -> list[Route | None]:
         """Take the routes of newly chosen neurons, into the memory of the last ones where they fit."""
@@ -60,12 +63,25 @@ class Workspace:
 _idle: "weakref.WeakKeyDictionary[PreTrainedModel, dict[Hashable, Workspace]]" = weakref.WeakKeyDictionary()
 
 
+def places_of(model: PreTrainedModel) -> list[tuple[int, torch.dtype]]:
+    """Return where each parameter lies, and its dtype."""
+    return [(parameter.data_ptr(), parameter.dtype) for parameter in model.parameters()]
+
+
+def attends_to(model: PreTrainedModel) -> bool:
+    """Tell whether a kernel of ours can take a model's attention, which then has nothing of its own about it."""
+    if not attends(model.device, model.dtype) or not getattr(model, "_supports_attention_backend", False):
+        return False
+    narrower = getattr(model.config.get_text_config(), "v_head_dim", None) is not None
+    return not narrower and not any("sink" in name for name, _ in model.named_parameters())
+
+
 def check_compiles(model: PreTrainedModel) -> None:
     """Raise ConfigError where no pass of a model is recorded, and so none would be compiled."""
-    if not attends(model.device, model.dtype):
+    if model.device.type != "cuda" or not attends_to(model):
         raise ConfigError(
-            f"passes are compiled on a GPU with Triton, in a dtype of up to 32 bits; this model is {model.dtype} on "
-            f"{model.device}: leave compile out"
+            f"passes are compiled on a GPU with Triton, in a dtype of up to 32 bits, of plain attention; this "
+            f"{model.config.model_type} is {model.dtype} on {model.device}: leave compile out"
         )
 
 
@@ -74,10 +90,11 @@ def borrow(session: object, model: PreTrainedModel, key: tuple[Hashable, bool]) 
 
     key  what decides the draft's routes, and whether passes are compiled
     """
-    kept = attends(model.device, model.dtype)
+    kept = attends_to(model)
     space = _idle.get(model, {}).pop(key, None) if kept else None
-    if space is None or space.device != model.device:
+    if space is None or space.weights != places_of(model):
         space = Workspace(model, kept)
+    space.begin()
     if kept:
         weakref.finalize(session, _give_back, weakref.ref(model), key, space).atexit = False
     return space
@@ -89,9 +106,9 @@ def drop_idle(model: PreTrainedModel) -> None:
 
 
 def _give_back(of: "weakref.ref[PreTrainedModel]", key: Hashable, space: Workspace) -> None:
+    """Keep a workspace; nothing is done to its tensors, as a finalizer may come in the midst of anything."""
     if (model := of()) is None or not space.cache.table.rows:
         return
-    space.clear()
     kept = _idle.setdefault(model, {})
     kept[key] = space
     if len(kept) > IDLE:
