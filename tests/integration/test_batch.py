@@ -49,13 +49,13 @@ def drain(batch: Batch) -> dict[int, Completion | Exception | None]:
 
 def fed(monkeypatch) -> list[tuple[int, int]]:
     """Watch the passes of the model; return the list to which each adds its rows and tokens of a row."""
-    passes, forward = [], Session._forward
+    passes, scores = [], Session._scores
 
-    def watched(self, tokens, *args, **kwargs):
-        passes.append(tuple(tokens.shape))
-        return forward(self, tokens, *args, **kwargs)
+    def watched(self, forward, mask, inputs, **options):
+        passes.append(tuple(inputs["input_ids"].shape))
+        return scores(self, forward, mask, inputs, **options)
 
-    monkeypatch.setattr(Session, "_forward", watched)
+    monkeypatch.setattr(Session, "_scores", watched)
     return passes
 
 

@@ -13,7 +13,6 @@ from sirius.benchmark.decode import Setting, Times, bytes_per_token
 from sirius.benchmark.models import SHAPES, make_config, make_model
 from sirius.core import CorrectionConfig, SparsityConfig
 from sirius.engine import Engine
-from sirius.errors import ConfigError
 from sirius.model.prepare import count_parameters
 
 pytestmark = pytest.mark.integration
@@ -75,6 +74,8 @@ def test_a_histogram_may_be_played_back(bench, shape, tmp_path, within):
         (("--replay", "none.json"), "none.json"),
         (("--dtype", "int8"), "dtype is"),
         (("--keep", 0), "keep is the fraction"),
+        (("--context", 999_999), "pass the model's limit of"),
+        (("--compile",), "leave compile out"),
     ],
 )
 def test_a_wrong_option_is_one_line(bench, shape, options, says):
@@ -87,7 +88,7 @@ def test_kernels_are_measured_at_every_density_and_batch(bench):
     code, out, _ = bench("kernels", "--neurons", 40, "--hidden", 33, "--dtype", "float32", "--device", "cpu", "--json")
     assert code == 0
     rows = json.loads(out)["rows"]
-    assert len(rows) == 5 * (4 * 6 + 1)  # linear, glu, up_rows, project at six densities; largest at one
+    assert len(rows) == 5 * (4 * 6 + 2)  # linear, glu, up_rows, project at six densities; gate and largest at one
     assert all(row["kernel_ms"] > 0 and row["reference_ms"] > 0 for row in rows)
 
 
@@ -141,9 +142,31 @@ def test_peaks_that_the_system_does_not_tell_are_left_out(bench, shape, monkeypa
     assert {row["peak_bytes"] for row in json.loads(out)["rows"]} == {None}
 
 
-@pytest.mark.parametrize("content", ["[]", "{}", "not json", '{"model_type": "no such"}'])
-def test_what_is_no_configuration_is_refused(tmp_path, content):
+@pytest.mark.parametrize(
+    "content",
+    [
+        "[]",
+        "{}",
+        "not json",
+        '{"model_type": "no such"}',
+        '{"model_type": "llama", "hidden_size": 33, "num_attention_heads": 5}',
+        '{"model_type": "llama", "hidden_size": "x"}',
+        '{"model_type": "llama", "num_hidden_layers": 0}',
+        '{"model_type": "llama", "num_key_value_heads": 0, "hidden_size": 32, "num_attention_heads": 4}',
+        '{"model_type": "llama", "hidden_act": "nope", "hidden_size": 32, "num_attention_heads": 4}',
+    ],
+)
+def test_what_is_no_configuration_is_refused(tmp_path, bench, content):
     path = tmp_path / "config.json"
     path.write_text(content)
-    with pytest.raises(ConfigError, match=r"config\.json"):
-        make_config(str(path))
+    code, out, err = bench("decode", "--shape", path, *SMALL, "--aal", 3)
+    assert code == 2 and out == ""
+    assert err.startswith("error: ") and len(err.splitlines()) == 1 and "onfig" in err
+
+
+@pytest.mark.parametrize("weights", ["[1, NaN, 1, 1]", "[1, Infinity, 1, 1]", "[0, 0, 0, 0]", "[1, -1, 1, 1]", "[1]"])
+def test_a_histogram_that_is_none_is_refused(bench, shape, tmp_path, weights):
+    path = tmp_path / "stats.json"
+    path.write_text(f'{{"acceptance_histogram": {weights}}}')
+    code, out, err = bench("decode", "--shape", shape, *SMALL, "--replay", path)
+    assert code == 2 and out == "" and "--period 4 needs as many weights, finite, at least 0" in err

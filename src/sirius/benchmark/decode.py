@@ -2,12 +2,12 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from statistics import mean, median, quantiles
+from statistics import median, quantiles
 from time import perf_counter
 from typing import Any, cast
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from sirius.batch import Batch, Update
@@ -21,7 +21,9 @@ from sirius.core import CorrectionConfig, SparsityConfig
 from sirius.decoding.period import Measured, Period
 from sirius.engine import Engine
 from sirius.errors import ConfigError
-from sirius.model.prepare import count_parameters, restore
+from sirius.model.passes import WARM
+from sirius.model.prepare import context_limit, count_parameters, restore
+from sirius.model.workspace import drop_idle
 from sirius.stats import Parameters
 
 TRANSFORMERS, STATIC, FULL = "transformers", "transformers, static", "full"
@@ -134,6 +136,16 @@ class _Clock(BaseStreamer):
         """Nothing is held back."""
 
 
+def check_context(workload: Workload, config: PreTrainedConfig) -> None:
+    """Raise ConfigError where a turn passes what the model was made for, before anything takes its time."""
+    limit, wanted = context_limit(config), workload.context + workload.tokens
+    if limit is not None and wanted > limit:
+        raise ConfigError(
+            f"--context {workload.context} and --tokens {workload.tokens} pass the model's limit of {limit}; lower "
+            f"--context to at most {limit - workload.tokens}"
+        )
+
+
 def make_settings(
     keep: float, fine_keeps: Sequence[float], period: int, widths: Sequence[int], device: str
 ) -> list[Setting]:
@@ -175,6 +187,7 @@ def run(
 
 
 def _turn(model: PreTrainedModel, setting: Setting, workload: Workload, times: Times) -> None:
+    drop_idle(model)  # another setting's cache is none of this one's memory
     known = reset_peak(workload.device)
     if setting.sparsity is None:
         _run_transformers(model, setting, workload, times)
@@ -204,9 +217,11 @@ def _run_ours(engine: Engine, setting: Setting, workload: Workload, times: Times
     batch = open_batch(engine, setting, workload.histogram, times)
     batch.add(engine.text(prompt(engine.model, workload.context), max_new_tokens=workload.tokens))
     step(batch)
+    unsettled = 0 if workload.device == "cpu" else WARM + 1  # rounds until a GPU's passes are recorded
     while batch.busy:
         seconds, [update] = timed(lambda: step(batch), workload.device)
-        if update.round.steps == setting.guesses:  # the budget cuts the last ones
+        unsettled -= 1
+        if update.round.steps == setting.guesses and unsettled < 0:  # the budget cuts the last ones
             times.rounds.append(seconds)
         if update.completion is not None:
             times.density = update.completion.stats.density_streamed
@@ -248,8 +263,8 @@ def _rows(
         mine, seconds = times[setting.name], medians[setting.name]
         tenths = [each / mine.aal for each in quantiles(mine.rounds, n=10)]
         read = bytes_per_token(setting, mine, parameters, dtype, held)
-        window = mean(mine.rounds)
-        parts = (mean(mine.drafts) / window, mean(mine.checks) / window) if mine.drafts else None
+        window = median(mine.rounds)
+        parts = (median(mine.drafts) / window, median(mine.checks) / window) if mine.drafts else None
         rows.append(
             Row(
                 name=setting.name,

@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from sirius.batch import Batch
+from sirius.benchmark.ceiling import Ceiling
 from sirius.benchmark.decode import FULL, Setting, Times, open_batch, prompt, step
 from sirius.benchmark.replay import PUBLISHED_AAL, PUBLISHED_PERIOD, acceptance, geometric
 from sirius.benchmark.timing import timed
@@ -16,6 +17,7 @@ from sirius.core import CorrectionConfig, SparsityConfig
 from sirius.engine import Engine
 from sirius.errors import ConfigError, FileError
 from sirius.model.prepare import context_limit
+from sirius.sparsity import find
 
 PLAIN, SPARSE, CORRECTED = "plain", "sparse", "corrected"
 PROMPT = 8  # tokens that are really read: their keys and values, over and over, are those of the rest
@@ -55,6 +57,7 @@ class Workload:
     sparsity: str
     cycles: int
     device: str = "cpu"
+    compile: bool = False
 
     def __post_init__(self) -> None:
         if self.sparsity == "none":
@@ -111,6 +114,7 @@ def along(rows: Iterable[Row], base: Point, axis: str) -> list[Row]:
 def check_points(points: Iterable[Point], workload: Workload, config: PreTrainedConfig) -> None:
     """Raise ConfigError of a point that cannot be measured, before the others take their time."""
     limit = context_limit(config)
+    find(workload.sparsity)
     for point in points:
         make_settings(point, workload.sparsity)
         if point.period < 2:
@@ -142,7 +146,7 @@ def run(
 
 def measure(model: PreTrainedModel, point: Point, workload: Workload) -> Row:
     """Time the settings of a point in turns; each turn begins at the point's context."""
-    engine = Engine(model)
+    engine = Engine(model, compile=workload.compile)
     settings = make_settings(point, workload.sparsity)
     times = {setting.name: Times() for setting in settings}
     batches = [open_filled(engine, setting, point, workload, times[setting.name]) for setting in settings]
@@ -156,10 +160,34 @@ def read_rows(record: Mapping[str, Any]) -> tuple[Workload, list[Row]]:
     """Return what a record of growth holds; raise FileError where it is none."""
     try:
         asked = record["workload"]
-        workload = Workload(**{**asked, "base": Point(**asked["base"])})
-        return workload, [Row(**{**row, "point": Point(**row["point"])}) for row in record["rows"]]
-    except (KeyError, TypeError) as error:
+        workload = Workload(**{**asked, "base": Point(**_positive(asked["base"]))})
+        return workload, [_row(row) for row in record["rows"]]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise FileError(f"this is no record of sirius bench growth: {error!r}") from error
+
+
+def read_ceiling(record: Mapping[str, Any]) -> Ceiling:
+    """Return the ceiling of a record; raise FileError where it has none."""
+    try:
+        return Ceiling(**_positive(record["ceiling"]))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise FileError(f"this record has no ceiling: {error!r}") from error
+
+
+def _row(row: Mapping[str, Any]) -> Row:
+    figures = {name: value for name, value in row.items() if name not in ("point", "rest_ms", "acceptance")}
+    chance, rest = row["acceptance"], row["rest_ms"]  # there may be none of either
+    if not isinstance(rest, int | float) or not isinstance(chance, int | float | None):
+        raise ValueError(f"rest_ms {rest!r}, acceptance {chance!r}")
+    point = Point(**_positive(row["point"]))
+    return Row(point=point, **_positive(figures), rest_ms=rest, acceptance=chance)
+
+
+def _positive(figures: Mapping[str, Any]) -> Mapping[str, Any]:
+    for name, value in figures.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+            raise ValueError(f"{name} is {value!r}")
+    return figures
 
 
 def make_settings(point: Point, method: str) -> list[Setting]:

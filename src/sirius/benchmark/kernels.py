@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import cycle
 from statistics import median
 from types import ModuleType
@@ -13,9 +14,12 @@ from torch.nn.functional import silu
 from sirius.benchmark.ceiling import SIZE, Ceiling
 from sirius.benchmark.timing import repeated
 from sirius.kernels import dispatch, reference
+from sirius.kernels.dispatch import attends
 
 OPERATIONS = ("linear", "glu", "up_rows", "project")
 DENSITIES = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)
+SLOTS, HEADS, KV_HEADS, HEAD = 1024, 32, 8, 128  # of `attend`: Llama-3-8B's, at 1k tokens
+MOST = 100  # matrices; small ones stay in the caches
 BATCHES = (1, 2, 4, 8, 16)
 
 
@@ -57,7 +61,7 @@ def run(
 ) -> list[Row]:
     """Time every operation; `on_row` is called after each row. Weights take turns, so that no cache holds them."""
     matrix = size.neurons * size.hidden * size.dtype.itemsize
-    copies = max(3, -(-SIZE // matrix))
+    copies = min(max(3, -(-SIZE // matrix)), MOST)
     weights = [_random(size, size.neurons, size.hidden, seed=i) for i in range(copies)]
     rows = []
     for operation in OPERATIONS:
@@ -65,16 +69,23 @@ def run(
             for density in densities:
                 rows.append(_row(operation, size, batch, density, weights, ceiling))
                 on_row()
-    for batch in batches:
-        rows.append(_largest(size, batch, ceiling))
-        on_row()
+    for operation in whole_operations(size):
+        for batch in batches:
+            rows.append(_whole(operation, size, batch, weights, ceiling))
+            on_row()
     return rows
+
+
+def whole_operations(size: Size) -> tuple[str, ...]:
+    """Return the operations that know no density; attention is PyTorch's own on a CPU."""
+    return ("gate", "largest", "attend") if attends(torch.device(size.device), size.dtype) else ("gate", "largest")
 
 
 def _row(operation: str, size: Size, batch: int, density: float, weights: list[Tensor], ceiling: Ceiling) -> Row:
     count = round(density * size.neurons)
     order = torch.randperm(size.neurons, generator=torch.Generator().manual_seed(0))
-    index = None if count == size.neurons else order[:count].sort().values.to(size.device)
+    whole = count == size.neurons and size.device == "cpu"  # on a GPU products with all rows are PyTorch's
+    index = None if whole else order[:count].sort().values.to(size.device)
     of_kernel, of_reference = (
         _milliseconds(_call(operation, module, size, batch, weights, index), size.device)
         for module in (dispatch, reference)
@@ -109,15 +120,28 @@ def _call(
     return calls[operation]
 
 
-def _largest(size: Size, batch: int, ceiling: Ceiling) -> Row:
-    values, count = _random(size, batch, size.neurons).float().abs(), size.neurons // 2
-    of_kernel, of_reference = (
-        _milliseconds(lambda module=module: module.largest(values, count), size.device)
-        for module in (dispatch, reference)
-    )
-    speed = values.numel() * 4 / of_kernel / 1e6
-    share = round(speed / ceiling.gb_per_s, 3)
-    return Row("largest", batch, 0.5, round(of_kernel, 4), round(of_reference, 4), round(speed, 2), share, 0.0)
+def _whole(operation: str, size: Size, batch: int, weights: list[Tensor], ceiling: Ceiling) -> Row:
+    """Time an operation without a density; of `largest` half of the values are wanted, to `attend` are SLOTS slots."""
+    turns = cycle(weights)
+    x, values = _random(size, batch, size.hidden), _random(size, batch, size.neurons).abs()
+    query, keys = _random(size, 1, HEADS, batch, HEAD), _random(size, 1, SLOTS, KV_HEADS, HEAD)
+    held = torch.tensor([SLOTS - batch], device=size.device)
+    seen = torch.ones(1, batch, batch, dtype=torch.bool, device=size.device).tril()
+    calls: dict[str, tuple[Callable[[ModuleType], Tensor], int, int]] = {  # with what is read, and multiplied
+        "gate": (lambda m: m.gate(x, next(turns), None, silu), weights[0].numel(), batch * weights[0].numel()),
+        "largest": (lambda m: m.largest(values, size.neurons // 2), values.numel(), 0),
+        "attend": (
+            lambda m: m.attend(query, keys, keys, held, seen, HEAD**-0.5, None),
+            2 * keys.numel(),
+            2 * HEADS * batch * SLOTS * HEAD,
+        ),
+    }
+    call, read, products = calls[operation]
+    of_kernel, of_reference = (_milliseconds(partial(call, module), size.device) for module in (dispatch, reference))
+    speed = read * size.dtype.itemsize / of_kernel / 1e6
+    share, gflops = round(speed / ceiling.gb_per_s, 3), round(2 * products / of_kernel / 1e6, 1)
+    density = 0.5 if operation == "largest" else 1.0
+    return Row(operation, batch, density, round(of_kernel, 4), round(of_reference, 4), round(speed, 2), share, gflops)
 
 
 def _milliseconds(call: Callable[[], object], device: str) -> float:

@@ -55,15 +55,26 @@ def make_config(shape: str, layers: int | None = None) -> PreTrainedConfig:
     changed = {**fields, **({} if layers is None else {"num_hidden_layers": layers})}
     changed = {name: value for name, value in changed.items() if name not in ("eos_token_id", "quantization_config")}
     try:
-        return AutoConfig.for_model(**changed, eos_token_id=None)
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"{shape} is no configuration that transformers knows: {error}") from error
+        config = AutoConfig.for_model(**changed, eos_token_id=None)
+    except Exception as error:  # whatever a configuration makes transformers raise
+        raise ConfigError(f"{shape} is no configuration that transformers knows: {_line(error)}") from error
+    for name in ("num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size"):
+        size = getattr(config.get_text_config(), name, 1)
+        if not isinstance(size, int) or size < 1:
+            raise ConfigError(f"{name} of {shape} is a whole number, at least 1; got {size!r}")
+    return config
 
 
 def make_model(config: PreTrainedConfig, dtype: torch.dtype, device: str, seed: int = 0) -> PreTrainedModel:
-    """Return a model of a configuration, its weights random by a seed; it never ends a text."""
-    with no_init_weights(), torch.device(device):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    """Return a model of a configuration, its weights random by a seed; it never ends a text.
+
+    Raises ConfigError where transformers, or the memory, has no room for such a model.
+    """
+    try:
+        with no_init_weights(), torch.device(device):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    except Exception as error:  # whatever a configuration makes transformers raise
+        raise ConfigError(f"no {config.model_type} of this configuration can be made: {_line(error)}") from error
     generator = torch.Generator().manual_seed(seed)
     noise = (torch.randn(NOISE, generator=generator) * SPREAD).to(device, dtype)
     with torch.no_grad():
@@ -79,3 +90,8 @@ def _fill(weight: torch.Tensor, noise: torch.Tensor) -> None:
     whole = len(flat) // len(noise) * len(noise)
     flat[:whole].view(-1, len(noise)).copy_(noise.expand(whole // len(noise), -1))
     flat[whole:].copy_(noise[: len(flat) - whole])
+
+
+def _line(error: Exception) -> str:
+    """Return the kind of an error and the beginning of what it says, on one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

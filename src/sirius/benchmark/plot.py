@@ -14,9 +14,11 @@ INCHES = 3.2  # of a panel
 
 
 def check_plot(path: Path) -> None:
-    """Raise ConfigError where nothing could be drawn there: another kind of file, or no matplotlib."""
+    """Raise ConfigError where nothing could be drawn there: another kind of file, no such folder, or no matplotlib."""
     if path.suffix not in SUFFIXES:
         raise ConfigError(f"--plot writes {' or '.join(SUFFIXES)}; got {path}")
+    if not path.absolute().parent.is_dir():
+        raise ConfigError(f"--plot: there is no folder {path.absolute().parent}")
     need("matplotlib.figure", "plot", "--plot")
 
 

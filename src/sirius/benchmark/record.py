@@ -8,7 +8,7 @@ from typing import Any
 
 from sirius.errors import FileError
 
-GROWING = ("date", "ceiling", "rows")  # may differ between the beginning of a record and its continuation
+GROWING = ("date", "command", "ceiling", "rows")  # may differ between the beginning of a record and its continuation
 
 
 def to_line(record: Mapping[str, Any]) -> str:
@@ -21,7 +21,7 @@ def read_record(path: Path) -> dict[str, Any]:
     try:
         record = json.loads(path.read_text(encoding="utf-8").rstrip().rpartition("\n")[2])
     except (OSError, ValueError) as error:
-        raise FileError(f"cannot read a record from {path}: {error}") from error
+        raise FileError(f"cannot read a record from {path}: {error}; choose another file, or delete it") from error
     if not isinstance(record, dict):
         raise FileError(f"{path} ends in something else than a record")
     return record

@@ -26,7 +26,7 @@ Dtype = Annotated[str, typer.Option(help="bfloat16, float16 or float32.")]
 Device = Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu, cuda.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Of the CPU. [default: torch's]")]
 Compile = Annotated[bool, typer.Option("--compile", help="Compile our passes on a GPU: minutes at first.")]
-Seed = Annotated[int, typer.Option(help="Of the weights.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the weights.")]
 FIRST = "The first is the base point's. [default:"
 Json = Annotated[bool, typer.Option("--json", help="Print the record as JSON.")]
 
@@ -68,8 +68,10 @@ def decode(
     from sirius.benchmark import decode as measure
     from sirius.benchmark import show
     from sirius.benchmark.ceiling import measure_ceiling
+    from sirius.benchmark.models import make_config
     from sirius.benchmark.peer import open_peer
     from sirius.benchmark.replay import acceptance, geometric
+    from sirius.engine import Engine
 
     if peer not in (None, "llama.cpp"):
         raise ConfigError(f"--peer is llama.cpp, which is all that there is; got {peer!r}")
@@ -77,7 +79,9 @@ def decode(
     where = _device(device)
     settings = measure.make_settings(keep, fine_keep or [0.5, 0.25], period, tree_width or [1, 4], where)
     workload = measure.Workload(context, tokens, cycles, histogram, where, compile)
+    measure.check_context(workload, make_config(shape, layers))
     model = _model(shape, layers, dtype, where, seed)
+    Engine(model, compile=compile)  # refuses what it cannot run before anything is timed
     with open_peer(model, context + tokens, known["threads"]) if peer else nullcontext() as other:
         ceiling = measure_ceiling(model.dtype, where)
         with progress("measuring", cycles * (len(settings) + bool(other))) as advance:
@@ -106,6 +110,7 @@ def growth(
     device: Device = "auto",
     threads: Threads = None,
     cycles: Annotated[int, typer.Option(min=1, help="Turns of each setting at each point.")] = 5,
+    compile: Compile = False,
     seed: Seed = 0,
     output: Annotated[Path | None, typer.Option(help="Save the record as it grows, or go on with it.")] = None,
     source: Annotated[Path | None, typer.Option("--from", help="Show this record again; nothing is measured.")] = None,
@@ -116,7 +121,6 @@ def growth(
     from sirius.benchmark import growth as measure
     from sirius.benchmark import plot as paper
     from sirius.benchmark import record, show
-    from sirius.benchmark.ceiling import Ceiling
 
     if plot is not None:
         paper.check_plot(plot)
@@ -124,13 +128,14 @@ def growth(
         given = {"context": context, "batch": batch, "period": period, "tree_width": tree_width, "keep": keep}
         points = measure.make_points({name: given[name] or measure.VALUES[name] for name in given}, axis or given)
         known = {**_begin(threads), "shape": shape, "layers": layers, "dtype": dtype, "seed": seed}
-        found = _grow(points, measure.Workload(points[0], sparsity, cycles, _device(device)), known, output)
+        found = _grow(points, measure.Workload(points[0], sparsity, cycles, _device(device), compile), known, output)
     else:
         found = record.read_record(source)
     workload, rows = measure.read_rows(found)
+    ceiling = measure.read_ceiling(found)
     if plot is not None:
         paper.draw(workload, rows, plot)
-    _print(found, lambda: show.growing(workload, rows, Ceiling(**found["ceiling"])), json)
+    _print(found, lambda: show.growing(workload, rows, ceiling), json)
 
 
 @bench_app.command()
@@ -195,7 +200,9 @@ def _grow(
 
     measure.check_points(points, workload, make_config(known["shape"], known["layers"]))
     found = {**known, "workload": asdict(workload), "ceiling": None, "rows": []}
-    found = found if output is None else record.begun(output, found)
+    if output is not None:
+        found = record.begun(output, found)
+        record.save(output, found)  # now, if it cannot be
     model = _model(known["shape"], known["layers"], known["dtype"], workload.device, known["seed"])
     found["ceiling"] = found["ceiling"] or asdict(measure_ceiling(model.dtype, workload.device))
     _, done = measure.read_rows(found)
@@ -231,8 +238,9 @@ def _histogram(path: Path, period: int) -> tuple[float, ...]:
         weights = tuple(float(weight) for weight in found.get("stats", found)["acceptance_histogram"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"--replay takes a JSON object with acceptance_histogram; {path}: {error}") from error
-    if len(weights) != period or min(weights) < 0 or sum(weights) <= 0:
+    if len(weights) != period or not all(0 <= weight < float("inf") for weight in weights) or not any(weights):
         raise ConfigError(
-            f"the histogram of {path} has {len(weights)} weights; --period {period} needs as many, above 0"
+            f"--period {period} needs as many weights, finite, at least 0 and not all of them 0; the histogram of "
+            f"{path} is {weights!r:.80}"
         )
     return weights
