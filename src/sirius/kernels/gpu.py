@@ -76,7 +76,6 @@ def fits(x: Tensor, weight: Tensor) -> bool:
     )
 
 
-@torch.compiler.assume_constant_result
 def runs_on(device: torch.device) -> bool:
     """Tell whether the kernels run on a device."""
     return (device.type == "cuda" or (device.type == "cpu" and interpreted())) and available()

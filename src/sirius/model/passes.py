@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from sirius.kernels import gpu
+
 WARM = 2  # passes of a shape in one session before it is worth a record; the last window of a text never is
 MOST = 32  # records of a workspace; each keeps the scores of its shape
 COMPILER = "inductor"
@@ -119,6 +121,7 @@ class GraphRecorder:
 
 def compile_model(model: PreTrainedModel) -> Callable[..., Any]:
     """Return a model's forward, compiled for each shape that it meets; between its matrix products little is left."""
+    torch.compiler.assume_constant_result(gpu.runs_on)  # not to be traced into: it imports
     compiled = torch.compile(model.forward, dynamic=False, backend=COMPILER)
 
     def forward(*args: object, **kwargs: object) -> object:
