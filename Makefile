@@ -18,7 +18,7 @@ demo: $(READY)
 	$(BIN)/sirius demo
 
 test: $(READY) check
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m 'not slow'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m 'not slow'
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow

@@ -1,12 +1,14 @@
 """The benchmark at toy size: every figure is there, follows from the others, and bad input is one line."""
 
 import json
+from functools import cache
 from statistics import mean
 
 import pytest
 import torch
 
 from conftest import tiny_config, tiny_model
+from sirius.benchmark import ceiling as ceiling_module
 from sirius.benchmark import memory
 from sirius.benchmark.ceiling import cache_bytes, weight_bytes
 from sirius.benchmark.decode import Setting, Times, bytes_per_token
@@ -18,7 +20,16 @@ from sirius.model.prepare import count_parameters
 pytestmark = pytest.mark.integration
 
 
-SMALL = ("--dtype", "float32", "--device", "cpu", "--context", 8, "--tokens", 60, "--cycles", 2, "--period", 4)
+SMALL = ("--dtype", "float32", "--device", "cpu", "--context", 8, "--tokens", 30, "--cycles", 1, "--period", 4)
+
+
+@pytest.fixture(autouse=True)
+def ceiling(monkeypatch):
+    """Measure the machine's bandwidth once for all of these tests."""
+    monkeypatch.setattr(ceiling_module, "measure_ceiling", measured)
+
+
+measured = cache(ceiling_module.measure_ceiling)
 
 
 def test_a_record_holds_every_setting_with_figures_that_fit_together(bench, shape):

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
+from conftest import tiny_config
 from sirius.demo import train as recipe_module
 from sirius.demo.problems import final_answer
-from sirius.demo.tokenizer import ASSISTANT, END, token_id, train_tokenizer
+from sirius.demo.tokenizer import ASSISTANT, BEGIN, END, PAD, token_id, train_tokenizer
 from sirius.demo.train import IGNORED, Recipe, Stage, make_batch, train
 from sirius.errors import ConfigError, FileError
 
@@ -21,8 +22,17 @@ def tokenizer():
 
 
 @pytest.fixture(autouse=True)
-def small_tokenizer(monkeypatch, tokenizer):
+def small_model(monkeypatch, tokenizer):
+    names = {"pad_token_id": PAD, "bos_token_id": BEGIN, "eos_token_id": END}
+    ids = {name: token_id(tokenizer, token) for name, token in names.items()}
+    config = tiny_config("llama", vocab_size=len(tokenizer), tie_word_embeddings=True, **ids)
+
+    def build_model(tokenizer, seed):
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(config)
+
     monkeypatch.setattr(recipe_module, "train_tokenizer", lambda seed: tokenizer)
+    monkeypatch.setattr(recipe_module, "build_model", build_model)
 
 
 class Interrupted(Exception):
