@@ -67,6 +67,18 @@ def test_the_table_fits_a_terminal(bench, shape):
     assert "ceiling: " in out and "coarse 0.5 corrected" in out and "\N{HORIZONTAL ELLIPSIS}" not in out
 
 
+def test_a_setting_that_is_asked_for_twice_is_timed_once(bench, shape):
+    code, out, _ = bench("decode", "--shape", shape, *SMALL, "--aal", 3, *["--fine-keep", 0.3] * 2, "--json")
+    assert code == 0
+    names = [row["name"] for row in json.loads(out)["rows"]]
+    assert names.count("fine 0.3") == 1 and len(set(names)) == len(names)
+
+
+def test_a_histogram_that_cannot_be_read_is_refused(bench, shape):
+    code, out, err = bench("decode", "--shape", shape, *SMALL, "--replay", "none.json")
+    assert code == 2 and out == "" and "none.json" in err and len(err.splitlines()) == 1
+
+
 @pytest.mark.parametrize("within", [False, True], ids=["figures", "a completion"])
 def test_a_histogram_may_be_played_back(bench, shape, tmp_path, within):
     path, figures = tmp_path / "stats.json", {"acceptance_histogram": [0, 1, 1, 0]}
@@ -82,7 +94,7 @@ def test_a_histogram_may_be_played_back(bench, shape, tmp_path, within):
         (("--shape", "llama-9"), "--shape is one of llama-3.2-1b"),
         (("--tokens", 8), "need 9 tokens a turn; got 8"),
         (("--aal", 9), "from 1 to 4 on average; got 9"),
-        (("--replay", "none.json"), "none.json"),
+        (("--replay", "none.json"), "give one of them"),
         (("--dtype", "int8"), "dtype is"),
         (("--keep", 0), "keep is the fraction"),
         (("--context", 999_999), "pass the model's limit of"),

@@ -53,8 +53,9 @@ def decode(
     period: Annotated[int, typer.Option(min=2, help="K of the corrected settings.")] = 16,
     tree_width: Annotated[list[int] | None, typer.Option(help="Of those; may be given again. [default: 1 4]")] = None,
     aal: Annotated[
-        float, typer.Option(help="Tokens per window played back, as if every guess stood alike often.")
-    ] = 15.22,
+        float | None,
+        typer.Option(help="Tokens per window played back, as if every guess stood alike often. [default: 15.22]"),
+    ] = None,
     replay: Annotated[
         Path | None, typer.Option(help="Play back the acceptance_histogram of this JSON instead.")
     ] = None,
@@ -70,14 +71,18 @@ def decode(
     from sirius.benchmark.ceiling import measure_ceiling
     from sirius.benchmark.models import make_config
     from sirius.benchmark.peer import open_peer
-    from sirius.benchmark.replay import acceptance, geometric
+    from sirius.benchmark.replay import PUBLISHED_AAL, acceptance, geometric
     from sirius.engine import Engine
 
     if peer not in (None, "llama.cpp"):
         raise ConfigError(f"--peer is llama.cpp, which is all that there is; got {peer!r}")
-    histogram = geometric(acceptance(aal, period), period) if replay is None else _histogram(replay, period)
+    if aal is not None and replay is not None:
+        raise ConfigError("--aal and --replay each say what is played back; give one of them")
+    played = PUBLISHED_AAL if aal is None else aal
+    histogram = geometric(acceptance(played, period), period) if replay is None else _histogram(replay, period)
     where = _device(device)
-    settings = measure.make_settings(keep, fine_keep or [0.5, 0.25], period, tree_width or [1, 4], where)
+    fines, widths = dict.fromkeys(fine_keep or [0.5, 0.25]), dict.fromkeys(tree_width or [1, 4])
+    settings = measure.make_settings(keep, list(fines), period, list(widths), where)
     workload = measure.Workload(context, tokens, cycles, histogram, where, compile)
     measure.check_context(workload, make_config(shape, layers))
     model = _model(shape, layers, dtype, where, seed)
