@@ -85,6 +85,11 @@ def tiny_model(family: str = "llama", dtype: torch.dtype = torch.float32, seed: 
     return model.to(dtype).eval()
 
 
+def slow(*values: object):
+    """Return a case of a parametrized test that only `make test-slow` runs."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 @pytest.fixture
 def shape(tmp_path) -> str:
     """The configuration of a tiny Llama, as a file."""

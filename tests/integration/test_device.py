@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from conftest import tiny_model
+from conftest import slow, tiny_model
 from sirius import CorrectionConfig, Engine, SparsityConfig
 from sirius.decoding import host, loop, tree
 from sirius.kernels import cpu
@@ -63,7 +63,10 @@ def engine(monkeypatch) -> Iterator[Engine]:
     yield engine
 
 
-@pytest.mark.parametrize(("method", "width"), [("coarse", 1), ("fine", 3)])
+@pytest.mark.parametrize(
+    ("method", "width"),
+    [("coarse", 1), ("fine", 3), slow("coarse", 3), slow("fine", 1), slow("none", 1), slow("none", 3)],
+)
 def test_a_round_asks_its_device_once(engine, method, width):
     correction = CorrectionConfig(5, "argmax", tree_width=width)
     batch = engine.batch(rows=1, sparsity=SparsityConfig(method), correction=correction)

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from conftest import greedy
+from conftest import greedy, slow
 from sirius import cli
 from sirius.core import CorrectionConfig, SparsityConfig
 from sirius.demo import showcase
@@ -33,12 +33,14 @@ def test_it_runs_in_full_precision(engine):
 
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("method", ["coarse", "fine"])
-@pytest.mark.parametrize("keep", [0.1, 0.5])
-def test_argmax_rule_gives_its_greedy_text(engine, task, method, keep):
+@pytest.mark.parametrize(
+    ("keep", "periods"), [(0.1, (5, 16)), (0.5, (5, 16)), *(slow(keep, (1, 2, 5, 16, 40)) for keep in (0.1, 0.5, 0.9))]
+)
+def test_argmax_rule_gives_its_greedy_text(engine, task, method, keep, periods):
     messages, _ = few_shot(task, "test", 7, 0, shots=1)
     prompt = list(engine.encode(messages))
     want = greedy(engine.model, prompt, 100)
-    for period in (3, 16):
+    for period in periods:
         correction = CorrectionConfig(period=period, accept="argmax")
         got = engine.generate(prompt, max_new_tokens=100, sparsity=SparsityConfig(method, keep), correction=correction)
         assert list(got.token_ids) == want

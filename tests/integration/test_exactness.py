@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from letters import make_tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from conftest import FAMILIES, SHARED, VOCABULARY, greedy, tiny_model
+from conftest import FAMILIES, SHARED, VOCABULARY, greedy, slow, tiny_model
 from sirius.batch import Batch, Update
 from sirius.core import CorrectionConfig, Mode, SparsityConfig, Window
 from sirius.decoding import loop
@@ -44,7 +44,7 @@ def drawn_text(seed: int, prompt: tuple[int, ...]) -> list[int]:
 
 
 GRID = [
-    pytest.param(family, keep, marks=[pytest.mark.slow] if family != "llama" and keep != 0.5 else [])
+    (family, keep) if family == "llama" or keep == 0.5 else slow(family, keep)
     for family in FAMILIES
     for keep in (0.1, 0.5, 0.9)
 ]
@@ -77,15 +77,18 @@ def test_a_tree_and_a_period_of_its_own_choice_give_it_too(family, method):
         assert got.stats.lossless and got.stats.drafted
 
 
+@pytest.mark.parametrize(
+    "corrections", [(argmax(5), argmax(5, 4)), slow((*map(argmax, PERIODS), argmax(5, 4)))], ids=["few", "all"]
+)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_end_of_text_falls_on_the_exact_token(family):
+def test_end_of_text_falls_on_the_exact_token(family, corrections):
     free = greedy(tiny_model(family, eos_token_id=None), PROMPT, NEW)
     for place in (0, 1, 7, 20):
         ends = sorted({free[place], VOCABULARY - 1})
         model = tiny_model(family, eos_token_id=ends)
         model.generation_config.eos_token_id = ends
         want = greedy(model, PROMPT, NEW)
-        for correction in (argmax(5), argmax(5, 4)):
+        for correction in corrections:
             got = Engine(model).generate(PROMPT, max_new_tokens=NEW, correction=correction)
             assert list(got.token_ids) == want, f"end at {place}, {correction}"
             assert got.finish_reason == ("stop" if want[-1] in ends else "length")

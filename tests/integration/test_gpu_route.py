@@ -9,7 +9,7 @@ import weakref
 import pytest
 import torch
 
-from conftest import FAMILIES, greedy, tiny_model
+from conftest import FAMILIES, greedy, slow, tiny_model
 from sirius import CorrectionConfig, Engine, SparsityConfig, restore
 from sirius.errors import ConfigError
 from sirius.kernels import gpu
@@ -54,7 +54,13 @@ def recorded(monkeypatch) -> list[int]:
     return records
 
 
-@pytest.mark.parametrize(("name", "width"), [*((name, 3) for name in METHODS), ("coarse", 1), ("fine", 1)])
+@pytest.mark.parametrize(
+    ("name", "width"),
+    [
+        *((name, 3) for name in METHODS),
+        *((name, 1) if name in ("coarse", "fine") else slow(name, 1) for name in METHODS),
+    ],
+)
 def test_recorded_passes_write_the_full_models_text_in_every_row(recorded, name, width):
     model = tiny_model(eos_token_id=None)
     done = Engine(model).generate_many(
@@ -239,7 +245,8 @@ def test_a_step_that_was_recorded_counts_once(recorded):
     assert update.completion.stats.density_streamed == density
 
 
-def test_a_compiler_takes_the_gpus_kernels_as_they_are(gpu_device, monkeypatch):
+@pytest.mark.parametrize("name", ["fine", slow("coarse")])
+def test_a_compiler_takes_the_gpus_kernels_as_they_are(gpu_device, monkeypatch, name):
     """Without a graph break: a compiled pass is one piece."""
     monkeypatch.setattr("sirius.engine.check_compiles", lambda model: None)
     monkeypatch.setattr(passes, "COMPILER", "aot_eager")
@@ -248,7 +255,7 @@ def test_a_compiler_takes_the_gpus_kernels_as_they_are(gpu_device, monkeypatch):
     torch._dynamo.utils.counters.clear()
     model = tiny_model(eos_token_id=None).to(gpu_device)
     engine = Engine(model, compile=True)
-    batch = engine.batch(rows=1, sparsity=METHODS["fine"], correction=argmax(2))
+    batch = engine.batch(rows=1, sparsity=METHODS[name], correction=argmax(2))
     if gpu_device.type == "cpu":
         batch.session.space.passes.record = lambda call, buffers: (call(**buffers), None)
     batch.add(engine.text(PROMPT, max_new_tokens=3))
@@ -276,7 +283,15 @@ def test_graphs_write_the_full_models_text_for_one_prompt_after_another(gpu_devi
 
 
 @pytest.mark.parametrize(
-    ("family", "name"), [("gemma2", "coarse"), ("llama", "fine"), ("llama", "fine with a threshold")]
+    ("family", "name"),
+    [
+        ("gemma2", "coarse"),
+        ("llama", "fine"),
+        ("llama", "fine with a threshold"),
+        slow("llama", "coarse"),
+        slow("gemma2", "fine"),
+        slow("gemma2", "fine with a threshold"),
+    ],
 )
 def test_the_gpus_kernels_write_the_full_models_text(gpu_device, monkeypatch, family, name):
     launched = set()
