@@ -49,6 +49,7 @@ def recorded(monkeypatch) -> list[int]:
         space.passes.record = record
 
     monkeypatch.setattr(workspace, "attends", lambda device, dtype: True)
+    monkeypatch.setattr(workspace, "records_on", lambda device: True)
     monkeypatch.setattr(Workspace, "__init__", make_recording)
     monkeypatch.setattr(workspace, "_idle", weakref.WeakKeyDictionary())
     return records

@@ -9,10 +9,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from slots import Slots, check_attention
 
 from sirius.errors import ConfigError
 from sirius.kernels import cpu, dispatch, reference
+from sirius.kernels.activations import ACTIVATIONS
 from sirius.kernels.gated import Neurons, gated_mlp, gated_mlp_rows
+from sirius.model.norm import FORMS
 
 pytestmark = pytest.mark.skipif(cpu.library() is None, reason="no compiled CPU kernels")
 
@@ -130,6 +133,83 @@ def test_numbers_are_widened_and_rounded_as_torch_does(level, dtype):
     parts = torch.stack([weight.to(dtype), (weight - weight.to(dtype).double()).to(dtype)], 2)[:, 0]
     got = cpu.linear(torch.ones(1, 2, dtype=dtype), parts.contiguous())
     assert torch.equal(got[0], parts.float().sum(1).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize(
+    ("shape", "held"),
+    [((2, 3, 2, 20), (130, 0, 257)), ((1, 5, 17, 7), (513, 0, 1090)), ((3, 1, 4, 64), (31, 0, 512))],
+    ids=str,
+)
+def test_attention_equals_the_reference_and_reads_no_slot_that_is_not_seen(level, dtype, softcap, shape, held):
+    check_attention(cpu.attend, dtype, softcap, 2 * TOLERANCE[dtype], *shape, held=held)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_a_token_sees_the_same_bit_for_bit_in_any_company_and_with_any_threads(level, dtype, threads):
+    slots = Slots(dtype, 2, 3, 5, 20, held=(130, 0, 1090))
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        together = slots.attend(cpu.attend, 0.3, None)
+    finally:
+        torch.set_num_threads(before)
+    for b in range(3):
+        for t in range(5):
+            row = (each[b : b + 1] for each in (slots.keys, slots.values, slots.held))
+            alone = cpu.attend(slots.query[b : b + 1, :, t : t + 1], *row, slots.seen[b : b + 1, t : t + 1], 0.3)
+            assert torch.equal(together[b, t], alone[0, 0])
+
+
+def test_scores_that_are_no_numbers_make_values_that_are_none(level):
+    slots = Slots(torch.float32)
+    slots.query[0, 0], slots.keys[2, 5, 1] = torch.nan, torch.inf
+    got, want = slots.attend(cpu.attend, 0.3, None), slots.wanted(0.3, None)
+    assert want.isnan().any() and torch.equal(got.isnan(), want.isnan())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", cpu.ACTIVATIONS)
+@pytest.mark.parametrize("share", [None, 0.0, 0.3])
+def test_gated_neurons_equal_the_reference(level, dtype, name, share):
+    gate, up = (random(dtype, 130, 37, seed=seed) for seed in (1, 2))
+    biases = [random(dtype, 130, seed=seed) for seed in (3, 4)]
+    index = None if share is None else some(130, share)
+    act = ACTIVATIONS[name]
+    for rows in (1, 2, 5, 17):
+        x = random(dtype, rows, 37)
+        first, second = (cpu.linear(x, w, b, index).double() for w, b in zip((gate, up), biases, strict=True))
+        got = cpu.glu(x, (gate, biases[0]), (up, biases[1]), name, index)
+        close(got, act(first) * second, (first.abs() + 1) * second.abs())
+        got = cpu.glu(x, (gate, None), (None, None), name, index)
+        first = cpu.linear(x, gate, None, index).double()
+        close(got, act(first), first.abs() + 1)
+
+
+@pytest.mark.parametrize("name", cpu.ACTIVATIONS)
+def test_activations_are_exact_at_every_size_of_number(level, name):
+    sizes = torch.cat([torch.linspace(-30, 30, 4001), 10.0 ** torch.arange(-38, 38), torch.tensor([0.0, torch.inf])])
+    numbers = torch.cat([sizes, -sizes, torch.tensor([torch.nan])])
+    got = cpu.glu(numbers[:, None], (torch.ones(1, 1), None), (None, None), name)[:, 0].double()
+    want = ACTIVATIONS[name](numbers.double())
+    want = torch.where(numbers == -torch.inf, got, want)  # of -inf torch makes NaN or 0, by the vector's length
+    assert torch.equal(got.isnan(), want.isnan())
+    assert bool(((got - want).abs() <= 4e-7 * numbers.abs()).where(want.isfinite(), got == want)[~want.isnan()].all())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", [1, 5, 16, 37, 2048])
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_norms_equal_the_reference(level, dtype, size, form):
+    weight = random(dtype, size, seed=1)
+    for rows in (1, 3, 17):
+        x = random(dtype, rows, 2, size) * 10.0 ** torch.arange(rows)[:, None, None].clamp(max=3)
+        got = cpu.norm(x.to(dtype), weight, 1e-5, form)
+        want = reference.norm(x.to(dtype), weight, 1e-5, form)
+        assert got.dtype == want.dtype == dtype
+        close(got, want.double(), want.abs().double())
 
 
 @settings(derandomize=True, deadline=None)

@@ -12,10 +12,12 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from slots import Slots, check_attention
 from torch import nn
 from transformers import activations
 
 from sirius.kernels import attention, cpu, gpu, reference
+from sirius.kernels.activations import ACTIVATIONS, activation_name
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # what a GPU passes over in silence
@@ -170,7 +172,7 @@ def bound_of(x: torch.Tensor, parts: list[torch.Tensor], index: torch.Tensor | N
 def test_both_products_in_one_equal_the_reference(dtype, rows, activation, share):
     x, parts, index = 3 * random(dtype, rows, SIZE), mlp(dtype), some(NEURONS, share)
     got = gpu.glu(x, *(only(index, each) for each in parts), activation, index)
-    want = reference.glu(*doubles(x, *parts), reference.ACTIVATIONS[activation], neurons(index))
+    want = reference.glu(*doubles(x, *parts), ACTIVATIONS[activation], neurons(index))
     close(got, spread(want, index), spread(bound_of(x, parts, neurons(index)), index))
 
 
@@ -178,7 +180,7 @@ def test_both_products_in_one_equal_the_reference(dtype, rows, activation, share
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh", "gelu", "relu"])
 def test_the_gate_alone_equals_the_reference(dtype, rows, activation):
     x, (weight, _, bias, _) = 3 * random(dtype, rows, SIZE), mlp(dtype)
-    want = reference.gate(*doubles(x, weight, bias), reference.ACTIVATIONS[activation])
+    want = reference.gate(*doubles(x, weight, bias), ACTIVATIONS[activation])
     close(gpu.gate(x, weight, bias, activation), want, reference.linear(x.double().abs(), weight.double().abs()))
 
 
@@ -230,47 +232,9 @@ def test_the_largest_of_a_line_too_long_are_refused():
         gpu.largest(torch.zeros(2**16 + 1), 1)
 
 
-class Slots:
-    """A cache of odd sizes in larger memory, with tokens to attend to it."""
-
-    def __init__(self, dtype: torch.dtype, kv_heads: int = 2, groups: int = 3, tokens: int = 2, size: int = 20) -> None:
-        self.held = torch.tensor([130, 0, 257])
-        places, slots, rows = tokens + 2, 261, len(self.held)  # the third row's last places have no slots
-        self.query = random(dtype, rows, tokens, kv_heads * groups, size).transpose(1, 2)
-        stores = (random(dtype, rows + 1, slots + 3, kv_heads, size, seed=seed) for seed in (1, 2))
-        self.keys, self.values = (store[:rows, :slots] for store in stores)
-        self.seen = random(torch.float32, rows, tokens, places) > 0
-        self.seen[0, :, 1] = False  # a place that nobody sees
-        self.seen[1, -1] = False  # a token that sees nothing, as its row holds none
-
-    def attend(self, attend, scale: float, softcap: float | None) -> torch.Tensor:
-        return attend(self.query, self.keys, self.values, self.held, self.seen, scale, softcap)
-
-    def wanted(self, scale: float, softcap: float | None) -> torch.Tensor:
-        query, keys, values = doubles(self.query, self.keys, self.values)
-        return reference.attend(query, keys, values, self.held, self.seen, scale, softcap)
-
-    def poison(self) -> None:
-        """Put NaN wherever no token looks."""
-        for b, held in enumerate(self.held.tolist()):
-            read = torch.zeros(self.keys.shape[1] + self.seen.shape[2], dtype=torch.bool)
-            read[:held] = True
-            read[held : held + self.seen.shape[2]] = self.seen[b].any(0)
-            for store in (self.keys, self.values):
-                store[b, ~read[: store.shape[1]]] = torch.nan
-
-
 @pytest.mark.parametrize(("dtype", "softcap"), list(zip(DTYPES, [None, 3.0, None], strict=True)), ids=str)
 def test_attention_equals_the_reference_and_reads_no_slot_that_is_not_seen(dtype, softcap):
-    slots = Slots(dtype)
-    want = slots.wanted(0.3, softcap)
-    slots.poison()
-    got = slots.attend(attention.attend, 0.3, softcap)
-    assert got.shape == want.shape and got.is_contiguous()
-    assert bool(
-        ((got.double() - want).abs() <= 2 * EPSILON[dtype] * slots.values.double().nan_to_num().abs().max()).all()
-    )
-    assert bool((got[1, -1] == 0).all())
+    check_attention(attention.attend, dtype, softcap, EPSILON[dtype])
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1), (1, 2, 2, 64), (2, 1, 3, 16), (1, 3, 6, 3)], ids=str)
@@ -351,12 +315,10 @@ def test_activations_are_known_by_what_they_compute():
         ),
     ]
     for activation in known:
-        name = gpu.activation_name(activation)
-        torch.testing.assert_close(reference.ACTIVATIONS[name](x), activation(x))
+        name = activation_name(activation)
+        torch.testing.assert_close(ACTIVATIONS[name](x), activation(x))
     unknown = [nn.Tanh(), torch.tanh, nn.LeakyReLU(), activations.ACT2FN["relu2"], activations.ACT2FN["gelu_10"]]
-    assert {gpu.activation_name(each) for each in [*unknown, partial(F.gelu, approximate="tanh"), lambda x: x]} == {
-        None
-    }
+    assert {activation_name(each) for each in [*unknown, partial(F.gelu, approximate="tanh"), lambda x: x]} == {None}
 
 
 def test_triton_is_imported_when_a_kernel_runs_and_no_sooner():

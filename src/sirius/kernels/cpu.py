@@ -13,9 +13,12 @@ import torch
 from torch import Tensor
 
 from sirius.errors import ConfigError
+from sirius.kernels.reference import NormForm
 
 LIBRARY = Path(__file__).with_name("libsirius_cpu.so")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as in csrc/rows.h
+ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "relu": 2}  # likewise; the others are PyTorch's
+Pair = tuple[Tensor | None, Tensor | None]  # a weight and its bias
 _Pointer, _Size = ctypes.c_void_p, ctypes.c_int64
 
 
@@ -41,8 +44,11 @@ def _bound(found: ctypes.CDLL) -> ctypes.CDLL:
     found.sirius_linear.argtypes = [*tensors, _Pointer, _Size, _Size, _Pointer, _Pointer, _Pointer, number]
     found.sirius_project.argtypes = [*tensors, _Pointer, _Pointer, _Size, _Size, _Pointer, _Pointer, number]
     found.sirius_largest.argtypes = [number, _Pointer, _Size, _Size, _Pointer]
-    found.sirius_linear.restype = found.sirius_project.restype = _Size
-    found.sirius_largest.restype = None
+    found.sirius_glu.argtypes = [number, *tensors, _Pointer, _Pointer, _Size, _Size, *[_Pointer] * 4, number]
+    found.sirius_norm.argtypes = [*tensors, _Pointer, ctypes.c_float, ctypes.c_float, number, _Pointer, number]
+    found.sirius_attend.argtypes = [number, *[_Pointer] * 7, ctypes.c_float, ctypes.c_float, _Pointer, number]
+    found.sirius_linear.restype = found.sirius_project.restype = found.sirius_glu.restype = _Size
+    found.sirius_largest.restype = found.sirius_norm.restype = found.sirius_attend.restype = None
     return found
 
 
@@ -63,14 +69,14 @@ def fits(x: Tensor, weight: Tensor) -> bool:
     return x.dtype == weight.dtype and weight.ndim == 2 and weight.is_contiguous() and takes(weight)
 
 
+def runs_on(device: torch.device, dtype: torch.dtype) -> bool:
+    """Tell whether there are kernels for tensors of a dtype on a device; a compiler makes its own."""
+    return device.type == "cpu" and dtype in DTYPES and not torch.compiler.is_compiling() and library() is not None
+
+
 def takes(tensor: Tensor) -> bool:
     """Tell whether the kernels can take a tensor: there are some, and it is on the CPU, in one of their dtypes."""
-    return (
-        tensor.dtype in DTYPES
-        and tensor.device.type == "cpu"
-        and not torch.compiler.is_compiling()
-        and library() is not None
-    )
+    return runs_on(tensor.device, tensor.dtype)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, index: Tensor | None = None) -> Tensor:
@@ -93,6 +99,52 @@ def project(z: Tensor, weight: Tensor, bias: Tensor | None = None, index: Tensor
     sizes = DTYPES[z.dtype], at_z, _rows(z), z.shape[-1]
     rows = _index_at(index, z.shape[-1]), at_w, *weight.shape
     _check(_library().sirius_project(*sizes, *rows, at_bias, at_y, torch.get_num_threads()), weight, index)
+    return y
+
+
+def attend(
+    query: Tensor, keys: Tensor, values: Tensor, held: Tensor, seen: Tensor, scale: float, softcap: float | None = None
+) -> Tensor:
+    """See `reference.attend`.
+
+    Queries, keys and values may be views whose last dimension lies together. A slot that no token sees is not read.
+    """
+    (rows, heads, tokens, size), (slots, kv_heads) = query.shape, keys.shape[1:3]
+    assert query.stride(3) == keys.stride(3) == values.stride(3) == 1, "heads must lie together"
+    y, held, seen = query.new_empty(rows, tokens, heads, size), held.contiguous(), seen.contiguous()
+    at = (_Size * 9)(*query.stride()[:3], *keys.stride()[:3], *values.stride()[:3])
+    sizes = (_Size * 7)(rows, tokens, heads, kv_heads, slots, seen.shape[2], size)
+    tensors = query.data_ptr(), keys.data_ptr(), values.data_ptr(), at, _at(held), _at(seen)
+    _library().sirius_attend(
+        DTYPES[query.dtype], *tensors, sizes, scale, softcap or 0.0, _at(y), torch.get_num_threads()
+    )
+    return y
+
+
+def norm(x: Tensor, weight: Tensor, eps: float, form: NormForm) -> Tensor:
+    """See `reference.norm`."""
+    x = x.contiguous()
+    y = torch.empty_like(x)
+    _library().sirius_norm(
+        *(DTYPES[x.dtype], _at(x), _rows(x), x.shape[-1], _at(weight), eps, form.offset, form.early, _at(y)),
+        torch.get_num_threads(),
+    )
+    return y
+
+
+def glu(x: Tensor, gate: Pair, up: Pair, activation: str, index: Tensor | None = None) -> Tensor:
+    """See `reference.glu`, and `reference.gate` where there is no up; weights come with their biases.
+
+    Raises ConfigError where the index is not one of int64, of rows that the weights have.
+    """
+    x, weight = x.contiguous(), gate[0]
+    assert weight is not None, "a gate has a weight"
+    count = len(weight) if index is None else len(index)
+    y = x.new_empty(*x.shape[:-1], count)
+    tensors = DTYPES[x.dtype], ACTIVATIONS[activation], _at(x), _rows(x), x.shape[-1]
+    weights = _at(weight), _at(up[0]), len(weight), count, _index_at(index, count), _at(gate[1]), _at(up[1])
+    outside = _library().sirius_glu(*tensors, *weights, _at(y), torch.get_num_threads())
+    _check(outside, weight, index)
     return y
 
 

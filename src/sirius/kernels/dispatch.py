@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from sirius.kernels import attention, cpu, gpu, reference
-from sirius.kernels.reference import Activation
+from sirius.kernels.activations import Activation, activation_name
+from sirius.kernels.reference import NormForm
 
 MANY = 64  # tokens from which on a matrix product of PyTorch's is the faster one, where the CPU has instructions for it
 FEW = 16  # tokens up to which a GPU reads weights in a kernel of ours as fast as it can
@@ -25,9 +26,11 @@ def project(z: Tensor, weight: Tensor, bias: Tensor | None = None, index: Tensor
 
 def gate(x: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation) -> Tensor:
     """Return act(gate(x)) [..., F] of x [..., H]; see `reference.gate`."""
-    name = gpu.activation_name(activation)
+    name = activation_name(activation)
     if name is not None and prod(x.shape[:-1]) <= FEW and _on_gpu(x, weight):
         return gpu.gate(x, weight, bias, name)
+    if name in cpu.ACTIVATIONS and _backend(x, weight, None) is cpu:
+        return cpu.glu(x, (weight, bias), (None, None), name)
     return activation(linear(x, weight, bias))
 
 
@@ -41,9 +44,11 @@ def glu(
     index: Tensor | None = None,
 ) -> Tensor:
     """Return z = act(gate(x)) * up(x) [..., F] of x [..., H], of the neurons at index alone; see `reference.glu`."""
-    name = gpu.activation_name(activation)
+    name = activation_name(activation)
     if name is not None and index is not None and _on_gpu(x, gate):
         return gpu.glu(x, gate, up, gate_bias, up_bias, name, index)
+    if name in cpu.ACTIVATIONS and _backend(x, gate, index) is _backend(x, up, index) is cpu:
+        return cpu.glu(x, (gate, gate_bias), (up, up_bias), name, index)
     return activation(linear(x, gate, gate_bias, index)) * linear(x, up, up_bias, index)
 
 
@@ -76,17 +81,32 @@ def reads_rows(weight: Tensor) -> bool:
     return cpu.fits(weight, weight) or gpu.fits(weight, weight)
 
 
+def norms(x: Tensor, weight: Tensor) -> bool:
+    """Tell whether `norm` has a kernel for x."""
+    return cpu.takes(x) and weight.dtype == x.dtype and weight.is_contiguous() and not _learns(x, weight)
+
+
+def norm(x: Tensor, weight: Tensor, eps: float, form: NormForm) -> Tensor:
+    """Return x [..., H] over its root mean square, times weight [H]; see `reference.norm`."""
+    return (cpu if norms(x, weight) else reference).norm(x, weight, eps, form)
+
+
 def attends(device: torch.device, dtype: torch.dtype) -> bool:
     """Tell whether `attend` has a kernel there."""
-    return dtype in gpu.DTYPES and gpu.runs_on(device)
+    return _attention(device, dtype) is not reference
 
 
 def attend(
     query: Tensor, keys: Tensor, values: Tensor, held: Tensor, seen: Tensor, scale: float, softcap: float | None
 ) -> Tensor:
     """Return what tokens see of the slots of a cache; see `reference.attend`."""
-    chosen = attention if attends(query.device, query.dtype) else reference
-    return chosen.attend(query, keys, values, held, seen, scale, softcap)
+    return _attention(query.device, query.dtype).attend(query, keys, values, held, seen, scale, softcap)
+
+
+def _attention(device: torch.device, dtype: torch.dtype) -> ModuleType:
+    if dtype in gpu.DTYPES and gpu.runs_on(device):
+        return attention
+    return cpu if cpu.runs_on(device, dtype) else reference
 
 
 def _backend(x: Tensor, weight: Tensor, index: Tensor | None) -> ModuleType:
@@ -97,7 +117,7 @@ def _backend(x: Tensor, weight: Tensor, index: Tensor | None) -> ModuleType:
 
 
 def _on_gpu(x: Tensor, weight: Tensor) -> bool:
-    return gpu.fits(x, weight) and not _learns(x, weight)
+    return gpu.runs_on(weight.device) and gpu.fits(x, weight) and not _learns(x, weight)
 
 
 def _learns(x: Tensor, weight: Tensor) -> bool:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from sirius.kernels import dispatch
-from sirius.kernels.reference import Activation
+from sirius.kernels.activations import Activation
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,7 @@ from math import prod
 from typing import Any, Concatenate, NamedTuple, ParamSpec
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import Tensor
 
 Rest = ParamSpec("Rest")
 Operation = Callable[Concatenate[Tensor, Rest], Tensor]
@@ -91,32 +90,6 @@ def launch(
 def power_of_two(number: int, least: int = 1) -> int:
     """Return the smallest power of two that is no less than number and least."""
     return max(least, 1 << max(number - 1, 0).bit_length())
-
-
-_FUNCTIONS = {functional.silu: "silu", functional.gelu: "gelu", functional.relu: "relu", torch.relu: "relu"}
-_MODULES = {
-    "torch.nn.modules.activation.SiLU": "silu",
-    "torch.nn.modules.activation.ReLU": "relu",
-    "torch.nn.modules.activation.GELU": "gelu",
-    "torch.nn.modules.activation.GELU(tanh)": "gelu_tanh",
-    "transformers.activations.SiLUActivation": "silu",
-    "transformers.activations.GELUActivation": "gelu",
-    "transformers.activations.GELUTanh": "gelu_tanh",  # PytorchGELUTanh is another name of it
-    "transformers.activations.NewGELUActivation": "gelu_tanh",
-    "transformers.activations.FastGELUActivation": "gelu_tanh",
-}
-
-
-def activation_name(activation: Callable[[Tensor], Tensor]) -> str | None:
-    """Return how the kernels call an activation of PyTorch's or transformers': silu, gelu, gelu_tanh or relu.
-
-    None of any other.
-    """
-    if not isinstance(activation, nn.Module):
-        return _FUNCTIONS.get(activation)
-    tanh = getattr(activation, "approximate", None) == "tanh"
-    name = f"{type(activation).__module__}.{type(activation).__qualname__}"
-    return _MODULES.get(name + "(tanh)" * tanh)
 
 
 def operation(fake: Callable[..., Tensor]) -> Callable[[Operation[Rest]], Operation[Rest]]:

@@ -4,20 +4,24 @@ Weights are neuron-major: gate, up and down are all [F, H] and row j belongs to 
 skipped rows. `linear` and `project` also take a stack of weights [B, F, H], one for each row of x [B, T, H].
 """
 
-from collections.abc import Callable
-from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Activation = Callable[[Tensor], Tensor]
-ACTIVATIONS: dict[str, Activation] = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": partial(F.gelu, approximate="tanh"),
-    "relu": F.relu,
-}
+from sirius.kernels.activations import Activation
+
+
+class NormForm(NamedTuple):
+    """How models differ in their norms.
+
+    offset  added to the weight: 1 where weights are learnt from 0 on, else 0
+    early   the quotient is rounded to the dtype before it meets the weight
+    """
+
+    offset: float
+    early: bool
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, index: Tensor | None = None) -> Tensor:
@@ -69,6 +73,18 @@ def glu(
 def up_rows(gated: Tensor, x: Tensor, up: Tensor, up_bias: Tensor | None, index: Tensor) -> Tensor:
     """Return z [..., k] of the neurons at index [k] int64, of gated = act(gate(x)) [..., F] and x [..., H]."""
     return gated[..., index] * linear(x, up, up_bias, index)
+
+
+def norm(x: Tensor, weight: Tensor, eps: float, form: NormForm) -> Tensor:
+    """Return x [..., H] over its root mean square, times weight [H], in float32 or wider.
+
+    eps  added to the mean of the squares
+    """
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    wide = wide * (wide.pow(2).mean(-1, keepdim=True) + eps).rsqrt()
+    if form.early:
+        wide = wide.to(x.dtype).to(wide.dtype)
+    return (wide * (weight.to(wide.dtype) + form.offset)).to(x.dtype)
 
 
 def attend(

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from sirius.errors import RequestError, UnsupportedModelError
-from sirius.model import linear
+from sirius.model import linear, norm
 from sirius.model.mlp import SparseMLP, agrees
 from sirius.model.workspace import drop_idle
 from sirius.stats import Parameters
@@ -43,6 +43,7 @@ def prepare(model: PreTrainedModel) -> list[SparseMLP]:
     for (parent, name, _), mlp in zip(found, mlps, strict=True):
         setattr(parent, name, mlp)
     linear.take_over(model)
+    norm.take_over(model)
     return mlps
 
 
@@ -53,6 +54,7 @@ def restore(model: PreTrainedModel) -> None:
             if isinstance(child, SparseMLP):
                 setattr(parent, name, child.restore())
     linear.give_back(model)
+    norm.give_back(model)
     drop_idle(model)
 
 

@@ -7,6 +7,7 @@ import torch
 from transformers import PreTrainedModel
 
 from sirius.errors import ConfigError
+from sirius.kernels import gpu
 from sirius.kernels.dispatch import attends
 from sirius.model.cache import SlotCache
 from sirius.model.mlp import Route, Tally, renewed
@@ -19,15 +20,17 @@ IDLE = 4  # workspaces kept of a model; each has memory for keys and values
 class Workspace:
     """The tensors of one session at a time, which stay where they are, so that passes over them can be replayed.
 
-    attends  whether attention reads the slots by a kernel of ours; only then are passes recorded
+    attends  whether attention reads the slots by a kernel of ours
+    records  whether passes may be recorded; only then does anything have to stay
     weights  where the model's were when the workspace was made, and their dtypes: records know no others
     drafts   the routes of the draft with fixed neurons
     """
 
-    def __init__(self, model: PreTrainedModel, attends: bool) -> None:
-        self.layers, self.device, self.attends = model.config.get_text_config().num_hidden_layers, model.device, attends
+    def __init__(self, model: PreTrainedModel, attends: bool, records: bool) -> None:
+        self.layers, self.device = model.config.get_text_config().num_hidden_layers, model.device
+        self.attends, self.records = attends, records
         self.weights = places_of(model)
-        self.passes = Passes(GraphRecorder(self.device) if attends and self.device.type == "cuda" else None)
+        self.passes = Passes(GraphRecorder(self.device) if records and self.device.type == "cuda" else None)
         self.release()
 
     def release(self) -> None:
@@ -49,7 +52,7 @@ class Workspace:
         if rows <= table.rows and slots <= table.slots:
             return
         self.passes.forget()
-        self.cache.reserve(rows, -(-slots // STEP) * STEP if self.attends else slots)
+        self.cache.reserve(rows, -(-slots // STEP) * STEP if self.records else slots)
         self.tally.reserve(table.rows)
 
     def renew(self, drafts: list[Route | None]) -> list[Route | None]:
@@ -76,6 +79,11 @@ def attends_to(model: PreTrainedModel) -> bool:
     return not narrower and not any("sink" in name for name, _ in model.named_parameters())
 
 
+def records_on(device: torch.device) -> bool:
+    """Tell whether passes are worth a record on a device: on a GPU, which runs behind the host."""
+    return gpu.runs_on(device)
+
+
 def check_compiles(model: PreTrainedModel) -> None:
     """Raise ConfigError where no pass of a model is recorded, and so none would be compiled."""
     if model.device.type != "cuda" or not attends_to(model):
@@ -90,10 +98,11 @@ def borrow(session: object, model: PreTrainedModel, key: tuple[Hashable, bool]) 
 
     key  what decides the draft's routes, and whether passes are compiled
     """
-    kept = attends_to(model)
+    attended = attends_to(model)
+    kept = attended and records_on(model.device)
     space = _idle.get(model, {}).pop(key, None) if kept else None
     if space is None or space.weights != places_of(model):
-        space = Workspace(model, kept)
+        space = Workspace(model, attended, kept)
     space.begin()
     if kept:
         weakref.finalize(session, _give_back, weakref.ref(model), key, space).atexit = False

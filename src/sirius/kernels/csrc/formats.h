@@ -113,6 +113,24 @@ inline Floats load_part(const T* p, int64_t count) {
   return v;
 }
 
+inline void store_narrow(Floats v, float* to) { memcpy(to, &v, sizeof v); }
+
+inline void store_narrow(Floats v, BFloat16* to) {
+  Words bits = (Words)v, rounded = (bits + (0x7fff + (bits >> 16 & 1))) >> 16;
+  Halves half = __builtin_convertvector(v != v ? Words{} + 0x7fc0 : rounded, Halves);
+  memcpy(to, &half, sizeof half);
+}
+
+inline void store_narrow(Floats v, Float16* to) {
+#if defined(__AVX512F__) && SIRIUS_WIDTH == 16
+  _mm256_storeu_si256((__m256i*)to, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#elif defined(__F16C__) && SIRIUS_WIDTH == 8
+  _mm_storeu_si128((__m128i*)to, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#else
+  for (int i = 0; i < kVector; i++) narrow(v[i], to + i);
+#endif
+}
+
 template <class V>
 inline void store(void* p, V v) {
   memcpy(p, &v, sizeof v);

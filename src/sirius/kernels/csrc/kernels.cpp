@@ -84,6 +84,33 @@ int64_t sirius_project(int dtype, const void* z, int64_t rows, int64_t count, co
   return outside;
 }
 
+// act(gate(x)) * up(x) of the neurons at index; act(gate(x)) where up is null. Returns what sirius_linear does.
+int64_t sirius_glu(int dtype, int kind, const void* x, int64_t rows, int64_t width, const void* gate, const void* up,
+                   int64_t height, int64_t count, const int64_t* index, const void* gate_bias, const void* up_bias,
+                   void* y, int threads) {
+  int64_t outside = first_outside(index, count, height);
+  if (outside >= 0) return outside;
+  std::vector<uint32_t> other(up ? rows * count : 0);  // room for any dtype
+  chosen().linear({Dtype(dtype), x, rows, width, gate, count, index, gate_bias, y, threads});
+  if (up) chosen().linear({Dtype(dtype), x, rows, width, up, count, index, up_bias, other.data(), threads});
+  chosen().activate({Dtype(dtype), ActivationKind(kind), y, up ? other.data() : nullptr, rows * count, y, threads});
+  return outside;
+}
+
+void sirius_norm(int dtype, const void* x, int64_t rows, int64_t width, const void* weight, float eps, float offset,
+                 int early, void* y, int threads) {
+  chosen().norm({Dtype(dtype), x, rows, width, weight, eps, offset, early != 0, y, threads});
+}
+
+// at: the strides of query, keys and values, three each; sizes: rows, tokens, heads, kv_heads, slots, after, size
+void sirius_attend(int dtype, const void* query, const void* keys, const void* values, const int64_t* at,
+                   const int64_t* held, const void* seen, const int64_t* sizes, float scale, float softcap, void* y,
+                   int threads) {
+  const int64_t* n = sizes;
+  chosen().attend({Dtype(dtype), query, keys, values, at, at + 3, at + 6, held, static_cast<const uint8_t*>(seen),
+                   n[0], n[1], n[2], n[3], n[4], n[5], n[6], scale, softcap, y, threads});
+}
+
 // Writes the places of the k largest of n values >= 0 to out [k], ascending; of equal ones the first.
 //
 // The bits of such floats are in the order of the values: a histogram of their upper bits finds the one bin in which

@@ -1,4 +1,5 @@
-// Products with some rows of a weight matrix, memory-bound for few tokens and compute-bound for many.
+// What a step of decoding consists of: products with some rows of a weight matrix, memory-bound for few tokens and
+// compute-bound for many, attention over a cache, and what stands between them.
 //
 // Compiled once for each instruction set (SIRIUS_ISA), with vectors of SIRIUS_WIDTH floats. Few tokens read rows where
 // they lie, some at a time, with what follows fetched ahead: rows that are short or skipped leave the hardware's
@@ -6,25 +7,37 @@
 
 #include "rows.h"
 
+#include "attend.h"
 #include "linear.h"
+#include "pointwise.h"
 #include "project.h"
 
 namespace {
 
-void linear(const Linear& p) {
-  switch (p.dtype) {
-    case kFloat32: return linear_of<float>(p);
-    case kBFloat16: return linear_of<BFloat16>(p);
-    case kFloat16: return linear_of<Float16>(p);
+// Calls what `of` makes of a number of the tensors' dtype.
+template <class Function>
+void of_dtype(Dtype dtype, Function of) {
+  switch (dtype) {
+    case kFloat32: return of(float{});
+    case kBFloat16: return of(BFloat16{});
+    case kFloat16: return of(Float16{});
   }
 }
 
+void linear(const Linear& p) {
+  of_dtype(p.dtype, [&](auto number) { linear_of<decltype(number)>(p); });
+}
 void project(const Project& p) {
-  switch (p.dtype) {
-    case kFloat32: return project_of<float>(p);
-    case kBFloat16: return project_of<BFloat16>(p);
-    case kFloat16: return project_of<Float16>(p);
-  }
+  of_dtype(p.dtype, [&](auto number) { project_of<decltype(number)>(p); });
+}
+void activate(const Activate& p) {
+  of_dtype(p.dtype, [&](auto number) { activate_of<decltype(number)>(p); });
+}
+void norm(const Norm& p) {
+  of_dtype(p.dtype, [&](auto number) { norm_of<decltype(number)>(p); });
+}
+void attend(const Attend& p) {
+  of_dtype(p.dtype, [&](auto number) { attend_of<decltype(number)>(p); });
 }
 
 }  // namespace
@@ -34,4 +47,4 @@ void project(const Project& p) {
 #define QUOTED(isa) #isa
 #define STRING(isa) QUOTED(isa)
 
-extern const Kernels NAMED(SIRIUS_ISA) = {STRING(SIRIUS_ISA), linear, project};
+extern const Kernels NAMED(SIRIUS_ISA) = {STRING(SIRIUS_ISA), linear, project, activate, norm, attend};

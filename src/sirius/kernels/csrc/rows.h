@@ -34,12 +34,55 @@ struct Project {
   int threads;
 };
 
+enum ActivationKind : int { kSilu = 0, kGeluTanh = 1, kRelu = 2 };
+
+// y = act(gate) * up, of `count` elements; act(gate) where up is null. y may be gate or up.
+struct Activate {
+  Dtype dtype;
+  ActivationKind kind;
+  const void *gate, *up;
+  int64_t count;
+  void* y;
+  int threads;
+};
+
+// y[m] = x[m] / sqrt(mean of x[m]^2 + eps) * (weight + offset)     x, y [rows, width], weight [width]
+// early: the quotient is rounded before the product
+struct Norm {
+  Dtype dtype;
+  const void* x;
+  int64_t rows, width;
+  const void* weight;
+  float eps, offset;
+  bool early;
+  void* y;
+  int threads;
+};
+
+// y[b][t][h] = what token t of row b sees of the slots, in head h     y [rows, tokens, heads, size]
+// A row's first held[b] slots are seen by all of its tokens; of the `after` slots behind those, in all no more than
+// `slots`, token t sees slot held[b] + i where seen[b][t][i]. A strides' last dimension, of `size`, lies together.
+struct Attend {
+  Dtype dtype;
+  const void *query, *keys, *values;
+  const int64_t *query_at, *keys_at, *values_at;  // strides of a row, a head, a token; of a row, a slot, a head
+  const int64_t* held;
+  const uint8_t* seen;
+  int64_t rows, tokens, heads, kv_heads, slots, after, size;
+  float scale, softcap;  // scores become softcap * tanh(score / softcap) where it is above 0
+  void* y;
+  int threads;
+};
+
 // Every sum runs in one order, whatever the number of rows or the place of a row among them: a token's result is the
 // same bit for bit in a draft step, in a batch and in a check.
 struct Kernels {
   const char* name;
   void (*linear)(const Linear&);
   void (*project)(const Project&);
+  void (*activate)(const Activate&);
+  void (*norm)(const Norm&);
+  void (*attend)(const Attend&);
 };
 
 extern const Kernels kernels_generic;
