@@ -12,9 +12,11 @@ from sirius.benchmark import ceiling as ceiling_module
 from sirius.benchmark import memory
 from sirius.benchmark.ceiling import cache_bytes, weight_bytes
 from sirius.benchmark.decode import Setting, Times, bytes_per_token
+from sirius.benchmark.kernels import Size, count
 from sirius.benchmark.models import SHAPES, make_config, make_model
 from sirius.core import CorrectionConfig, SparsityConfig
 from sirius.engine import Engine
+from sirius.kernels import cpu
 from sirius.model.prepare import count_parameters
 
 pytestmark = pytest.mark.integration
@@ -111,7 +113,9 @@ def test_kernels_are_measured_at_every_density_and_batch(bench):
     code, out, _ = bench("kernels", "--neurons", 40, "--hidden", 33, "--dtype", "float32", "--device", "cpu", "--json")
     assert code == 0
     rows = json.loads(out)["rows"]
-    assert len(rows) == 5 * (4 * 6 + 2)  # linear, glu, up_rows, project at six densities; gate and largest at one
+    attends = cpu.library() is not None
+    want = 5 * (4 * 6 + 2 + attends)  # linear, glu, up_rows, project at six densities; gate, largest, attention at one
+    assert len(rows) == want == count(Size(40, 33, torch.float32, "cpu"))
     assert all(row["kernel_ms"] > 0 and row["reference_ms"] > 0 for row in rows)
 
 

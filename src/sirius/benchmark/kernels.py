@@ -76,8 +76,13 @@ def run(
     return rows
 
 
+def count(size: Size) -> int:
+    """Return how many rows `run` measures by default."""
+    return len(BATCHES) * (len(OPERATIONS) * len(DENSITIES) + len(whole_operations(size)))
+
+
 def whole_operations(size: Size) -> tuple[str, ...]:
-    """Return the operations that know no density; attention is PyTorch's own on a CPU."""
+    """Return the operations that know no density; attention is PyTorch's own where there are no kernels."""
     return ("gate", "largest", "attend") if attends(torch.device(size.device), size.dtype) else ("gate", "largest")
 
 

@@ -161,8 +161,7 @@ def kernels(
 
     size = measure.Size(neurons, hidden, find_dtype(dtype), _device(device))
     ceiling = measure_ceiling(size.dtype, size.device)
-    each = len(measure.OPERATIONS) * len(measure.DENSITIES) + len(measure.whole_operations(size))
-    with progress("measuring", len(measure.BATCHES) * each) as advance:
+    with progress("measuring", measure.count(size)) as advance:
         rows = measure.run(size, ceiling, on_row=advance)
     parts = {"ceiling": asdict(ceiling), "rows": [asdict(row) for row in rows]}
     _print({**known, **parts}, lambda: show.operations(rows, ceiling), json)

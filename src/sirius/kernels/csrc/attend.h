@@ -18,28 +18,17 @@ constexpr uint32_t kEvery = (1 << kLines) - 1;
 constexpr int kQueries = 4;     // queries of a tile
 constexpr float kNothing = -std::numeric_limits<float>::infinity();
 
-// The heads of all tokens that share a head of keys and values. Queries of one token are neighbours.
-struct Group {
-  const Attend& p;
-  int64_t row, kv_head;
+// Which of the slots first .. first + count - 1 a token of a row sees, a bit for each.
+inline uint32_t seen_bits(const Attend& p, int64_t row, int64_t token, int64_t first, int64_t count) {
+  const uint8_t* seen = p.seen + (row * p.tokens + token) * p.after;
+  int64_t after = first - p.held[row], held = std::clamp<int64_t>(-after, 0, count);
+  uint32_t bits = uint32_t((uint64_t(1) << held) - 1);
+  for (int64_t s = held; s < std::min(count, p.after - after); s++) bits |= uint32_t(seen[after + s] != 0) << s;
+  return bits;
+}
 
-  int64_t shared() const { return p.heads / p.kv_heads; }
-  int64_t queries() const { return shared() * p.tokens; }
-  int64_t token(int64_t query) const { return query / shared(); }
-  int64_t head(int64_t query) const { return kv_head * shared() + query % shared(); }
-
-  // Which of the slots first .. first + count - 1 a token sees, a bit for each.
-  uint32_t sees(int64_t token, int64_t first, int64_t count) const {
-    const uint8_t* seen = p.seen + (row * p.tokens + token) * p.after;
-    int64_t after = first - p.held[row], held = std::clamp<int64_t>(-after, 0, count);
-    uint32_t bits = uint32_t((uint64_t(1) << held) - 1);
-    for (int64_t s = held; s < std::min(count, p.after - after); s++) bits |= uint32_t(seen[after + s] != 0) << s;
-    return bits;
-  }
-};
-
-// What the queries of a group have summed up over some slots: the largest score, and relative to it the weights' sum,
-// 0 before the first slot, and the weighed values.
+// What the queries of a head of keys and values have summed up over some slots: the sum of weights, 0 before the first
+// slot, and the weighed values, both relative to the largest score. A query is one head of one token, tokens first.
 struct Sums {
   int64_t size;
   float* at;
@@ -74,42 +63,47 @@ void narrow_line(const float* from, float scale, int64_t size, T* to) {
   }
 }
 
-// The products of M queries with R lines of a panel.
-template <int M, int R>
-void score_tile(const float* queries, const float* panel, int64_t width, float* scores) {
+// The products of M queries with R lines, `stride` apart: widened ones, or some of T that are a whole number of steps.
+template <int M, int R, class T>
+void score_tile(const float* queries, const T* lines, int64_t stride, int64_t width, float* scores) {
   Floats acc[M][R];
   for (int i = 0; i < M * R; i++) acc[i / R][i % R] = Floats{};
-  for (int64_t c = 0; c < width; c += kVector)
-    for (int m = 0; m < M; m++) {
-      Floats query = load(queries + m * width + c);
-      for (int r = 0; r < R; r++) acc[m][r] += query * load(panel + r * width + c);
+  for (int64_t c = 0; c < width; c += 2 * kVector)
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; half++) {
+      Floats line[R];
+      for (int r = 0; r < R; r++) line[r] = load_half(lines + r * stride + c, half);
+      for (int m = 0; m < M; m++) {
+        Floats query = load(queries + m * width + c + half * kVector);
+        for (int r = 0; r < R; r++) acc[m][r] += query * line[r];
+      }
     }
   for (int m = 0; m < M; m++)
     for (int r = 0; r < R; r++) scores[m * kSlots + r] = sum(acc[m][r]);
 }
 
-// Adds R lines of a panel, weighed, to the values of M queries, `stride` apart.
-template <int M, int R>
-void value_tile(const float* weights, const float* panel, int64_t width, float* values, int64_t stride) {
+// Adds such lines, weighed, to the values of M queries, `length` apart.
+template <int M, int R, class T>
+void value_tile(const float* weights, const T* lines, int64_t stride, int64_t width, float* values, int64_t length) {
   for (int64_t c = 0; c < width; c += 2 * kVector) {
     Floats acc[M][2];
     for (int m = 0; m < M; m++)
-      for (int v = 0; v < 2; v++) acc[m][v] = load(values + m * stride + c + v * kVector);
-    for (int r = 0; r < R; r++) {
-      Floats a = load(panel + r * width + c), b = load(panel + r * width + c + kVector);
-      for (int m = 0; m < M; m++) {
-        acc[m][0] += a * weights[m * kSlots + r];
-        acc[m][1] += b * weights[m * kSlots + r];
+      for (int half = 0; half < 2; half++) acc[m][half] = load(values + m * length + c + half * kVector);
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 2
+      for (int half = 0; half < 2; half++) {
+        Floats line = load_half(lines + r * stride + c, half);
+        for (int m = 0; m < M; m++) acc[m][half] += line * weights[m * kSlots + r];
       }
-    }
     for (int m = 0; m < M; m++)
-      for (int v = 0; v < 2; v++) store(values + m * stride + c + v * kVector, acc[m][v]);
+      for (int half = 0; half < 2; half++) store(values + m * length + c + half * kVector, acc[m][half]);
   }
 }
 
 // Adds what a query has summed up in a later part.
 inline void join(Sums to, Sums from, int64_t query) {
   if (from.weight(query) == 0) return;
+  if (to.weight(query) == 0) to.largest(query) = kNothing;
   float largest = std::max(to.largest(query), from.largest(query));
   float mine = std::exp(to.largest(query) - largest), its = std::exp(from.largest(query) - largest);
   to.largest(query) = largest;
@@ -130,7 +124,7 @@ inline void weigh(const Attend& p, uint32_t seen, float* scores, Sums sums, int6
     store(scores + s, x);
     most = x > most ? x : most;
   }
-  float largest = sums.largest(query), before = largest;
+  float largest = sums.weight(query) == 0 ? kNothing : sums.largest(query), before = largest;
   for (int i = 0; i < kVector; i++) largest = std::max(largest, most[i]);
   Floats total = {};
   for (int64_t s = 0; s < kSlots; s += kVector) {
@@ -156,84 +150,138 @@ void each_tile(int64_t count, Function function) {
   for (; query < count; query++) function(std::integral_constant<int, 1>{}, query);
 }
 
-// Adds up what a group's queries see of the slots first .. last - 1.
+// Some neighbouring heads of keys or values in a row.
 template <class T>
-void attend_part(const Group& group, int64_t first, int64_t last, const float* queries, Sums sums) {
-  const Attend& p = group.p;
-  int64_t width = padded(p.size), count = group.queries(), stride = Sums::length(width);
-  std::vector<Floats> memory((kLines * width + count * kSlots) / kVector);
-  float *panel = reinterpret_cast<float*>(memory.data()), *scores = panel + kLines * width;
-  std::vector<uint32_t> seen(p.tokens);
-  // Widens the lines slot .. slot + kLines - 1 where anyone sees them, and fetches those that follow.
-  auto fill = [&](const void* from, const int64_t* strides, int64_t slot, uint32_t any) {
-    const T* line = static_cast<const T*>(from) + group.row * strides[0] + group.kv_head * strides[2];
-    line += slot * strides[1];
-    for (float* to = panel; to < panel + kLines * width; to += width, line += strides[1], any >>= 1) {
-      for (int64_t c = 0; c < p.size; c += kLine / sizeof(T)) __builtin_prefetch(line + kLines * strides[1] + c);
-      if (any & 1)
-        widen_line(line, p.size, to);
-      else
-        std::fill(to, to + width, 0.0f);
-    }
-  };
-  for (int64_t slot = first; slot < last; slot += kSlots) {
-    uint32_t any = 0;
-    for (int64_t t = 0; t < p.tokens; t++) any |= seen[t] = group.sees(t, slot, std::min(kSlots, last - slot));
-    if (!any) continue;
-    for (int64_t s = 0; s < kSlots; s += kLines) {
-      if (!(any >> s & kEvery)) continue;
-      fill(p.keys, p.keys_at, slot + s, any >> s);
-      each_tile(count, [&](auto m, int64_t q) {
-        for (int64_t r = 0; r < kLines; r += 2)
-          score_tile<m, 2>(queries + q * width, panel + r * width, width, scores + q * kSlots + s + r);
-      });
-    }
-    for (int64_t q = 0; q < count; q++) weigh(p, seen[group.token(q)], scores + q * kSlots, sums, q);
-    for (int64_t s = 0; s < kSlots; s += kLines) {
-      if (!(any >> s & kEvery)) continue;
-      fill(p.values, p.values_at, slot + s, any >> s);
-      each_tile(count, [&](auto m, int64_t q) {
-        value_tile<m, kLines>(scores + q * kSlots + s, panel, width, sums.values(q), stride);
-      });
+struct Heads {
+  const T* at;
+  int64_t slot, head, count;  // strides of a slot and a head, and how many heads
+
+  // Fetches the `part`th kLines lines of a block of slots, counted as they lie, all heads of a slot together. GCC drops
+  // calls of a function that only fetches, unless they are put inline at once.
+  [[gnu::always_inline]] void fetch(int64_t first, int64_t part, int64_t size) const {
+    for (int64_t i = part * kLines; i < (part + 1) * kLines; i++)
+      for (int64_t c = 0; c < size; c += kLine / sizeof(T))
+        __builtin_prefetch(at + (first + i / count) * slot + i % count * head + c);
+  }
+};
+
+// What a piece of work is: some heads of a row, over some slots.
+struct Piece {
+  int64_t row, head, heads, first, last;
+};
+
+// A piece at work: its queries, widened, and room for lines and scores.
+template <class T>
+struct Worker {
+  const Attend& p;
+  const Piece& piece;
+  int64_t width, count;  // of a widened line, and the queries of a head of keys and values
+  std::vector<Floats> memory;
+  float *panel, *scores, *queries;
+  std::vector<uint32_t> seen;
+  Heads<T> keys, values;
+
+  Worker(const Attend& p, const Piece& piece)
+      : p(p), piece(piece), width(padded(p.size)), count(p.heads / p.kv_heads * p.tokens),
+        memory((kLines * width + count * kSlots + piece.heads * count * width) / kVector),
+        panel(reinterpret_cast<float*>(memory.data())), scores(panel + kLines * width),
+        queries(scores + count * kSlots), seen(p.tokens), keys(heads_of(p.keys, p.keys_at)),
+        values(heads_of(p.values, p.values_at)) {
+    for (int64_t i = 0; i < piece.heads * count; i++) {
+      int64_t head = (piece.head + i / count) * shared() + i % shared(), token = i % count / shared();
+      widen_line(static_cast<const T*>(p.query) + piece.row * p.query_at[0] + head * p.query_at[1] +
+                     token * p.query_at[2],
+                 p.size, queries + i * width);
     }
   }
-}
+
+  int64_t shared() const { return p.heads / p.kv_heads; }
+
+  Heads<T> heads_of(const void* from, const int64_t* strides) const {
+    const T* at = static_cast<const T*>(from) + piece.row * strides[0] + piece.head * strides[2];
+    return {at, strides[1], strides[2], piece.heads};
+  }
+
+  // Calls a function with kLines lines of a head after the other, and how far they are apart: as they lie where one
+  // tile takes them all, else widened to the panel, zeros where nobody sees them.
+  template <class Function>
+  void each_lines(const Heads<T>& from, int64_t slot, int64_t head, uint32_t any, Function function) {
+    for (int64_t s = 0; s < kSlots; s += kLines, any >>= kLines) {
+      from.fetch(slot + kSlots, (head * kSlots + s) / kLines, p.size);
+      const T* lines = from.at + (slot + s) * from.slot + head * from.head;
+      if (!(any & kEvery)) continue;
+      if (count <= kQueries && width == p.size && (any & kEvery) == kEvery) {
+        function(s, lines, from.slot);
+        continue;
+      }
+      for (int64_t r = 0; r < kLines; r++) {
+        if (any >> r & 1)
+          widen_line(lines + r * from.slot, p.size, panel + r * width);
+        else
+          std::fill(panel + r * width, panel + (r + 1) * width, 0.0f);
+      }
+      function(s, static_cast<const float*>(panel), width);
+    }
+  }
+
+  // Adds up what the queries of one head see of kSlots slots.
+  void add(int64_t slot, int64_t head, uint32_t any, Sums sums) {
+    each_lines(keys, slot, head, any, [&](int64_t s, auto* lines, int64_t stride) {
+      each_tile(count, [&](auto m, int64_t q) {
+        const float* query = queries + (head * count + q) * width;
+        for (int64_t r = 0; r < kLines; r += 2)
+          score_tile<m, 2>(query, lines + r * stride, stride, width, scores + q * kSlots + s + r);
+      });
+    });
+    for (int64_t q = 0; q < count; q++) weigh(p, seen[q / shared()], scores + q * kSlots, sums, q);
+    each_lines(values, slot, head, any, [&](int64_t s, auto* lines, int64_t stride) {
+      each_tile(count, [&](auto m, int64_t q) {
+        value_tile<m, kLines>(scores + q * kSlots + s, lines, stride, width, sums.values(q), Sums::length(width));
+      });
+    });
+  }
+
+  // Adds up what the queries see of all slots of the piece; `sums_of` gives a head its sums.
+  template <class Function>
+  void add_all(Function sums_of) {
+    for (int64_t slot = piece.first; slot < piece.last; slot += kSlots) {
+      uint32_t any = 0;
+      for (int64_t t = 0; t < p.tokens; t++)
+        any |= seen[t] = seen_bits(p, piece.row, t, slot, std::min(kSlots, piece.last - slot));
+      for (int64_t head = 0; any && head < piece.heads; head++) add(slot, head, any, sums_of(piece.head + head));
+    }
+  }
+};
 
 template <class T>
 void attend_of(const Attend& p) {
   int64_t width = padded(p.size), queries = p.heads / p.kv_heads * p.tokens, most = 0;
   for (int64_t row = 0; row < p.rows; row++) most = std::max(most, p.held[row]);
   int64_t slots = std::min(p.slots, most + p.after), parts = std::max<int64_t>(1, (slots + kPart - 1) / kPart);
-  int64_t groups = p.rows * p.kv_heads, length = queries * Sums::length(width);
-  std::vector<float> all(groups * parts * length);
-  auto sums_of = [&](int64_t group, int64_t part) { return Sums{width, all.data() + (group * parts + part) * length}; };
+  int64_t length = queries * Sums::length(width), pieces = p.rows * parts;
+  int64_t splits = std::clamp<int64_t>(2 * p.threads / std::max<int64_t>(pieces, 1), 1, p.kv_heads);  // of the heads
+  std::vector<float> all(pieces * p.kv_heads * length);
+  auto sums_of = [&](int64_t row, int64_t part, int64_t head) {
+    return Sums{width, all.data() + ((row * parts + part) * p.kv_heads + head) * length};
+  };
 #pragma omp parallel num_threads(p.threads)
   {
-    std::vector<float> widened(queries * width);
 #pragma omp for schedule(dynamic)
-    for (int64_t piece = 0; piece < groups * parts; piece++) {
-      int64_t part = piece / groups, g = piece % groups;
-      Group group{p, g / p.kv_heads, g % p.kv_heads};
-      Sums sums = sums_of(g, part);
-      for (int64_t q = 0; q < queries; q++) {
-        sums.largest(q) = kNothing;
-        widen_line(static_cast<const T*>(p.query) + group.row * p.query_at[0] + group.head(q) * p.query_at[1] +
-                       group.token(q) * p.query_at[2],
-                   p.size, widened.data() + q * width);
-      }
-      int64_t first = part * kPart;
-      attend_part<T>(group, first, std::min(first + kPart, slots), widened.data(), sums);
+    for (int64_t i = 0; i < pieces * splits; i++) {
+      int64_t row = i / splits / parts, part = i / splits % parts, head = i % splits * p.kv_heads / splits;
+      int64_t end = (i % splits + 1) * p.kv_heads / splits;
+      Piece piece{row, head, end - head, part * kPart, std::min((part + 1) * kPart, slots)};
+      Worker<T>(p, piece).add_all([&](int64_t h) { return sums_of(row, part, h); });
     }
 #pragma omp for schedule(static)
-    for (int64_t g = 0; g < groups; g++) {
-      Group group{p, g / p.kv_heads, g % p.kv_heads};
-      for (int64_t q = 0; q < queries; q++) {
-        Sums sums = sums_of(g, 0);
-        for (int64_t part = 1; part < parts; part++) join(sums, sums_of(g, part), q);
-        T* y = static_cast<T*>(p.y) + ((group.row * p.tokens + group.token(q)) * p.heads + group.head(q)) * p.size;
-        float weight = sums.weight(q);
-        narrow_line(sums.values(q), weight != 0 ? 1 / weight : 0, p.size, y);
-      }
+    for (int64_t i = 0; i < p.rows * p.kv_heads * queries; i++) {
+      int64_t row = i / queries / p.kv_heads, head = i / queries % p.kv_heads, query = i % queries;
+      Sums sums = sums_of(row, 0, head);
+      for (int64_t part = 1; part < parts; part++) join(sums, sums_of(row, part, head), query);
+      int64_t shared = p.heads / p.kv_heads, token = query / shared;
+      T* y = static_cast<T*>(p.y) + ((row * p.tokens + token) * p.heads + head * shared + query % shared) * p.size;
+      float weight = sums.weight(query);
+      narrow_line(sums.values(query), weight != 0 ? 1 / weight : 0, p.size, y);
     }
   }
 }
