@@ -15,6 +15,7 @@ from sirius.batch import Batch, Update
 from sirius.core import CorrectionConfig, Mode, SparsityConfig, Window
 from sirius.decoding import loop
 from sirius.engine import Engine
+from sirius.kernels import cpu
 from sirius.model.prepare import prepare
 from sirius.model.session import Session
 
@@ -75,6 +76,17 @@ def test_a_tree_and_a_period_of_its_own_choice_give_it_too(family, method):
         got = engine.generate(PROMPT, max_new_tokens=NEW, sparsity=SparsityConfig(method, 0.3), correction=correction)
         assert list(got.token_ids) == want, str(correction)
         assert got.stats.lossless and got.stats.drafted
+
+
+@pytest.mark.skipif(cpu.library() is None, reason="no compiled CPU kernels")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_in_16_bits_a_chain_writes_what_our_full_decoding_writes(family, dtype):
+    engine = Engine(tiny_model(family, dtype, eos_token_id=None))
+    want = engine.generate(PROMPT, max_new_tokens=NEW, sparsity="none", correction=None)
+    for method, period in (("coarse", 5), ("fine", 16)):
+        got = engine.generate(PROMPT, max_new_tokens=NEW, sparsity=method, correction=argmax(period))
+        assert got.token_ids == want.token_ids and got.stats.drafted
 
 
 @pytest.mark.parametrize(
