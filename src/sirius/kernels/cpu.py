@@ -66,17 +66,13 @@ def multiplies_halves() -> bool:
 
 def fits(x: Tensor, weight: Tensor) -> bool:
     """Tell whether the kernels can take a product of x [..., H] or [..., F] with weight [F, H]."""
-    return x.dtype == weight.dtype and weight.ndim == 2 and weight.is_contiguous() and takes(weight)
+    same = x.dtype == weight.dtype and weight.ndim == 2 and weight.is_contiguous()
+    return same and runs_on(weight.device, weight.dtype)
 
 
 def runs_on(device: torch.device, dtype: torch.dtype) -> bool:
     """Tell whether there are kernels for tensors of a dtype on a device; a compiler makes its own."""
     return device.type == "cpu" and dtype in DTYPES and not torch.compiler.is_compiling() and library() is not None
-
-
-def takes(tensor: Tensor) -> bool:
-    """Tell whether the kernels can take a tensor: there are some, and it is on the CPU, in one of their dtypes."""
-    return runs_on(tensor.device, tensor.dtype)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, index: Tensor | None = None) -> Tensor:

@@ -63,7 +63,7 @@ def largest(values: Tensor, count: int) -> Tensor:
     """Return the places of the `count` largest of values [..., F] at least 0, ascending; see `reference.largest`."""
     if values.dtype in gpu.DTYPES and values.shape[-1] <= gpu.LONGEST and gpu.runs_on(values.device):
         return gpu.largest(values, count)
-    return (cpu if cpu.takes(values) else reference).largest(values, count)
+    return (cpu if cpu.runs_on(values.device, values.dtype) else reference).largest(values, count)
 
 
 def places(kept: Tensor, x: Tensor, weight: Tensor) -> Tensor:
@@ -83,12 +83,13 @@ def reads_rows(weight: Tensor) -> bool:
 
 def norms(x: Tensor, weight: Tensor) -> bool:
     """Tell whether `norm` has a kernel for x."""
-    return cpu.takes(x) and weight.dtype == x.dtype and weight.is_contiguous() and not _learns(x, weight)
+    same = weight.dtype == x.dtype and weight.is_contiguous()
+    return same and cpu.runs_on(x.device, x.dtype) and not _learns(x, weight)
 
 
 def norm(x: Tensor, weight: Tensor, eps: float, form: NormForm) -> Tensor:
-    """Return x [..., H] over its root mean square, times weight [H]; see `reference.norm`."""
-    return (cpu if norms(x, weight) else reference).norm(x, weight, eps, form)
+    """Return x [..., H] over its root mean square, times weight [H], where `norms`; see `reference.norm`."""
+    return cpu.norm(x, weight, eps, form)
 
 
 def attends(device: torch.device, dtype: torch.dtype) -> bool:
@@ -117,7 +118,7 @@ def _backend(x: Tensor, weight: Tensor, index: Tensor | None) -> ModuleType:
 
 
 def _on_gpu(x: Tensor, weight: Tensor) -> bool:
-    return gpu.runs_on(weight.device) and gpu.fits(x, weight) and not _learns(x, weight)
+    return gpu.fits(x, weight) and not _learns(x, weight)
 
 
 def _learns(x: Tensor, weight: Tensor) -> bool:

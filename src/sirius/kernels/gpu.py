@@ -66,12 +66,12 @@ def interpreted() -> bool:
 def fits(x: Tensor, weight: Tensor) -> bool:
     """Tell whether the kernels can take a product of x [..., H] or [..., F] with weight [F, H]."""
     return (
-        weight.dtype in DTYPES
+        runs_on(weight.device)
+        and weight.dtype in DTYPES
         and x.dtype == weight.dtype
         and x.device == weight.device
         and weight.ndim == 2
         and weight.is_contiguous()
-        and runs_on(weight.device)
     )
 
 

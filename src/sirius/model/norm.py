@@ -18,22 +18,22 @@ class FastNorm:
     """The forward of a norm by our kernel; the norm's own where that cannot take it."""
 
     def __init__(self, norm: nn.Module, form: NormForm) -> None:
-        self.norm, self.form = norm, form
+        self.norm, self.form, self.epsilon = norm, form, _epsilon(norm)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return the norm of x [..., H]."""
         weight = cast("Tensor", self.norm.weight)
         if dispatch.norms(x, weight):
-            return dispatch.norm(x, weight, _epsilon(self.norm), self.form)
+            return dispatch.norm(x, weight, self.epsilon, self.form)
         return type(self.norm).forward(self.norm, x)
 
 
 def take_over(model: PreTrainedModel) -> None:
     """Give every norm of a model on the CPU the forward of a `FastNorm`, if it computes what that does."""
+    if model.device.type != "cpu":
+        return
     forms: dict[type[nn.Module], NormForm | None] = {}
-    for module in model.modules():
-        if model.device.type != "cpu" or not _is_norm(module):
-            continue
+    for module in filter(_is_norm, model.modules()):
         kind = type(module)
         if kind not in forms:
             forms[kind] = form_of(module)

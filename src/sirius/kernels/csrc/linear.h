@@ -37,6 +37,7 @@ void dot_rows(const typename Row::Element* x, int64_t stride, const Row* row, co
       for (int r = 0; r < R; r++) acc[m][r] = multiply_add(acc[m][r], a[r], b);
     }
   };
+  for (int r = 0; r < R; r++) next[r].fetch();
   int64_t h = 0;
   for (; h + step <= width; h += step) {
     for (int r = 0; r < R; r++) row[r].fetch(next[r], h, width);

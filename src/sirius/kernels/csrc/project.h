@@ -75,6 +75,7 @@ void add_rows(const Row* row, const Row* next, const typename Row::Element* z, f
     store(sums + c, s);
     store(sums + c + kVector, t);
   };
+  for (int r = 0; r < N; r++) next[r].fetch();
   int64_t c = 0;
   for (; c + step <= width; c += step) {
     for (int r = 0; r < N; r++) row[r].fetch(next[r], c, width);

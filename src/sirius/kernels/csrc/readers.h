@@ -37,6 +37,12 @@ template <class T>
     __builtin_prefetch(i < width ? row + i : next + i - width);
 }
 
+// Fetches a row's first line, long before the rest: its page is then known, and the hardware's prefetcher on its way.
+template <class T>
+[[gnu::always_inline]] inline void fetch_first(const T* row) {
+  __builtin_prefetch(row, 0, 2);
+}
+
 // A reader gives vectors of some columns: `half`, the first or second that 2 * kVector columns make, `whole`, and
 // `part`, the first `count` columns and zeros. Copies of them, and what meets them, are arrays of Element.
 
@@ -54,6 +60,7 @@ struct Widened {
   Floats half(int64_t c, int half) const { return load_half(row + c, half); }
   Floats whole(int64_t c) const { return load(row + c); }
   Floats part(int64_t c, int64_t count) const { return load_part(row + c, count); }
+  [[gnu::always_inline]] void fetch() const { fetch_first(row); }
   [[gnu::always_inline]] void fetch(const Widened& next, int64_t c, int64_t width) const {
     fetch_ahead(row, next.row, c, width);
   }
@@ -76,6 +83,7 @@ struct Neighbours {
     memcpy(&pairs, row + c, count * sizeof(BFloat16));
     return pairs;
   }
+  [[gnu::always_inline]] void fetch() const { fetch_first(row); }
   [[gnu::always_inline]] void fetch(const Neighbours& next, int64_t c, int64_t width) const {
     fetch_ahead(row, next.row, c, width);
   }
@@ -105,6 +113,10 @@ struct Stacked {
   Words part(int64_t c, int64_t count) const {
     Words low = (Words)load_part(row + c, count), high = alone ? Words{} : (Words)load_part(second + c, count);
     return low >> 16 | high;
+  }
+  [[gnu::always_inline]] void fetch() const {
+    fetch_first(row);
+    if (!alone) fetch_first(second);
   }
   [[gnu::always_inline]] void fetch(const Stacked& next, int64_t c, int64_t width) const {
     fetch_ahead(row, next.row, c, width);
