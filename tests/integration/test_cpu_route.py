@@ -1,4 +1,4 @@
-"""What a prepared model does by the CPU's kernels besides its linear layers: attention over the slots, and norms."""
+"""What a prepared model does on the CPU besides its linear layers: attention over the slots, norms, recorded passes."""
 
 import gc
 
@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from conftest import FAMILIES, greedy, tiny_model
-from sirius import CorrectionConfig, Engine, restore
+from sirius import CorrectionConfig, Engine, SparsityConfig, restore
+from sirius.core import Mode, Window
 from sirius.kernels import cpu
 from sirius.kernels.reference import NormForm
 from sirius.model import workspace
@@ -28,13 +29,15 @@ def norms(model: nn.Module) -> dict[str, nn.Module]:
 @pytest.fixture
 def calls(monkeypatch) -> list[int]:
     """How many tokens each call of the attention kernel had."""
-    found, attend = [], cpu.attend
+    found, run = [], cpu._run
 
-    def counted(query, *args):
-        found.append(query.shape[2])
-        return attend(query, *args)
+    def counted(function, given, rows):
+        if function.__name__ == "sirius_attend":
+            sizes = given[7]
+            found.append(sizes[1])
+        return run(function, given, rows)
 
-    monkeypatch.setattr(cpu, "attend", counted)
+    monkeypatch.setattr(cpu, "_run", counted)
     return found
 
 
@@ -60,6 +63,93 @@ def test_a_session_on_the_cpu_leaves_no_memory_behind():
     Engine(model).generate(PROMPT, max_new_tokens=5)
     gc.collect()
     assert model not in workspace._idle
+
+
+RECORDED = ["none", "coarse", "fine"]
+
+
+def read_all(model, sparsity, recording: bool, rows: int = 1, steps: int = 6) -> tuple[torch.Tensor, int]:
+    """Return the scores of some draft steps and checks over rows, and how many passes were recorded."""
+    batch = Engine(model).batch(rows=rows, sparsity=sparsity)
+    session = batch.session
+    if not recording:
+        session.space.passes.record = None
+    for row in range(rows):
+        session.open(torch.tensor(PROMPT[row:]), 60)
+    g, found = torch.Generator().manual_seed(0), []
+    for step in range(steps):
+        tokens = torch.randint(5, 100, (rows, 3), generator=g)
+        for mode, few in (Mode.SPARSE, tokens[:, :1]), (Mode.DENSE, tokens):
+            n = few.shape[1]
+            seen = torch.ones(n, n, dtype=torch.bool).tril().expand(rows, n, n)
+            window = Window(0, torch.arange(n).expand(rows, n), seen, torch.ones(rows, n))
+            found.append(session.read(few, mode, window).clone().flatten())
+        session.keep(torch.arange(2).expand(rows, 2), torch.full((rows,), 1 + step % 2))
+    return torch.cat(found), len(session.space.passes.recorded)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("method", RECORDED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_recorded_pass_gives_the_scores_of_the_pass_itself_bit_for_bit(family, method, dtype):
+    model, sparsity = tiny_model(family, dtype), SparsityConfig(method, 0.4) if method != "none" else "none"
+    want, none = read_all(model, sparsity, recording=False)
+    got, count = read_all(model, sparsity, recording=True)
+    assert none == 0 and count == 2
+    assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize(
+    "sparsity", [SparsityConfig("fine", threshold=0.3), SparsityConfig("coarse", 0.4, per_row=True)], ids=str
+)
+def test_rows_of_several_sets_give_theirs(sparsity):
+    model = tiny_model()
+    want, _ = read_all(model, sparsity, recording=False, rows=3)
+    got, count = read_all(model, sparsity, recording=True, rows=3)
+    assert torch.equal(got, want)
+    assert count == (1 if sparsity.method == "fine" else 2)  # a mask has a shape that depends on the token
+
+
+def test_passes_run_through_python_but_a_few_times():
+    model, calls = tiny_model(eos_token_id=None), []
+    engine, forward = Engine(model), model.forward
+    model.forward = lambda *args, **kwargs: calls.append(1) or forward(*args, **kwargs)
+    stats = engine.generate(PROMPT, max_new_tokens=100, correction=CorrectionConfig(5, "argmax")).stats
+    assert len(calls) <= 15 < stats.drafted  # the prompt, and the first passes of each size
+
+
+def test_hooks_see_every_pass():
+    model, seen = tiny_model(eos_token_id=None), []
+    engine = Engine(model)
+    model.model.layers[0].register_forward_hook(lambda *_: seen.append(1))
+    stats = engine.generate(PROMPT, max_new_tokens=40, correction=CorrectionConfig(5, "argmax")).stats
+    assert len(seen) == 1 + stats.drafted + stats.rounds
+
+
+def test_a_step_that_cannot_be_recorded_counts_once():
+    def density() -> float:
+        options = {"sparsity": SparsityConfig("fine", threshold=0.3), "correction": CorrectionConfig(5, "argmax")}
+        return (
+            Engine(tiny_model(eos_token_id=None)).generate(PROMPT, max_new_tokens=40, **options).stats.density_streamed
+        )
+
+    want = density()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(workspace, "recorder", lambda model: None)
+        assert density() == want
+
+
+def test_a_change_of_weights_is_seen_in_the_next_pass():
+    model = tiny_model(eos_token_id=None)
+    session = Engine(model).batch(rows=1, sparsity="none").session
+    session.open(torch.tensor(PROMPT), 60)
+    one = torch.ones(1, 1, dtype=torch.int64)
+    window = Window(0, one - 1, one[None] > 0, torch.ones(1, 1))
+    scores = [session.read(one, Mode.DENSE, window).clone() for _ in range(5)]
+    assert all(torch.equal(each, scores[0]) for each in scores) and session.space.passes.recorded
+    with torch.no_grad():
+        model.lm_head.weight.mul_(2)
+    torch.testing.assert_close(session.read(one, Mode.DENSE, window), 2 * scores[0])
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -33,23 +33,26 @@ def argmax(period: int, width: int = 1) -> CorrectionConfig:
     return CorrectionConfig(period, "argmax", tree_width=width)
 
 
+def record_by_calling(call, buffers):
+    return call(**buffers), lambda call, buffers: call(**buffers)
+
+
 @pytest.fixture
 def recorded(monkeypatch) -> list[int]:
-    """Let sessions attend to slots and record passes, on the CPU; return the addresses of what each record reads."""
+    """Let sessions record passes as on a GPU; return the addresses of what each record reads."""
     records: list[int] = []
     make = Workspace.__init__
 
     def record(call, buffers):
-        first = call(**buffers)
         records.append(buffers["input_ids"].data_ptr())
-        return first, lambda call, buffers: call(**buffers)
+        return record_by_calling(call, buffers)
 
     def make_recording(space, *args, **options):
         make(space, *args, **options)
         space.passes.record = record
 
     monkeypatch.setattr(workspace, "attends", lambda device, dtype: True)
-    monkeypatch.setattr(workspace, "records_on", lambda device: True)
+    monkeypatch.setattr(workspace, "stays_on", lambda device: True)
     monkeypatch.setattr(Workspace, "__init__", make_recording)
     monkeypatch.setattr(workspace, "_idle", weakref.WeakKeyDictionary())
     return records
@@ -258,7 +261,7 @@ def test_a_compiler_takes_the_gpus_kernels_as_they_are(gpu_device, monkeypatch, 
     engine = Engine(model, compile=True)
     batch = engine.batch(rows=1, sparsity=METHODS[name], correction=argmax(2))
     if gpu_device.type == "cpu":
-        batch.session.space.passes.record = lambda call, buffers: (call(**buffers), None)
+        batch.session.space.passes.record = record_by_calling
     batch.add(engine.text(PROMPT, max_new_tokens=3))
     while batch.busy:
         [update] = batch.step()

@@ -30,7 +30,7 @@ def decoding(rows: Sequence[Row], ceiling: Ceiling) -> RenderableType:
     """Return the figures of decoding as a table under the ceiling."""
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name in ("", "ms/token", "GB/s", "wall", "full", "hf", "GB", "time"):
-        table.add_column(name, justify="right" if name else "left", no_wrap=True)
+        table.add_column(name, justify="right" if name else "left", no_wrap=name != "time", overflow="fold")
     for row in rows:
         parts = [row.draft, row.verify, row.rest]
         table.add_row(

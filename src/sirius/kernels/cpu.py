@@ -5,15 +5,18 @@ They run as many threads as torch does, in torch's own OpenMP pool where the lin
 
 import ctypes
 import logging
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sirius.errors import ConfigError
 from sirius.kernels.reference import NormForm
+from sirius.kernels.tape import running
 
 LIBRARY = Path(__file__).with_name("libsirius_cpu.so")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as in csrc/rows.h
@@ -43,7 +46,7 @@ def _bound(found: ctypes.CDLL) -> ctypes.CDLL:
     found.sirius_isa.restype = ctypes.c_char_p
     found.sirius_linear.argtypes = [*tensors, _Pointer, _Size, _Size, _Pointer, _Pointer, _Pointer, number]
     found.sirius_project.argtypes = [*tensors, _Pointer, _Pointer, _Size, _Size, _Pointer, _Pointer, number]
-    found.sirius_largest.argtypes = [number, _Pointer, _Size, _Size, _Pointer]
+    found.sirius_largest.argtypes = [*tensors, _Size, _Pointer, number]
     found.sirius_glu.argtypes = [number, *tensors, _Pointer, _Pointer, _Size, _Size, *[_Pointer] * 4, number]
     found.sirius_norm.argtypes = [*tensors, _Pointer, ctypes.c_float, ctypes.c_float, number, _Pointer, number]
     found.sirius_attend.argtypes = [number, *[_Pointer] * 7, ctypes.c_float, ctypes.c_float, _Pointer, number]
@@ -78,12 +81,9 @@ def runs_on(device: torch.device, dtype: torch.dtype) -> bool:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, index: Tensor | None = None) -> Tensor:
     """See `reference.linear`; raise ConfigError where the index is not one of int64, of rows that the weight has."""
     x = x.contiguous()
-    count = len(weight) if index is None else len(index)
+    count = _count(weight, index)
     y = x.new_empty(*x.shape[:-1], count)
-    at_x, at_w, at_bias, at_y = map(_at, (x, weight, bias, y))
-    sizes = DTYPES[x.dtype], at_x, _rows(x), x.shape[-1]
-    rows = len(weight), count, _index_at(index, count)
-    _check(_library().sirius_linear(*sizes, at_w, *rows, at_bias, at_y, torch.get_num_threads()), weight, index)
+    _call("linear", DTYPES[x.dtype], x, *_sizes(x), weight, len(weight), count, index, bias, y, rows=(weight, index))
     return y
 
 
@@ -91,10 +91,8 @@ def project(z: Tensor, weight: Tensor, bias: Tensor | None = None, index: Tensor
     """See `reference.project`; raise ConfigError where the index is not one of int64, of rows that the weight has."""
     z = z.contiguous()
     y = z.new_empty(*z.shape[:-1], weight.shape[1])
-    at_z, at_w, at_bias, at_y = map(_at, (z, weight, bias, y))
-    sizes = DTYPES[z.dtype], at_z, _rows(z), z.shape[-1]
-    rows = _index_at(index, z.shape[-1]), at_w, *weight.shape
-    _check(_library().sirius_project(*sizes, *rows, at_bias, at_y, torch.get_num_threads()), weight, index)
+    _check_index(index, z.shape[-1])
+    _call("project", DTYPES[z.dtype], z, *_sizes(z), index, weight, *weight.shape, bias, y, rows=(weight, index))
     return y
 
 
@@ -107,13 +105,11 @@ def attend(
     """
     (rows, heads, tokens, size), (slots, kv_heads) = query.shape, keys.shape[1:3]
     assert query.stride(3) == keys.stride(3) == values.stride(3) == 1, "heads must lie together"
-    y, held, seen = query.new_empty(rows, tokens, heads, size), held.contiguous(), seen.contiguous()
+    y = query.new_empty(rows, tokens, heads, size)
     at = (_Size * 9)(*query.stride()[:3], *keys.stride()[:3], *values.stride()[:3])
     sizes = (_Size * 7)(rows, tokens, heads, kv_heads, slots, seen.shape[2], size)
-    tensors = query.data_ptr(), keys.data_ptr(), values.data_ptr(), at, _at(held), _at(seen)
-    _library().sirius_attend(
-        DTYPES[query.dtype], *tensors, sizes, scale, softcap or 0.0, _at(y), torch.get_num_threads()
-    )
+    tensors = query, keys, values, at, held.contiguous(), seen.contiguous()
+    _call("attend", DTYPES[query.dtype], *tensors, sizes, scale, softcap or 0.0, y)
     return y
 
 
@@ -121,10 +117,7 @@ def norm(x: Tensor, weight: Tensor, eps: float, form: NormForm) -> Tensor:
     """See `reference.norm`."""
     x = x.contiguous()
     y = torch.empty_like(x)
-    _library().sirius_norm(
-        *(DTYPES[x.dtype], _at(x), _rows(x), x.shape[-1], _at(weight), eps, form.offset, form.early, _at(y)),
-        torch.get_num_threads(),
-    )
+    _call("norm", DTYPES[x.dtype], x, *_sizes(x), weight, eps, form.offset, form.early, y)
     return y
 
 
@@ -135,12 +128,10 @@ def glu(x: Tensor, gate: Pair, up: Pair, activation: str, index: Tensor | None =
     """
     x, weight = x.contiguous(), gate[0]
     assert weight is not None, "a gate has a weight"
-    count = len(weight) if index is None else len(index)
+    count = _count(weight, index)
     y = x.new_empty(*x.shape[:-1], count)
-    tensors = DTYPES[x.dtype], ACTIVATIONS[activation], _at(x), _rows(x), x.shape[-1]
-    weights = _at(weight), _at(up[0]), len(weight), count, _index_at(index, count), _at(gate[1]), _at(up[1])
-    outside = _library().sirius_glu(*tensors, *weights, _at(y), torch.get_num_threads())
-    _check(outside, weight, index)
+    sizes = DTYPES[x.dtype], ACTIVATIONS[activation], x, *_sizes(x)
+    _call("glu", *sizes, weight, up[0], len(weight), count, index, gate[1], up[1], y, rows=(weight, index))
     return y
 
 
@@ -148,8 +139,7 @@ def largest(values: Tensor, count: int) -> Tensor:
     """See `reference.largest`; of equal values the first, NaN before all others."""
     values = values.contiguous()
     found = torch.empty(*values.shape[:-1], count, dtype=torch.int64)
-    for line, out in zip(values.view(-1, values.shape[-1]), found.view(-1, count), strict=True):
-        _library().sirius_largest(DTYPES[line.dtype], _at(line), len(line), count, _at(out))
+    _call("largest", DTYPES[values.dtype], values, *_sizes(values), count, found)
     return found
 
 
@@ -159,17 +149,27 @@ def _library() -> ctypes.CDLL:
     return found
 
 
-def _index_at(index: Tensor | None, count: int) -> int | None:
-    if index is not None and (index.dtype is not torch.int64 or len(index) != count):
-        raise ConfigError(
-            f"an index of {len(index)} {index.dtype} for {count} neurons; give one of {count} torch.int64"
-        )
-    return _at(index)
+def _call(kernel: str, *arguments: object, rows: tuple[Tensor, Tensor | None] | None = None) -> None:
+    """Call a kernel with tensors by their addresses, and the number of threads; a tape that runs takes it down.
+
+    rows  the weight and the index that may not fit it
+    """
+    function = getattr(_library(), f"sirius_{kernel}")
+    tensors = [each for each in arguments if isinstance(each, Tensor)]
+    assert kernel == "attend" or all(each.is_contiguous() for each in tensors), f"{kernel} of views"
+    given = *(each.data_ptr() if isinstance(each, Tensor) else each for each in arguments), torch.get_num_threads()
+    call = partial(_run, function, given, rows)
+    if (tape := running()) is not None:
+        tape.add(call, *arguments)
+    call()
 
 
-def _check(outside: int, weight: Tensor, index: Tensor | None) -> None:
-    """Raise ConfigError where a place in the index, -1 for none, is that of a row outside the weight."""
-    if outside >= 0:
+def _run(
+    function: Callable[..., int | None], given: tuple[Any, ...], rows: tuple[Tensor, Tensor | None] | None
+) -> None:
+    outside = function(*given)
+    if rows is not None and outside is not None and outside >= 0:
+        weight, index = rows
         row = outside if index is None else int(index[outside])
         raise ConfigError(
             f"neuron {row} is asked for, in place {outside}, of a weight of {len(weight)} rows; "
@@ -177,10 +177,20 @@ def _check(outside: int, weight: Tensor, index: Tensor | None) -> None:
         )
 
 
-def _rows(x: Tensor) -> int:
-    return prod(x.shape[:-1])
+def _count(weight: Tensor, index: Tensor | None) -> int:
+    """Return how many rows of a weight are asked for."""
+    if index is None:
+        return len(weight)
+    _check_index(index, len(index))
+    return len(index)
 
 
-def _at(tensor: Tensor | None) -> int | None:
-    assert tensor is None or tensor.is_contiguous(), f"strides {tensor.stride()} of {list(tensor.shape)}"
-    return None if tensor is None else tensor.data_ptr()
+def _check_index(index: Tensor | None, count: int) -> None:
+    if index is not None and (index.dtype is not torch.int64 or len(index) != count):
+        raise ConfigError(
+            f"an index of {len(index)} {index.dtype} for {count} neurons; give one of {count} torch.int64"
+        )
+
+
+def _sizes(x: Tensor) -> tuple[int, int]:
+    return prod(x.shape[:-1]), x.shape[-1]

@@ -99,7 +99,7 @@ class Indexed:
     """The sparse route of fixed neurons, read where they lie: one set [k] int64, or one for each row."""
 
     def __init__(self, *sets: Tensor) -> None:
-        self.sets = sets
+        self.sets = [index.clone() for index in sets]  # `renewed` writes to them
 
     def __call__(self, mlp: SparseMLP, x: Tensor) -> Tensor:
         neurons = mlp.neurons

@@ -1,6 +1,9 @@
-"""Passes of fixed shapes, recorded on a GPU once and replayed: one launch in place of a thousand."""
+"""Passes of fixed shapes, recorded once and replayed: on a GPU one launch in place of a thousand, on the CPU kernels
+without the Python between them.
+"""
 
 import logging
+import weakref
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any, NamedTuple
@@ -9,17 +12,18 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from sirius.kernels import gpu
+from sirius.kernels import cpu, gpu
+from sirius.kernels.tape import Tape
 
 WARM = 2  # passes of a shape in one session before it is worth a record; the last window of a text never is
-MOST = 32  # records of a workspace; each keeps the scores of its shape
+FEW = 16  # tokens of a pass that are worth a tape; more are bound by arithmetic
 COMPILER = "inductor"
 SHAPES = 64  # of a draft step, checks of each size, for batches of each size: all are compiled for themselves
 
 Call = Callable[..., Tensor]
 Inputs = Mapping[str, Tensor]
 Replay = Callable[[Call, Inputs], Tensor]
-Record = Callable[[Call, Inputs], tuple[Tensor, Replay]]  # also the result of the pass that it took to record it
+Record = Callable[[Call, Inputs], tuple[Tensor, Replay | None]]  # the result of the pass that it took, None of no use
 
 
 class _Recorded(NamedTuple):
@@ -36,11 +40,12 @@ class Passes:
     Inputs are copied into buffers that stay where they are. A result may be written over by the next pass of any key.
     """
 
-    def __init__(self, record: Record | None) -> None:
-        """Take what records a pass; None runs each as it comes."""
-        self.record = record
+    def __init__(self, record: Record | None, most: int) -> None:
+        """Take what records a pass, None to run each as it comes, and how many records to keep."""
+        self.record, self.most = record, most
         self.counts: Counter[Hashable] = Counter()
         self.recorded: dict[Hashable, _Recorded] = {}
+        self.unsteady: set[Hashable] = set()  # those that cannot be replayed
 
     def run(self, key: Hashable, calls: tuple[Call, Call], inputs: Inputs, alive: object = None) -> Tensor:
         """Return a pass over inputs, replayed where one of that key was recorded.
@@ -49,12 +54,12 @@ class Passes:
         alive  what the pass reads besides
         """
         if key in self.recorded:
-            buffers, replay, _ = self.recorded[key]
+            buffers, replay, _ = self.recorded[key] = self.recorded.pop(key)  # the last to be dropped
             for name, buffer in buffers.items():
                 buffer.copy_(inputs[name])
             return replay(calls[1], buffers)
         self.counts[key] += 1
-        if self.record is None or self.counts[key] <= WARM:
+        if self.record is None or self.counts[key] <= WARM or key in self.unsteady:
             return calls[0](**inputs)
         return self._first(key, calls, inputs, alive)
 
@@ -80,7 +85,10 @@ class Passes:
                 what = "recorded" if call is calls[0] else "compiled"
                 logging.getLogger("sirius").warning("this model's passes cannot be %s and run slower: %s", what, error)
                 continue
-            if len(self.recorded) >= MOST:
+            if replay is None:
+                self.unsteady.add(key)
+                return scores
+            if len(self.recorded) >= self.most:
                 self.recorded.pop(next(iter(self.recorded)))
             self.recorded[key] = _Recorded(buffers, replay, alive)
             return scores
@@ -117,6 +125,37 @@ class GraphRecorder:
             return output
 
         return first, replay
+
+
+class TapeRecorder:
+    """Takes down passes of a few tokens on the CPU, of a model without hooks, which a replay would not call."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = weakref.ref(model)
+
+    def __call__(self, call: Call, buffers: Inputs) -> tuple[Tensor, Replay | None]:
+        """Run a pass once; there is nothing to replay where it depends on more than its inputs' addresses."""
+        if buffers["input_ids"].numel() > FEW or self._hooked():
+            return call(**buffers), None
+        with Tape() as tape:
+            output = call(**buffers)
+
+        def replay(call: Call, buffers: Inputs) -> Tensor:
+            tape.replay()
+            return output
+
+        return output, replay if tape.steady else None
+
+    def _hooked(self) -> bool:
+        model = self.model()
+        return model is None or any(each._forward_hooks or each._forward_pre_hooks for each in model.modules())
+
+
+def recorder(model: PreTrainedModel) -> Record | None:
+    """Return what records a model's passes where it is, None where nothing does."""
+    if model.device.type == "cuda":
+        return GraphRecorder(model.device)
+    return TapeRecorder(model) if cpu.runs_on(model.device, model.dtype) and not gpu.runs_on(model.device) else None
 
 
 def compile_model(model: PreTrainedModel) -> Callable[..., Any]:

@@ -120,7 +120,8 @@ class Session:
             scores = call(**inputs)
         else:
             calls = call, call if self.forward is self.model else partial(self._read, self.forward, routes)
-            scores = self.space.passes.run((mode, inputs["looks"].shape), calls, inputs, alive=routes)
+            key = mode, inputs["looks"].shape, torch.get_num_threads()
+            scores = self.space.passes.run(key, calls, inputs, alive=routes)
         if window.fixed:
             self.cache.paste(window.fixed, before)
         return scores
@@ -220,7 +221,7 @@ class Session:
         if self.drafts is None:
             prompts = [method for method in self.methods if isinstance(method, PromptSparsity)]
             chosen = fixed_routes(prompts, self.mlps)
-            self.drafts = self.space.renew(chosen) if self.space.records else chosen
+            self.drafts = self.space.renew(chosen)
         return self.drafts
 
     def _rows_changed(self) -> None:

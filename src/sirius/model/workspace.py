@@ -11,26 +11,28 @@ from sirius.kernels import gpu
 from sirius.kernels.dispatch import attends
 from sirius.model.cache import SlotCache
 from sirius.model.mlp import Route, Tally, renewed
-from sirius.model.passes import GraphRecorder, Passes
+from sirius.model.passes import Passes, recorder
 
-STEP = 1024  # slots are reserved in steps of so many where passes are recorded: the records end where the slots move
+STEP = 1024  # slots are reserved in steps of so many where records outlive a session: they end where the slots move
 IDLE = 4  # workspaces kept of a model; each has memory for keys and values
+MOST, FEWER = 32, 4  # records of a workspace: graphs keep the scores of their shape, tapes all that a pass computes
 
 
 class Workspace:
     """The tensors of one session at a time, which stay where they are, so that passes over them can be replayed.
 
-    attends  whether attention reads the slots by a kernel of ours
-    records  whether passes may be recorded; only then does anything have to stay
+    attends  whether attention reads the slots by a kernel of ours; only then are passes recorded
+    stays    whether its records outlive a session
     weights  where the model's were when the workspace was made, and their dtypes: records know no others
     drafts   the routes of the draft with fixed neurons
     """
 
-    def __init__(self, model: PreTrainedModel, attends: bool, records: bool) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
         self.layers, self.device = model.config.get_text_config().num_hidden_layers, model.device
-        self.attends, self.records = attends, records
+        self.attends = attends_to(model)
+        self.stays = self.attends and stays_on(model.device)
         self.weights = places_of(model)
-        self.passes = Passes(GraphRecorder(self.device) if records and self.device.type == "cuda" else None)
+        self.passes = Passes(recorder(model) if self.attends else None, MOST if self.stays else FEWER)
         self.release()
 
     def release(self) -> None:
@@ -52,7 +54,7 @@ class Workspace:
         if rows <= table.rows and slots <= table.slots:
             return
         self.passes.forget()
-        self.cache.reserve(rows, -(-slots // STEP) * STEP if self.records else slots)
+        self.cache.reserve(rows, -(-slots // STEP) * STEP if self.stays else slots)
         self.tally.reserve(table.rows)
 
     def renew(self, drafts: list[Route | None]) -> list[Route | None]:
@@ -79,8 +81,8 @@ def attends_to(model: PreTrainedModel) -> bool:
     return not narrower and not any("sink" in name for name, _ in model.named_parameters())
 
 
-def records_on(device: torch.device) -> bool:
-    """Tell whether passes are worth a record on a device: on a GPU, which runs behind the host."""
+def stays_on(device: torch.device) -> bool:
+    """Tell whether records on a device are kept for the next session: on a GPU, where they take long to make."""
     return gpu.runs_on(device)
 
 
@@ -98,13 +100,11 @@ def borrow(session: object, model: PreTrainedModel, key: tuple[Hashable, bool]) 
 
     key  what decides the draft's routes, and whether passes are compiled
     """
-    attended = attends_to(model)
-    kept = attended and records_on(model.device)
-    space = _idle.get(model, {}).pop(key, None) if kept else None
+    space = _idle.get(model, {}).pop(key, None)
     if space is None or space.weights != places_of(model):
-        space = Workspace(model, attended, kept)
+        space = Workspace(model)
     space.begin()
-    if kept:
+    if space.stays:
         weakref.finalize(session, _give_back, weakref.ref(model), key, space).atexit = False
     return space
 

@@ -63,6 +63,41 @@ std::vector<uint32_t> magnitudes(Dtype dtype, const void* values, int64_t n) {
   return bits;
 }
 
+// Writes the places of the k largest of n values >= 0 to out [k], ascending; of equal ones the first.
+//
+// The bits of such floats are in the order of the values: a histogram of their upper bits finds the one bin in which
+// the k-th largest is, and only that bin is sorted out further. NaN counts as the largest. Nothing branches on a value:
+// such a branch would be guessed wrong half the time.
+void largest(const std::vector<uint32_t>& bits, int64_t k, int64_t* out) {
+  constexpr int kShift = 20, kBins = 1 << (31 - kShift);
+  int64_t n = bits.size();
+  if (!k) return;
+  std::vector<int32_t> bins(2 * kBins);  // two histograms, since the same bin twice in a row would wait for itself
+  for (int64_t i = 0; i < n; i++) bins[(bits[i] >> kShift) + i % 2 * kBins]++;
+  int64_t bin = kBins, above = 0, held = 0;
+  while (above + held < k) {
+    above += held;
+    bin--;
+    held = bins[bin] + bins[bin + kBins];
+  }
+  std::vector<uint32_t> within(held + 1);
+  for (int64_t i = 0, found = 0; i < n; i++) {
+    within[found] = bits[i];
+    found += bits[i] >> kShift == uint32_t(bin);
+  }
+  within.pop_back();
+  int64_t wanted = k - above;  // of `within`
+  std::nth_element(within.begin(), within.begin() + (wanted - 1), within.end(), std::greater<uint32_t>());
+  uint32_t bar = within[wanted - 1];
+  int64_t ties = wanted - std::count_if(within.begin(), within.end(), [&](uint32_t b) { return b > bar; });
+  for (int64_t i = 0, found = 0; found < k; i++) {
+    bool tie = (bits[i] == bar) & (ties > 0);
+    out[found] = i;
+    found += bits[i] > bar | tie;
+    ties -= tie;
+  }
+}
+
 }  // namespace
 
 extern "C" {
@@ -111,38 +146,12 @@ void sirius_attend(int dtype, const void* query, const void* keys, const void* v
                    n[0], n[1], n[2], n[3], n[4], n[5], n[6], scale, softcap, y, threads});
 }
 
-// Writes the places of the k largest of n values >= 0 to out [k], ascending; of equal ones the first.
-//
-// The bits of such floats are in the order of the values: a histogram of their upper bits finds the one bin in which
-// the k-th largest is, and only that bin is sorted out further. NaN counts as the largest. Nothing branches on a value:
-// such a branch would be guessed wrong half the time.
-void sirius_largest(int dtype, const void* values, int64_t n, int64_t k, int64_t* out) {
-  constexpr int kShift = 20, kBins = 1 << (31 - kShift);
-  std::vector<uint32_t> bits = magnitudes(Dtype(dtype), values, n);
-  std::vector<int32_t> bins(2 * kBins);  // two histograms, since the same bin twice in a row would wait for itself
-  for (int64_t i = 0; i < n; i++) bins[(bits[i] >> kShift) + i % 2 * kBins]++;
-  int64_t bin = kBins, above = 0, held = 0;
-  while (above + held < k) {
-    above += held;
-    bin--;
-    held = bins[bin] + bins[bin + kBins];
-  }
-  std::vector<uint32_t> within(held + 1);
-  for (int64_t i = 0, found = 0; i < n; i++) {
-    within[found] = bits[i];
-    found += bits[i] >> kShift == uint32_t(bin);
-  }
-  within.pop_back();
-  int64_t wanted = k - above;  // of `within`
-  std::nth_element(within.begin(), within.begin() + (wanted - 1), within.end(), std::greater<uint32_t>());
-  uint32_t bar = within[wanted - 1];
-  int64_t ties = wanted - std::count_if(within.begin(), within.end(), [&](uint32_t b) { return b > bar; });
-  for (int64_t i = 0, found = 0; found < k; i++) {
-    bool tie = (bits[i] == bar) & (ties > 0);
-    out[found] = i;
-    found += bits[i] > bar | tie;
-    ties -= tie;
-  }
+// The places of the k largest of each row's n values, to out [rows, k].
+void sirius_largest(int dtype, const void* values, int64_t rows, int64_t n, int64_t k, int64_t* out, int threads) {
+  const char* of = static_cast<const char*>(values);
+  int64_t bytes = n * (dtype == kFloat32 ? sizeof(float) : sizeof(uint16_t));
+#pragma omp parallel for num_threads(threads) if (rows > 1)
+  for (int64_t m = 0; m < rows; m++) largest(magnitudes(Dtype(dtype), of + m * bytes, n), k, out + m * k);
 }
 
 }  // extern "C"

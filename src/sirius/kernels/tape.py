@@ -1,0 +1,108 @@
+"""A pass on the CPU taken down operation by operation, to be run again without the Python between them.
+
+Every operation writes to the tensors that it wrote to at first, which are all kept, and reads whatever those it read
+hold by then. Views are not made again: they are of the same memory.
+"""
+
+import threading
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+aten = torch.ops.aten
+EMPTY = {aten.empty.memory_format, aten.empty_like.default, aten.empty_strided.default}
+EMPTY |= {aten.new_empty.default, aten.new_empty_strided.default}
+_running = threading.local()
+
+
+class Tape(TorchDispatchMode):
+    """What runs within `with Tape() as tape`, in this thread; `replay` runs it again.
+
+    steady  whether it can be: no number was taken out of a tensor, and no shape depended on one
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steady = True
+        self.calls: list[Callable[[], object]] = []
+        self.kept: list[object] = []
+
+    def __enter__(self) -> "Tape":
+        self.before, _running.tape = running(), self
+        return super().__enter__()
+
+    def __exit__(self, *raised: Any) -> None:
+        _running.tape = self.before
+        super().__exit__(*raised)
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operation of PyTorch's and take it down."""
+        kwargs = kwargs or {}
+        self.steady &= _is_steady(operation, args)
+        result = operation(*args, **kwargs)
+        self.kept.append(result)
+        if (call := _again(operation, args, kwargs, result)) is not None:
+            self.calls.append(call)
+        return result
+
+    def add(self, call: Callable[[], object], *kept: object) -> None:
+        """Take down a call that PyTorch knows nothing of, and keep the memory that it reads and writes."""
+        self.calls.append(call)
+        self.kept += [each.untyped_storage() if isinstance(each, Tensor) else each for each in kept]
+
+    def replay(self) -> None:
+        """Run all calls again, in their order."""
+        for call in self.calls:
+            call()
+
+
+def running() -> Tape | None:
+    """Return the tape that this thread's operations go to."""
+    return getattr(_running, "tape", None)
+
+
+def _is_steady(operation: OpOverload, args: tuple[Any, ...]) -> bool:
+    if operation is aten.index.Tensor:  # a mask's shape depends on what it holds, that of places does not
+        return all(index is None or index.dtype not in (torch.bool, torch.uint8) for index in args[1])
+    return not {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(operation.tags)
+
+
+def _again(operation: OpOverload, args: Any, kwargs: Any, result: Any) -> Callable[[], object] | None:
+    """Return what computes a result anew where it is, None where there is nothing to compute."""
+    aliases = [returned.alias_info for returned in operation._schema.returns]
+    if operation in EMPTY or (aliases and all(alias is not None and not alias.is_write for alias in aliases)):
+        return None  # a view
+    if any(alias is not None for alias in aliases) or not aliases:
+        return partial(operation, *args, **kwargs)  # in place
+    if operation is aten._to_copy.default:
+        return partial(aten.copy_.default, result, args[0])
+    if (found := _with_out(operation)) is not None:
+        overload, name = found
+        return partial(overload, *args, **kwargs, **{name: result})
+    return partial(_copied, operation, args, kwargs, result)
+
+
+@cache
+def _with_out(operation: OpOverload) -> tuple[OpOverload, str] | None:
+    """Return the form of an operation that writes its one result to a tensor given to it, and that argument's name."""
+    wanted = [(argument.name, str(argument.type)) for argument in operation._schema.arguments]
+    for name in operation.overloadpacket.overloads():
+        overload = getattr(operation.overloadpacket, name)
+        arguments = overload._schema.arguments
+        out = [argument.name for argument in arguments if argument.is_out]
+        others = [(argument.name, str(argument.type)) for argument in arguments if not argument.is_out]
+        if len(out) == 1 and others == wanted:
+            return overload, out[0]
+    return None
+
+
+def _copied(operation: OpOverload, args: Any, kwargs: Any, result: Any) -> None:
+    for old, new in zip(tree_leaves(result), tree_leaves(operation(*args, **kwargs)), strict=True):
+        if isinstance(old, Tensor):
+            old.copy_(new)
