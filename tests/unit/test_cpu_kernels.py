@@ -188,6 +188,16 @@ def test_gated_neurons_equal_the_reference(level, dtype, name, share):
         close(got, act(first), first.abs() + 1)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_chosen_rows_of_up_are_weighed_by_their_gates(level, dtype, share):
+    up, bias, index = random(dtype, 130, 37, seed=2), random(dtype, 130, seed=4), some(130, share)
+    for rows in (1, 2, 5, 17):
+        x, gated = random(dtype, rows, 37), random(dtype, rows, 130, seed=1)
+        chosen = cpu.linear(x, up, bias, index)
+        assert torch.equal(cpu.up_rows(gated, x, up, bias, index), gated[..., index] * chosen)
+
+
 @pytest.mark.parametrize("name", cpu.ACTIVATIONS)
 def test_activations_are_exact_at_every_size_of_number(level, name):
     sizes = torch.cat([torch.linspace(-30, 30, 4001), 10.0 ** torch.arange(-38, 38), torch.tensor([0.0, torch.inf])])

@@ -48,9 +48,11 @@ def _bound(found: ctypes.CDLL) -> ctypes.CDLL:
     found.sirius_project.argtypes = [*tensors, _Pointer, _Pointer, _Size, _Size, _Pointer, _Pointer, number]
     found.sirius_largest.argtypes = [*tensors, _Size, _Pointer, number]
     found.sirius_glu.argtypes = [number, *tensors, _Pointer, _Pointer, _Size, _Size, *[_Pointer] * 4, number]
+    found.sirius_up_rows.argtypes = [*tensors, _Pointer, _Pointer, _Size, _Size, _Pointer, _Pointer, _Pointer, number]
     found.sirius_norm.argtypes = [*tensors, _Pointer, ctypes.c_float, ctypes.c_float, number, _Pointer, number]
     found.sirius_attend.argtypes = [number, *[_Pointer] * 7, ctypes.c_float, ctypes.c_float, _Pointer, number]
-    found.sirius_linear.restype = found.sirius_project.restype = found.sirius_glu.restype = _Size
+    for product in found.sirius_linear, found.sirius_project, found.sirius_glu, found.sirius_up_rows:
+        product.restype = _Size
     found.sirius_largest.restype = found.sirius_norm.restype = found.sirius_attend.restype = None
     return found
 
@@ -132,6 +134,15 @@ def glu(x: Tensor, gate: Pair, up: Pair, activation: str, index: Tensor | None =
     y = x.new_empty(*x.shape[:-1], count)
     sizes = DTYPES[x.dtype], ACTIVATIONS[activation], x, *_sizes(x)
     _call("glu", *sizes, weight, up[0], len(weight), count, index, gate[1], up[1], y, rows=(weight, index))
+    return y
+
+
+def up_rows(gated: Tensor, x: Tensor, up: Tensor, up_bias: Tensor | None, index: Tensor) -> Tensor:
+    """See `reference.up_rows`; raise ConfigError where the index is not one of int64, of rows that the weight has."""
+    x, gated = x.contiguous(), gated.contiguous()
+    y = x.new_empty(*x.shape[:-1], _count(up, index))
+    rows = len(up), len(index), index
+    _call("up_rows", DTYPES[x.dtype], x, *_sizes(x), gated, up, *rows, up_bias, y, rows=(up, index))
     return y
 
 

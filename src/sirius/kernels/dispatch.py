@@ -54,9 +54,7 @@ def glu(
 
 def up_rows(gated: Tensor, x: Tensor, up: Tensor, up_bias: Tensor | None, index: Tensor) -> Tensor:
     """Return z [..., k] of the neurons at index, of gated = act(gate(x)) [..., F]; see `reference.up_rows`."""
-    if _on_gpu(x, up):
-        return gpu.up_rows(gated, x, up, up_bias, index)
-    return gated[..., index] * linear(x, up, up_bias, index)
+    return _backend(x, up, index).up_rows(gated, x, up, up_bias, index)
 
 
 def largest(values: Tensor, count: int) -> Tensor:

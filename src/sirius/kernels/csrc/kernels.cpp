@@ -132,6 +132,16 @@ int64_t sirius_glu(int dtype, int kind, const void* x, int64_t rows, int64_t wid
   return outside;
 }
 
+// up(x) of the neurons at index, times what gated [rows, height] has of them. Returns what sirius_linear does.
+int64_t sirius_up_rows(int dtype, const void* x, int64_t rows, int64_t width, const void* gated, const void* up,
+                       int64_t height, int64_t count, const int64_t* index, const void* bias, void* y, int threads) {
+  int64_t outside = first_outside(index, count, height);
+  if (outside >= 0) return outside;
+  chosen().linear({Dtype(dtype), x, rows, width, up, count, index, bias, y, threads});
+  chosen().weigh({Dtype(dtype), gated, rows, height, count, index, y});
+  return outside;
+}
+
 void sirius_norm(int dtype, const void* x, int64_t rows, int64_t width, const void* weight, float eps, float offset,
                  int early, void* y, int threads) {
   chosen().norm({Dtype(dtype), x, rows, width, weight, eps, offset, early != 0, y, threads});

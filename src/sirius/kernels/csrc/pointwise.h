@@ -1,4 +1,4 @@
-// What is computed element by element: activations of gated neurons, and root-mean-square norms.
+// What is computed element by element: what gated neurons send on, and root-mean-square norms.
 
 #pragma once
 
@@ -79,6 +79,15 @@ void activate_of(const Activate& p) {
 #pragma omp parallel for num_threads(p.threads) if (stretches > 1)
   for (int64_t s = 0; s < stretches; s++)
     each_vector(std::min(kMany, p.count - s * kMany), [&](int64_t i, int64_t n) { activate(s * kMany + i, n); });
+}
+
+template <class T>
+void weigh_of(const Weigh& p) {
+  for (int64_t m = 0; m < p.rows; m++) {
+    const T* gated = static_cast<const T*>(p.gated) + m * p.size;
+    T* y = static_cast<T*>(p.y) + m * p.count;
+    for (int64_t i = 0; i < p.count; i++) narrow(widen(gated[p.index[i]]) * widen(y[i]), y + i);
+  }
 }
 
 template <class T>

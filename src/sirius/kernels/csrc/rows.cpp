@@ -33,6 +33,9 @@ void project(const Project& p) {
 void activate(const Activate& p) {
   of_dtype(p.dtype, [&](auto number) { activate_of<decltype(number)>(p); });
 }
+void weigh(const Weigh& p) {
+  of_dtype(p.dtype, [&](auto number) { weigh_of<decltype(number)>(p); });
+}
 void norm(const Norm& p) {
   of_dtype(p.dtype, [&](auto number) { norm_of<decltype(number)>(p); });
 }
@@ -47,4 +50,4 @@ void attend(const Attend& p) {
 #define QUOTED(isa) #isa
 #define STRING(isa) QUOTED(isa)
 
-extern const Kernels NAMED(SIRIUS_ISA) = {STRING(SIRIUS_ISA), linear, project, activate, norm, attend};
+extern const Kernels NAMED(SIRIUS_ISA) = {STRING(SIRIUS_ISA), linear, project, activate, weigh, norm, attend};

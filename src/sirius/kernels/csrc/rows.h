@@ -46,6 +46,15 @@ struct Activate {
   int threads;
 };
 
+// y[m][i] *= gated[m][index[i]]     y [rows, count], gated [rows, size]
+struct Weigh {
+  Dtype dtype;
+  const void* gated;
+  int64_t rows, size, count;
+  const int64_t* index;
+  void* y;
+};
+
 // y[m] = x[m] / sqrt(mean of x[m]^2 + eps) * (weight + offset)     x, y [rows, width], weight [width]
 // early: the quotient is rounded before the product
 struct Norm {
@@ -81,6 +90,7 @@ struct Kernels {
   void (*linear)(const Linear&);
   void (*project)(const Project&);
   void (*activate)(const Activate&);
+  void (*weigh)(const Weigh&);
   void (*norm)(const Norm&);
   void (*attend)(const Attend&);
 };
