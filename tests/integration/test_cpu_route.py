@@ -14,6 +14,8 @@ from sirius.kernels.reference import NormForm
 from sirius.model import workspace
 from sirius.model.norm import FastNorm, form_of
 from sirius.model.prepare import prepare
+from sirius.model.session import Session
+from sirius.model.workspace import FEWER
 
 pytestmark = [
     pytest.mark.integration,
@@ -68,16 +70,10 @@ def test_a_session_on_the_cpu_leaves_no_memory_behind():
 RECORDED = ["none", "coarse", "fine"]
 
 
-def read_all(model, sparsity, recording: bool, rows: int = 1, steps: int = 6) -> tuple[torch.Tensor, int]:
-    """Return the scores of some draft steps and checks over rows, and how many passes were recorded."""
-    batch = Engine(model).batch(rows=rows, sparsity=sparsity)
-    session = batch.session
-    if not recording:
-        session.space.passes.record = None
-    for row in range(rows):
-        session.open(torch.tensor(PROMPT[row:]), 60)
-    g, found = torch.Generator().manual_seed(0), []
-    for step in range(steps):
+def steps(session: Session, rows: int, count: int = 6) -> list[torch.Tensor]:
+    """Return the scores of some draft steps and checks over rows."""
+    g, found = torch.Generator().manual_seed(rows), []
+    for step in range(count):
         tokens = torch.randint(5, 100, (rows, 3), generator=g)
         for mode, few in (Mode.SPARSE, tokens[:, :1]), (Mode.DENSE, tokens):
             n = few.shape[1]
@@ -85,6 +81,23 @@ def read_all(model, sparsity, recording: bool, rows: int = 1, steps: int = 6) ->
             window = Window(0, torch.arange(n).expand(rows, n), seen, torch.ones(rows, n))
             found.append(session.read(few, mode, window).clone().flatten())
         session.keep(torch.arange(2).expand(rows, 2), torch.full((rows,), 1 + step % 2))
+    return found
+
+
+def read_all(model, sparsity, recording: bool, rows: int = 1, comings: bool = False) -> tuple[torch.Tensor, int]:
+    """Return all scores of `steps`, of rows that come and go if asked for, and how many passes are recorded."""
+    session = Engine(model).batch(rows=rows, sparsity=sparsity).session
+    if not recording:
+        session.space.passes.record = None
+    session.reserve(rows, 80)
+    found = []
+    for row in range(rows):
+        session.open(torch.tensor(PROMPT[row:]), 80)
+        found += steps(session, row + 1) if comings else []
+    found += steps(session, rows)
+    for row in range(rows - 1 if comings else 0):
+        session.close(0)
+        found += steps(session, rows - 1 - row)
     return torch.cat(found), len(session.space.passes.recorded)
 
 
@@ -108,6 +121,13 @@ def test_rows_of_several_sets_give_theirs(sparsity):
     got, count = read_all(model, sparsity, recording=True, rows=3)
     assert torch.equal(got, want)
     assert count == (1 if sparsity.method == "fine" else 2)  # a mask has a shape that depends on the token
+
+
+def test_records_follow_rows_that_come_and_go():
+    model, sparsity = tiny_model(), SparsityConfig("coarse", 0.4)
+    want, _ = read_all(model, sparsity, recording=False, rows=3, comings=True)
+    got, count = read_all(model, sparsity, recording=True, rows=3, comings=True)
+    assert count == FEWER and torch.equal(got, want)
 
 
 def test_passes_run_through_python_but_a_few_times():
