@@ -10,7 +10,7 @@ from sirius.errors import ConfigError
 from sirius.kernels import cpu
 from sirius.kernels.tape import Tape, running
 
-X, Y = torch.arange(12.0).view(3, 4), torch.tensor([2.0, -1.0, 0.5, 3.0])
+X, Y = torch.arange(12.0).square().view(3, 4) / 16, torch.tensor([2.0, -1.0, 0.5, 3.0])
 
 
 def taken_down(compute, *inputs: Tensor) -> tuple[Tape, Tensor]:
