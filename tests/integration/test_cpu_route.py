@@ -1,26 +1,30 @@
 """What a prepared model does on the CPU besides its linear layers: attention over the slots, norms, recorded passes."""
 
 import gc
+import weakref
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
 
 from conftest import FAMILIES, greedy, tiny_model
 from sirius import CorrectionConfig, Engine, SparsityConfig, restore
 from sirius.core import Mode, Window
-from sirius.kernels import cpu
+from sirius.kernels import cpu, dispatch
 from sirius.kernels.reference import NormForm
 from sirius.model import workspace
 from sirius.model.norm import FastNorm, form_of
+from sirius.model.passes import PATIENCE, Passes
 from sirius.model.prepare import prepare
 from sirius.model.session import Session
-from sirius.model.workspace import FEWER
+from sirius.model.workspace import TAPES
 
 pytestmark = [
     pytest.mark.integration,
     pytest.mark.skipif(cpu.library() is None, reason="no compiled CPU kernels"),
 ]
+X = torch.zeros(1)
 PROMPT = [5, 17, 3, 42, 8, 11, 29]
 
 
@@ -61,10 +65,16 @@ def test_a_model_in_float64_keeps_transformers_attention(calls):
 
 
 def test_a_session_on_the_cpu_leaves_no_memory_behind():
-    model = tiny_model()
-    Engine(model).generate(PROMPT, max_new_tokens=5)
+    batch = Engine(tiny_model(eos_token_id=None)).batch(rows=1, sparsity="none")
+    batch.session.open(torch.tensor(PROMPT), 60)
+    for _ in range(3):
+        one_token(batch.session)
+    space = weakref.ref(batch.session.space)
+    [record] = batch.session.space.passes.recorded.values()
+    replay = weakref.ref(record.replay)
+    del batch, record
     gc.collect()
-    assert model not in workspace._idle
+    assert space() is None and replay() is None
 
 
 RECORDED = ["none", "coarse", "fine"]
@@ -127,7 +137,7 @@ def test_records_follow_rows_that_come_and_go():
     model, sparsity = tiny_model(), SparsityConfig("coarse", 0.4)
     want, _ = read_all(model, sparsity, recording=False, rows=3, comings=True)
     got, count = read_all(model, sparsity, recording=True, rows=3, comings=True)
-    assert count == FEWER and torch.equal(got, want)
+    assert count == TAPES and torch.equal(got, want)
 
 
 def test_passes_run_through_python_but_a_few_times():
@@ -146,6 +156,70 @@ def test_hooks_see_every_pass():
     assert len(seen) == 1 + stats.drafted + stats.rounds
 
 
+def one_token(session: Session) -> torch.Tensor:
+    """Return the scores after a token that is not kept."""
+    one = torch.ones(1, 1, dtype=torch.int64)
+    return session.read(one, Mode.DENSE, Window(0, one - 1, one[None] > 0, torch.ones(1, 1))).clone()
+
+
+@pytest.fixture
+def session() -> Session:
+    """A session whose pass of one token is recorded."""
+    session = Engine(tiny_model(eos_token_id=None)).batch(rows=2, sparsity="none").session
+    session.open(torch.tensor(PROMPT), 60)
+    for _ in range(3):
+        one_token(session)
+    assert session.space.passes.recorded
+    return session
+
+
+@pytest.mark.parametrize("everywhere", [False, True], ids=["of a module", "of all"])
+def test_hooks_that_come_late_are_called(session, everywhere):
+    want, seen = one_token(session), []
+    layer = session.model.model.layers[0]
+    register = register_module_forward_hook if everywhere else layer.register_forward_hook
+    hook = register(lambda module, *_: seen.append(1) if module is layer else None)
+    try:
+        assert torch.equal(one_token(session), want) and len(seen) == 1
+    finally:
+        hook.remove()
+    assert torch.equal(one_token(session), want) and len(seen) == 1
+
+
+def test_weights_that_lie_elsewhere_are_read_there(session):
+    want = one_token(session)
+    session.model.lm_head.weight.data = 2 * session.model.lm_head.weight.data
+    torch.testing.assert_close(one_token(session), 2 * want)
+
+
+def test_a_cache_that_grew_is_read_where_it_is(session):
+    want = one_token(session)
+    session.reserve(2, 3000)
+    assert not session.space.passes.recorded
+    for _ in range(4):
+        assert torch.equal(one_token(session), want)
+    session.release()
+    assert not session.space.passes.recorded and torch.equal(one_token(session), want)
+
+
+def test_another_number_of_threads_has_a_record_of_its_own(session, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
+    for _ in range(3):
+        one_token(session)
+    assert len(session.space.passes.recorded) == 2
+
+
+def test_more_shapes_than_records_are_not_recorded_over_and_over():
+    made, passes = [], Passes(lambda call, buffers: (made.append(1) or call(), lambda *_: call()), most=3)
+    for _ in range(100):
+        for key in range(5):
+            passes.run(key, (lambda: X, lambda: X), {})
+    assert len(made) == 3
+    for _ in range(2 * PATIENCE):
+        passes.run("another", (lambda: X, lambda: X), {})
+    assert "another" in passes.recorded and len(made) == 4 and len(passes.recorded) == 3
+
+
 def test_a_step_that_cannot_be_recorded_counts_once():
     def density() -> float:
         options = {"sparsity": SparsityConfig("fine", threshold=0.3), "correction": CorrectionConfig(5, "argmax")}
@@ -159,17 +233,11 @@ def test_a_step_that_cannot_be_recorded_counts_once():
         assert density() == want
 
 
-def test_a_change_of_weights_is_seen_in_the_next_pass():
-    model = tiny_model(eos_token_id=None)
-    session = Engine(model).batch(rows=1, sparsity="none").session
-    session.open(torch.tensor(PROMPT), 60)
-    one = torch.ones(1, 1, dtype=torch.int64)
-    window = Window(0, one - 1, one[None] > 0, torch.ones(1, 1))
-    scores = [session.read(one, Mode.DENSE, window).clone() for _ in range(5)]
-    assert all(torch.equal(each, scores[0]) for each in scores) and session.space.passes.recorded
+def test_a_change_of_weights_is_seen_in_the_next_pass(session):
+    want = one_token(session)
     with torch.no_grad():
-        model.lm_head.weight.mul_(2)
-    torch.testing.assert_close(session.read(one, Mode.DENSE, window), 2 * scores[0])
+        session.model.lm_head.weight.mul_(2)
+    torch.testing.assert_close(one_token(session), 2 * want)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -210,9 +278,40 @@ class CentredRMSNorm(nn.Module):
         return self.weight * (x * (x.pow(2).mean(-1, keepdim=True) + self.eps).rsqrt())
 
 
-def test_a_norm_of_another_formula_is_left_as_it_is():
+class AddedRMSNorm(CentredRMSNorm):
+    """One whose epsilon stands outside of the root."""
+
+    def forward(self, x):
+        return self.weight * (x / (x.pow(2).mean(-1, keepdim=True).sqrt() + self.eps))
+
+
+class CountingRMSNorm(CentredRMSNorm):
+    """One that takes tokens of its own shape alone."""
+
+    def forward(self, x):
+        _batch, _tokens, _heads, _size = x.shape
+        return x
+
+
+class ScalarRMSNorm(AddedRMSNorm):
+    """One with a weight for all."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(1)
+
+
+@pytest.mark.parametrize("kind", [CentredRMSNorm, AddedRMSNorm, CountingRMSNorm, ScalarRMSNorm, nn.RMSNorm])
+def test_a_norm_of_another_formula_is_left_as_it_is(kind):
     model = tiny_model()
-    model.model.norm = CentredRMSNorm(model.config.hidden_size)
+    size = model.config.hidden_size
+    model.model.norm, model.model.other_norm = tiny_model().model.norm, kind(size)
     prepare(model)
-    assert form_of(model.model.norm) is None and "forward" not in model.model.norm.__dict__
+    assert "forward" not in model.model.other_norm.__dict__
+    assert isinstance(model.model.norm.forward, FastNorm)
     assert form_of(model.model.layers[0].input_layernorm) == NormForm(0, early=True)
+
+
+def test_a_weight_of_another_size_is_not_read_past_its_end():
+    x = torch.randn(2, 64)
+    assert not dispatch.norms(x, torch.ones(32)) and not dispatch.norms(x, torch.ones(1))
+    assert dispatch.norms(x, torch.ones(64))

@@ -139,7 +139,7 @@ def test_a_model_keeps_few_idle_workspaces_and_takes_them_along_when_it_goes(rec
 
 def test_what_cannot_be_recorded_runs_as_before_and_is_told_once(recorded, monkeypatch, caplog):
     def refuse(call, buffers):
-        raise RuntimeError("operation not permitted when stream is capturing")
+        raise passes.NotRecorded("operation not permitted when stream is capturing")
 
     model = tiny_model(eos_token_id=None)
     batch = Engine(model).batch(rows=1, correction=argmax(4))

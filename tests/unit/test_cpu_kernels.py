@@ -53,9 +53,12 @@ def level(request, monkeypatch, tmp_path_factory):
 @pytest.fixture(autouse=True)
 def fresh_memory_is_full_of_nan(monkeypatch):
     empty = torch.Tensor.new_empty
-    monkeypatch.setattr(
-        torch.Tensor, "new_empty", lambda self, *size, **options: empty(self, *size, **options).fill_(torch.nan)
-    )
+
+    def filled(self, *size, **options):
+        fresh = empty(self, *size, **options)
+        return fresh.fill_(torch.nan if fresh.is_floating_point() else -1)
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", filled)
 
 
 def random(dtype: torch.dtype, *shape: int, seed: int = 0) -> torch.Tensor:

@@ -54,11 +54,20 @@ def test_a_replay_computes_what_the_calls_would(compute):
         lambda x: x[x > 3],
         lambda x: torch.masked_select(x, x > 3),
         lambda x: x.unique(),
+        lambda x: x * torch.tensor(x.tolist()),
+        lambda x: x + torch.from_numpy(x.numpy() * 2),
+        lambda x: x + torch.from_dlpack(x),
     ],
 )
 def test_what_depends_on_numbers_is_not_to_be_replayed(compute):
     tape, got = taken_down(compute, X)
     assert not tape.steady and torch.equal(got, compute(X))
+
+
+def test_it_is_not_for_inference_mode():
+    with torch.inference_mode(), pytest.raises(AssertionError), Tape():
+        pass
+    assert running() is None
 
 
 def test_nothing_runs_on_a_tape_that_is_off():

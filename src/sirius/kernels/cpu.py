@@ -15,13 +15,12 @@ import torch
 from torch import Tensor
 
 from sirius.errors import ConfigError
-from sirius.kernels.reference import NormForm
+from sirius.kernels.reference import NormForm, Pair
 from sirius.kernels.tape import running
 
 LIBRARY = Path(__file__).with_name("libsirius_cpu.so")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as in csrc/rows.h
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "relu": 2}  # likewise; the others are PyTorch's
-Pair = tuple[Tensor | None, Tensor | None]  # a weight and its bias
 _Pointer, _Size = ctypes.c_void_p, ctypes.c_int64
 
 
@@ -107,6 +106,8 @@ def attend(
     """
     (rows, heads, tokens, size), (slots, kv_heads) = query.shape, keys.shape[1:3]
     assert query.stride(3) == keys.stride(3) == values.stride(3) == 1, "heads must lie together"
+    assert query.dtype == keys.dtype == values.dtype and held.dtype is torch.int64 and seen.dtype is torch.bool
+    assert keys.shape == values.shape and held.shape == (rows,) and seen.shape[:2] == (rows, tokens)
     y = query.new_empty(rows, tokens, heads, size)
     at = (_Size * 9)(*query.stride()[:3], *keys.stride()[:3], *values.stride()[:3])
     sizes = (_Size * 7)(rows, tokens, heads, kv_heads, slots, seen.shape[2], size)
@@ -118,18 +119,19 @@ def attend(
 def norm(x: Tensor, weight: Tensor, eps: float, form: NormForm) -> Tensor:
     """See `reference.norm`."""
     x = x.contiguous()
-    y = torch.empty_like(x)
+    y = x.new_empty(x.shape)
     _call("norm", DTYPES[x.dtype], x, *_sizes(x), weight, eps, form.offset, form.early, y)
     return y
 
 
-def glu(x: Tensor, gate: Pair, up: Pair, activation: str, index: Tensor | None = None) -> Tensor:
+def glu(
+    x: Tensor, gate: tuple[Tensor, Tensor | None], up: Pair, activation: str, index: Tensor | None = None
+) -> Tensor:
     """See `reference.glu`, and `reference.gate` where there is no up; weights come with their biases.
 
     Raises ConfigError where the index is not one of int64, of rows that the weights have.
     """
     x, weight = x.contiguous(), gate[0]
-    assert weight is not None, "a gate has a weight"
     count = _count(weight, index)
     y = x.new_empty(*x.shape[:-1], count)
     sizes = DTYPES[x.dtype], ACTIVATIONS[activation], x, *_sizes(x)
@@ -140,6 +142,7 @@ def glu(x: Tensor, gate: Pair, up: Pair, activation: str, index: Tensor | None =
 def up_rows(gated: Tensor, x: Tensor, up: Tensor, up_bias: Tensor | None, index: Tensor) -> Tensor:
     """See `reference.up_rows`; raise ConfigError where the index is not one of int64, of rows that the weight has."""
     x, gated = x.contiguous(), gated.contiguous()
+    assert gated.dtype == x.dtype and gated.shape == (*x.shape[:-1], len(up)), f"{list(gated.shape)} for {len(up)} rows"
     y = x.new_empty(*x.shape[:-1], _count(up, index))
     rows = len(up), len(index), index
     _call("up_rows", DTYPES[x.dtype], x, *_sizes(x), gated, up, *rows, up_bias, y, rows=(up, index))
@@ -149,7 +152,7 @@ def up_rows(gated: Tensor, x: Tensor, up: Tensor, up_bias: Tensor | None, index:
 def largest(values: Tensor, count: int) -> Tensor:
     """See `reference.largest`; of equal values the first, NaN before all others."""
     values = values.contiguous()
-    found = torch.empty(*values.shape[:-1], count, dtype=torch.int64)
+    found = values.new_empty(*values.shape[:-1], count, dtype=torch.int64)
     _call("largest", DTYPES[values.dtype], values, *_sizes(values), count, found)
     return found
 

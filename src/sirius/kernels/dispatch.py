@@ -81,8 +81,8 @@ def reads_rows(weight: Tensor) -> bool:
 
 def norms(x: Tensor, weight: Tensor) -> bool:
     """Tell whether `norm` has a kernel for x."""
-    same = weight.dtype == x.dtype and weight.is_contiguous()
-    return same and cpu.runs_on(x.device, x.dtype) and not _learns(x, weight)
+    same = weight.dtype == x.dtype and weight.device == x.device and weight.shape == x.shape[-1:]
+    return same and weight.is_contiguous() and cpu.runs_on(x.device, x.dtype) and not _learns(x, weight)
 
 
 def norm(x: Tensor, weight: Tensor, eps: float, form: NormForm) -> Tensor:

@@ -16,9 +16,10 @@ from typing import Any, Concatenate, NamedTuple, ParamSpec
 import torch
 from torch import Tensor
 
+from sirius.kernels.reference import Pair
+
 Rest = ParamSpec("Rest")
 Operation = Callable[Concatenate[Tensor, Rest], Tensor]
-Pair = tuple[Tensor | None, Tensor | None]  # a weight and its bias
 DTYPES = {torch.float32: 32, torch.bfloat16: 16, torch.float16: 19}  # bits of a float32 that their numbers use
 PROGRAMS = 4 * 132  # of a product split over its neurons: four for each multiprocessor of an H100
 MOST_SLICES = 64

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from sirius.kernels.activations import Activation
 
+Pair = tuple[Tensor | None, Tensor | None]  # a weight and its bias, where there is one
+
 
 class NormForm(NamedTuple):
     """How models differ in their norms.

@@ -12,17 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 aten = torch.ops.aten
 EMPTY = {aten.empty.memory_format, aten.empty_like.default, aten.empty_strided.default}
 EMPTY |= {aten.new_empty.default, aten.new_empty_strided.default}
+LOOKS = {Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.__dlpack__}
 _running = threading.local()
 
 
 class Tape(TorchDispatchMode):
-    """What runs within `with Tape() as tape`, in this thread; `replay` runs it again.
+    """What runs within `with Tape() as tape`, in this thread and outside of inference mode; `replay` runs it again.
 
     steady  whether it can be: no number was taken out of a tensor, and no shape depended on one
     """
@@ -34,12 +36,16 @@ class Tape(TorchDispatchMode):
         self.kept: list[object] = []
 
     def __enter__(self) -> "Tape":
+        assert not torch.is_inference_mode_enabled(), "operations come whole there, some of them views at times"
         self.before, _running.tape = running(), self
+        self.watch = _Watch(self)
+        self.watch.__enter__()
         return super().__enter__()
 
     def __exit__(self, *raised: Any) -> None:
-        _running.tape = self.before
         super().__exit__(*raised)
+        self.watch.__exit__(*raised)
+        _running.tape = self.before
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation of PyTorch's and take it down."""
@@ -60,6 +66,18 @@ class Tape(TorchDispatchMode):
         """Run all calls again, in their order."""
         for call in self.calls:
             call()
+
+
+class _Watch(TorchFunctionMode):
+    """Sees numbers being taken out of tensors by ways that are no operation."""
+
+    def __init__(self, tape: Tape) -> None:
+        super().__init__()
+        self.tape = tape
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.tape.steady &= function not in LOOKS
+        return function(*args, **(kwargs or {}))
 
 
 def running() -> Tape | None:

@@ -5,18 +5,20 @@ without the Python between them.
 import logging
 import weakref
 from collections import Counter
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.modules import module as torch_module
 from transformers import PreTrainedModel
 
 from sirius.kernels import cpu, gpu
 from sirius.kernels.tape import Tape
 
 WARM = 2  # passes of a shape in one session before it is worth a record; the last window of a text never is
-FEW = 16  # tokens of a pass that are worth a tape; more are bound by arithmetic
+TAPED = 16  # tokens of a pass that are worth a tape; more are bound by arithmetic
+PATIENCE = 64  # passes in which a record was of no use, before another takes its place
 COMPILER = "inductor"
 SHAPES = 64  # of a draft step, checks of each size, for batches of each size: all are compiled for themselves
 
@@ -24,6 +26,10 @@ Call = Callable[..., Tensor]
 Inputs = Mapping[str, Tensor]
 Replay = Callable[[Call, Inputs], Tensor]
 Record = Callable[[Call, Inputs], tuple[Tensor, Replay | None]]  # the result of the pass that it took, None of no use
+
+
+class NotRecorded(RuntimeError):
+    """A pass cannot be recorded, for a reason that lies in how it is recorded."""
 
 
 class _Recorded(NamedTuple):
@@ -46,6 +52,8 @@ class Passes:
         self.counts: Counter[Hashable] = Counter()
         self.recorded: dict[Hashable, _Recorded] = {}
         self.unsteady: set[Hashable] = set()  # those that cannot be replayed
+        self.now = 0  # passes so far
+        self.used: dict[Hashable, int] = {}  # when a record was last of use
 
     def run(self, key: Hashable, calls: tuple[Call, Call], inputs: Inputs, alive: object = None) -> Tensor:
         """Return a pass over inputs, replayed where one of that key was recorded.
@@ -53,23 +61,30 @@ class Passes:
         calls  the pass, and the same compiled, which is what is recorded where that is possible
         alive  what the pass reads besides
         """
+        self.now += 1
         if key in self.recorded:
+            self.used[key] = self.now
             buffers, replay, _ = self.recorded[key] = self.recorded.pop(key)  # the last to be dropped
             for name, buffer in buffers.items():
                 buffer.copy_(inputs[name])
             return replay(calls[1], buffers)
         self.counts[key] += 1
-        if self.record is None or self.counts[key] <= WARM or key in self.unsteady:
+        if self.record is None or self.counts[key] <= WARM or key in self.unsteady or self._busy():
             return calls[0](**inputs)
         return self._first(key, calls, inputs, alive)
 
     def begin(self) -> None:
         """Begin a session: what it does often is recorded, and what earlier ones did is there."""
         self.counts.clear()
+        self.unsteady.clear()
 
     def forget(self) -> None:
         """Drop what was recorded, as something in it has moved."""
         self.recorded.clear()
+
+    def _busy(self) -> bool:
+        """Tell whether there is no room for a further record, as those that are there are in use."""
+        return len(self.recorded) >= self.most and self.now - self.used[next(iter(self.recorded))] < PATIENCE
 
     def _first(self, key: Hashable, calls: tuple[Call, Call], inputs: Inputs, alive: object) -> Tensor:
         """Record a pass, compiled if that works, and return its result."""
@@ -81,7 +96,7 @@ class Passes:
             except torch.OutOfMemoryError:
                 self.forget()  # their memory may do for the pass itself
                 break
-            except RuntimeError as error:
+            except NotRecorded as error:
                 what = "recorded" if call is calls[0] else "compiled"
                 logging.getLogger("sirius").warning("this model's passes cannot be %s and run slower: %s", what, error)
                 continue
@@ -90,7 +105,7 @@ class Passes:
                 return scores
             if len(self.recorded) >= self.most:
                 self.recorded.pop(next(iter(self.recorded)))
-            self.recorded[key] = _Recorded(buffers, replay, alive)
+            self.recorded[key], self.used[key] = _Recorded(buffers, replay, alive), self.now
             return scores
         self.record = None
         return calls[0](**inputs)
@@ -106,8 +121,16 @@ class GraphRecorder:
     def __call__(self, call: Call, buffers: Inputs) -> tuple[Tensor, Replay]:
         """Run a pass once, which also compiles and tunes what it launches, then record it.
 
-        Raises RuntimeError of a pass that asks the device something, or allocates in another way than through PyTorch.
+        Raises NotRecorded of a pass that asks the device something, or allocates in another way than through PyTorch.
         """
+        try:
+            return self._recorded(call, buffers)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise NotRecorded(str(error)) from error
+
+    def _recorded(self, call: Call, buffers: Inputs) -> tuple[Tensor, Replay]:
         graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
         aside = torch.cuda.Stream(self.device)
         aside.wait_stream(current)
@@ -128,27 +151,38 @@ class GraphRecorder:
 
 
 class TapeRecorder:
-    """Takes down passes of a few tokens on the CPU, of a model without hooks, which a replay would not call."""
+    """Takes down passes of a few tokens on the CPU.
+
+    A replay calls no module. Where a hook waits for that, or a weight lies elsewhere by now, the pass itself is run.
+    """
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = weakref.ref(model)
 
     def __call__(self, call: Call, buffers: Inputs) -> tuple[Tensor, Replay | None]:
         """Run a pass once; there is nothing to replay where it depends on more than its inputs' addresses."""
-        if buffers["input_ids"].numel() > FEW or self._hooked():
+        model = self.model()
+        hooks = [] if model is None else _hooks(model)
+        if model is None or buffers["input_ids"].numel() > TAPED or any(hooks):
             return call(**buffers), None
+        weights = list(model.parameters())
+        places = [weight.data_ptr() for weight in weights]
         with Tape() as tape:
             output = call(**buffers)
 
         def replay(call: Call, buffers: Inputs) -> Tensor:
+            if any(hooks) or [weight.data_ptr() for weight in weights] != places:
+                return call(**buffers)
             tape.replay()
             return output
 
         return output, replay if tape.steady else None
 
-    def _hooked(self) -> bool:
-        model = self.model()
-        return model is None or any(each._forward_hooks or each._forward_pre_hooks for each in model.modules())
+
+def _hooks(model: PreTrainedModel) -> Sequence[Mapping[int, object]]:
+    """Return the hooks of all modules, which modules keep in the same dictionaries for good."""
+    own = [hooks for module in model.modules() for hooks in (module._forward_hooks, module._forward_pre_hooks)]
+    return [torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks, *own]
 
 
 def recorder(model: PreTrainedModel) -> Record | None:

@@ -15,7 +15,7 @@ from sirius.model.passes import Passes, recorder
 
 STEP = 1024  # slots are reserved in steps of so many where records outlive a session: they end where the slots move
 IDLE = 4  # workspaces kept of a model; each has memory for keys and values
-MOST, FEWER = 32, 4  # records of a workspace: graphs keep the scores of their shape, tapes all that a pass computes
+GRAPHS, TAPES = 32, 6  # records of a workspace: graphs keep the scores of their shape, tapes all that a pass computes
 
 
 class Workspace:
@@ -32,7 +32,7 @@ class Workspace:
         self.attends = attends_to(model)
         self.stays = self.attends and stays_on(model.device)
         self.weights = places_of(model)
-        self.passes = Passes(recorder(model) if self.attends else None, MOST if self.stays else FEWER)
+        self.passes = Passes(recorder(model) if self.attends else None, GRAPHS if self.stays else TAPES)
         self.release()
 
     def release(self) -> None:

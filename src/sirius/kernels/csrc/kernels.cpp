@@ -4,6 +4,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <memory>
 #include <vector>
 
 #include "rows.h"
@@ -52,6 +53,8 @@ int64_t first_outside(const int64_t* index, int64_t count, int64_t height) {
   if (!(signs >> 63)) return -1;
   return std::find_if(index, index + count, [&](int64_t row) { return row < 0 || row >= height; }) - index;
 }
+
+int64_t size_of(int dtype) { return dtype == kFloat32 ? sizeof(float) : sizeof(uint16_t); }
 
 // The bits of |values|, in the order of the values; those of 16-bit formats in the upper half.
 std::vector<uint32_t> magnitudes(Dtype dtype, const void* values, int64_t n) {
@@ -125,10 +128,10 @@ int64_t sirius_glu(int dtype, int kind, const void* x, int64_t rows, int64_t wid
                    void* y, int threads) {
   int64_t outside = first_outside(index, count, height);
   if (outside >= 0) return outside;
-  std::vector<uint32_t> other(up ? rows * count : 0);  // room for any dtype
+  std::unique_ptr<char[]> other(new char[up ? rows * count * size_of(dtype) : 0]);
   chosen().linear({Dtype(dtype), x, rows, width, gate, count, index, gate_bias, y, threads});
-  if (up) chosen().linear({Dtype(dtype), x, rows, width, up, count, index, up_bias, other.data(), threads});
-  chosen().activate({Dtype(dtype), ActivationKind(kind), y, up ? other.data() : nullptr, rows * count, y, threads});
+  if (up) chosen().linear({Dtype(dtype), x, rows, width, up, count, index, up_bias, other.get(), threads});
+  chosen().activate({Dtype(dtype), ActivationKind(kind), y, up ? other.get() : nullptr, rows * count, y, threads});
   return outside;
 }
 
@@ -138,7 +141,7 @@ int64_t sirius_up_rows(int dtype, const void* x, int64_t rows, int64_t width, co
   int64_t outside = first_outside(index, count, height);
   if (outside >= 0) return outside;
   chosen().linear({Dtype(dtype), x, rows, width, up, count, index, bias, y, threads});
-  chosen().weigh({Dtype(dtype), gated, rows, height, count, index, y});
+  chosen().weigh({Dtype(dtype), gated, rows, height, count, index, y, threads});
   return outside;
 }
 
@@ -159,7 +162,7 @@ void sirius_attend(int dtype, const void* query, const void* keys, const void* v
 // The places of the k largest of each row's n values, to out [rows, k].
 void sirius_largest(int dtype, const void* values, int64_t rows, int64_t n, int64_t k, int64_t* out, int threads) {
   const char* of = static_cast<const char*>(values);
-  int64_t bytes = n * (dtype == kFloat32 ? sizeof(float) : sizeof(uint16_t));
+  int64_t bytes = n * size_of(dtype);
 #pragma omp parallel for num_threads(threads) if (rows > 1)
   for (int64_t m = 0; m < rows; m++) largest(magnitudes(Dtype(dtype), of + m * bytes, n), k, out + m * k);
 }

@@ -83,6 +83,7 @@ void activate_of(const Activate& p) {
 
 template <class T>
 void weigh_of(const Weigh& p) {
+#pragma omp parallel for num_threads(p.threads) if (p.rows * p.count > kMany)
   for (int64_t m = 0; m < p.rows; m++) {
     const T* gated = static_cast<const T*>(p.gated) + m * p.size;
     T* y = static_cast<T*>(p.y) + m * p.count;

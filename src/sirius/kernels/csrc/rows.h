@@ -53,6 +53,7 @@ struct Weigh {
   int64_t rows, size, count;
   const int64_t* index;
   void* y;
+  int threads;
 };
 
 // y[m] = x[m] / sqrt(mean of x[m]^2 + eps) * (weight + offset)     x, y [rows, width], weight [width]
