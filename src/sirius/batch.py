@@ -190,6 +190,8 @@ class Batch:
             done = self._start(entry)
         except torch.OutOfMemoryError as error:
             return self._failed(entry, _out_of_memory(entry.row.slots, error))
+        except RequestError as error:
+            return self._failed(entry, error)
         entry.seconds += perf_counter() - began
         self.active.append(entry)
         return self._took(entry, done)

@@ -328,7 +328,7 @@ class LanguageModel(Protocol):
         ...
 
     def read(self, tokens: Tensor, mode: Mode, window: Window) -> Tensor:
-        """Feed tokens [B, T] int64, one line for each row, and return scores [B, T, V]."""
+        """Feed tokens [B, T] int64, one line for each row, and return scores [B, T, V], until the next pass."""
         ...
 
     def keep(self, path: Tensor, counts: Tensor) -> None:

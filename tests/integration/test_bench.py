@@ -1,19 +1,22 @@
 """The benchmark at toy size: every figure is there, follows from the others, and bad input is one line."""
 
+import io
 import json
 from functools import cache
 from statistics import mean
 
 import pytest
 import torch
+from rich.console import Console
 
 from conftest import tiny_config, tiny_model
 from sirius.benchmark import ceiling as ceiling_module
-from sirius.benchmark import memory
-from sirius.benchmark.ceiling import cache_bytes, weight_bytes
-from sirius.benchmark.decode import Setting, Times, bytes_per_token
+from sirius.benchmark import memory, show
+from sirius.benchmark.ceiling import Ceiling, cache_bytes, weight_bytes
+from sirius.benchmark.decode import Row, Setting, Times, bytes_per_token
 from sirius.benchmark.kernels import Size, count
 from sirius.benchmark.models import SHAPES, make_config, make_model
+from sirius.benchmark.replay import acceptance
 from sirius.core import CorrectionConfig, SparsityConfig
 from sirius.engine import Engine
 from sirius.kernels import cpu
@@ -74,6 +77,30 @@ def test_a_setting_that_is_asked_for_twice_is_timed_once(bench, shape):
     assert code == 0
     names = [row["name"] for row in json.loads(out)["rows"]]
     assert names.count("fine 0.3") == 1 and len(set(names)) == len(names)
+
+
+def test_heads_that_share_unevenly_are_refused(bench, tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**tiny_config("llama").to_dict(), "num_attention_heads": 4, "num_key_value_heads": 3}))
+    code, out, err = bench("decode", "--shape", path, *SMALL)
+    assert code == 2 and out == "" and "4 attention heads on 3" in err and len(err.splitlines()) == 1
+
+
+def test_guesses_stand_as_often_as_published_in_windows_of_any_period(bench, shape):
+    code, out, _ = bench("decode", "--shape", shape, *SMALL, "--json")
+    assert code == 0
+    row = next(row for row in json.loads(out)["rows"] if row["name"] == "coarse 0.5 corrected")
+    assert row["aal"] == pytest.approx(sum(acceptance(15.22, 16) ** i for i in range(4)), abs=2e-3)
+
+
+def test_the_widest_figures_fit_a_terminal_too():
+    row = Row(
+        "coarse 0.5 corrected, tree 4", 12345.67, 1, 1, 9, 12.3, 12.34, 12.34, 12.34, 12 * 10**9, 0.85, 0.16, -0.01
+    )
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(show.decoding([row], Ceiling(10, 10)))
+    text = console.export_text()
+    assert "\N{HORIZONTAL ELLIPSIS}" not in text and all(part in text for part in ("85/", "16/", "-1"))
 
 
 def test_a_histogram_that_cannot_be_read_is_refused(bench, shape):

@@ -131,6 +131,17 @@ def test_touched_rows_are_those_of_the_method():
     assert fine(threshold=0.7).touched(0.7) == fine(per_branch=True).touched(0.7) == measured
 
 
+def test_a_method_of_fixed_sizes_touches_those():
+    class Half(TokenSparsity):
+        def choose(self, layer, size):
+            raise NotImplementedError
+
+        def fixed(self, layer):
+            return self.neurons[layer] // 2
+
+    assert Half(SparsityConfig(), (100, 60)).touched(1.0) == Touched(1.0, 0.5, 0.5)
+
+
 def test_aliases_make_the_same_method():
     assert type(coarse(method="griffin")) is type(coarse())
     assert type(fine(method="cats")) is type(fine())

@@ -163,7 +163,8 @@ def read_rows(record: Mapping[str, Any]) -> tuple[Workload, list[Row]]:
         workload = Workload(**{**asked, "base": Point(**_positive(asked["base"]))})
         return workload, [_row(row) for row in record["rows"]]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise FileError(f"this is no record of sirius bench growth: {error!r}") from error
+        what = f"it has no {error}" if isinstance(error, KeyError) else error
+        raise FileError(f"this is no record of sirius bench growth: {what}") from error
 
 
 def read_ceiling(record: Mapping[str, Any]) -> Ceiling:

@@ -62,6 +62,10 @@ def make_config(shape: str, layers: int | None = None) -> PreTrainedConfig:
         size = getattr(config.get_text_config(), name, 1)
         if not isinstance(size, int) or size < 1:
             raise ConfigError(f"{name} of {shape} is a whole number, at least 1; got {size!r}")
+    text: Any = config.get_text_config()
+    heads, shared = getattr(text, "num_attention_heads", 1), getattr(text, "num_key_value_heads", None) or 1
+    if heads % shared:
+        raise ConfigError(f"{shape} has {heads} attention heads on {shared} of keys and values, which share unevenly")
     return config
 
 

@@ -54,7 +54,9 @@ def decode(
     tree_width: Annotated[list[int] | None, typer.Option(help="Of those; may be given again. [default: 1 4]")] = None,
     aal: Annotated[
         float | None,
-        typer.Option(help="Tokens per window played back, as if every guess stood alike often. [default: 15.22]"),
+        typer.Option(
+            help="Tokens per window played back, as if every guess stood alike often. [default: 15.22 at period 16]"
+        ),
     ] = None,
     replay: Annotated[
         Path | None, typer.Option(help="Play back the acceptance_histogram of this JSON instead.")
@@ -71,15 +73,15 @@ def decode(
     from sirius.benchmark.ceiling import measure_ceiling
     from sirius.benchmark.models import make_config
     from sirius.benchmark.peer import open_peer
-    from sirius.benchmark.replay import PUBLISHED_AAL, acceptance, geometric
+    from sirius.benchmark.replay import PUBLISHED_AAL, PUBLISHED_PERIOD, acceptance, geometric
     from sirius.engine import Engine
 
     if peer not in (None, "llama.cpp"):
         raise ConfigError(f"--peer is llama.cpp, which is all that there is; got {peer!r}")
     if aal is not None and replay is not None:
         raise ConfigError("--aal and --replay each say what is played back; give one of them")
-    played = PUBLISHED_AAL if aal is None else aal
-    histogram = geometric(acceptance(played, period), period) if replay is None else _histogram(replay, period)
+    chance = acceptance(PUBLISHED_AAL, PUBLISHED_PERIOD) if aal is None else acceptance(aal, period)
+    histogram = geometric(chance, period) if replay is None else _histogram(replay, period)
     where = _device(device)
     fines, widths = dict.fromkeys(fine_keep or [0.5, 0.25]), dict.fromkeys(tree_width or [1, 4])
     settings = measure.make_settings(keep, list(fines), period, list(widths), where)

@@ -9,8 +9,8 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
-from torch.nn.modules import module as torch_module
+from torch import Tensor, nn
+from torch.nn.modules import module as _module
 from transformers import PreTrainedModel
 
 from sirius.kernels import cpu, gpu
@@ -153,7 +153,8 @@ class GraphRecorder:
 class TapeRecorder:
     """Takes down passes of a few tokens on the CPU.
 
-    A replay calls no module. Where a hook waits for that, or a weight lies elsewhere by now, the pass itself is run.
+    A replay calls no module. The pass itself is run where a hook waits for that, a module has got a forward of its
+    own, or a weight lies elsewhere by now.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -162,16 +163,17 @@ class TapeRecorder:
     def __call__(self, call: Call, buffers: Inputs) -> tuple[Tensor, Replay | None]:
         """Run a pass once; there is nothing to replay where it depends on more than its inputs' addresses."""
         model = self.model()
-        hooks = [] if model is None else _hooks(model)
-        if model is None or buffers["input_ids"].numel() > TAPED or any(hooks):
+        if model is None or buffers["input_ids"].numel() > TAPED:
             return call(**buffers), None
-        weights = list(model.parameters())
-        places = [weight.data_ptr() for weight in weights]
+        modules = list(model.modules())
+        hooks, places = _hooks(modules), _places(modules)
+        if any(hooks):
+            return call(**buffers), None
         with Tape() as tape:
             output = call(**buffers)
 
         def replay(call: Call, buffers: Inputs) -> Tensor:
-            if any(hooks) or [weight.data_ptr() for weight in weights] != places:
+            if any(hooks) or _places(modules) != places:
                 return call(**buffers)
             tape.replay()
             return output
@@ -179,10 +181,16 @@ class TapeRecorder:
         return output, replay if tape.steady else None
 
 
-def _hooks(model: PreTrainedModel) -> Sequence[Mapping[int, object]]:
-    """Return the hooks of all modules, which modules keep in the same dictionaries for good."""
-    own = [hooks for module in model.modules() for hooks in (module._forward_hooks, module._forward_pre_hooks)]
-    return [torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks, *own]
+def _hooks(modules: Sequence[nn.Module]) -> Sequence[Mapping[int, object]]:
+    """Return the hooks of modules and of all modules, which are kept in the same dictionaries for good."""
+    own = [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
+    return [_module._global_forward_hooks, _module._global_forward_pre_hooks, *own]
+
+
+def _places(modules: Sequence[nn.Module]) -> list[int]:
+    """Return where the weights of modules lie, and which have a forward of their own."""
+    weights = [each.data_ptr() for module in modules for each in module._parameters.values() if each is not None]
+    return weights + [id(module.__dict__["forward"]) for module in modules if "forward" in module.__dict__]
 
 
 def recorder(model: PreTrainedModel) -> Record | None:

@@ -102,6 +102,32 @@ def sliding_window(config: PreTrainedConfig) -> tuple[int, int] | None:
     return None if window is None or SLIDING not in kinds else (kinds.index(SLIDING), window)
 
 
+def rope_turn(config: PreTrainedConfig) -> int | None:
+    """Return the number of tokens past which a model turns all positions of a pass in another way, None of no such one.
+
+    A window across it would give the tokens before it what those after it get, unlike a token at a time.
+    """
+    text = config.get_text_config()
+    rope = getattr(text, "rope_parameters", None) or {}
+    for each in (rope, *(inner for inner in rope.values() if isinstance(inner, dict))):
+        if each.get("rope_type") == "longrope":
+            return each.get("original_max_position_embeddings") or text.original_max_position_embeddings
+        if each.get("rope_type") == "dynamic":
+            return context_limit(config)
+    return None
+
+
+def check_rope(config: PreTrainedConfig, prompt: int, new: int) -> None:
+    """Raise RequestError where prompt + new tokens come to where the model turns positions in another way."""
+    turn = rope_turn(config)
+    if turn is not None and prompt <= turn < prompt + new:
+        raise RequestError(
+            f"prompt {prompt} + {new} new tokens pass the {turn} after which this model's positions are scaled anew "
+            "(longrope, dynamic), and a window cannot be on both sides; "
+            + (f"set max_new_tokens to at most {turn - prompt}" if prompt < turn else "lengthen the prompt by a token")
+        )
+
+
 def check_config(config: PreTrainedConfig) -> None:
     """Raise UnsupportedModelError where a model's configuration already rules it out."""
     text: Any = config.get_text_config()
@@ -123,6 +149,11 @@ def _check_weights(model: PreTrainedModel) -> None:
     if chosen not in ATTENTION:
         raise UnsupportedModelError(
             f"attention {chosen!r} takes no mask of ours; load the model with attn_implementation='sdpa'"
+        )
+    if any(parameter.is_inference() for parameter in model.parameters()):
+        raise UnsupportedModelError(
+            "the model was made within torch.inference_mode(), which keeps its weights from being laid out anew; "
+            "make or load it outside"
         )
     devices = {p.device for p in model.parameters()}
     if len(devices) > 1 or any(d.type == "meta" for d in devices):

@@ -11,15 +11,18 @@ from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
 from sirius.core import Mode, Window
+from sirius.errors import RequestError
 from sirius.model import attention
 from sirius.model.cache import SlotCache
 from sirius.model.mask import chain_mask, tree_mask
 from sirius.model.mlp import Chosen, Observe, Route, SparseMLP, fixed_routes
 from sirius.model.passes import compile_model
+from sirius.model.prepare import rope_turn
 from sirius.model.workspace import borrow, drop_idle
 from sirius.sparsity.base import PromptSparsity, Sparsity, TokenSparsity
 from sirius.stats import DENSE, Touched
 
+DEVICES = "cpu", "cuda"
 LOOKS = 64  # what tokens look at covers a multiple of so many slots, so that a draft's levels share a record
 Forward = Callable[..., Any]
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -27,8 +30,15 @@ MakeMethod = Callable[[], Sparsity | None]
 
 
 def _ordinary(method: Method) -> Method:
-    """Run a method without gradients and outside of inference mode, whose tensors could not be written to after it."""
-    return torch.inference_mode(False)(torch.no_grad()(method))
+    """Run a method without gradients, in the model's own dtype, and outside of inference mode.
+
+    What is made in that mode could not be written to after it.
+    """
+    narrow: list[Any] = [torch.autocast(device, enabled=False) for device in DEVICES]
+    run: Any = method
+    for context in torch.no_grad(), torch.inference_mode(False), *narrow:
+        run = context(run)
+    return run
 
 
 class Session:
@@ -87,9 +97,11 @@ class Session:
     def open(self, prompt: Tensor, slots: int) -> Tensor:
         """Read prompt [P] int64 into a new row of `slots` slots, the sparsity method looking on.
 
-        Returns the scores of its next token [V], float32, or float64 of a float64 model.
+        Returns the scores of its next token [V], float32, or float64 of a float64 model. Raises RequestError where it
+        cannot be read beside the rows at work.
         """
         row, length = len(self.methods), len(prompt)
+        self._check_beside(row, length)
         self.space.reserve(row + 1, slots)
         method = self._method_of_row()
         at = torch.arange(length)[None]
@@ -108,7 +120,8 @@ class Session:
     def read(self, tokens: Tensor, mode: Mode, window: Window) -> Tensor:
         """Feed tokens [B, T] int64, a line for each row, to the places of a window; return scores [B, T, V].
 
-        Scores are float32, or float64 of a float64 model. What the rows hold stays as it is.
+        Scores are float32, or float64 of a float64 model; a later pass may write over them. What the rows hold stays as
+        it is.
         """
         rows, count = tokens.shape
         lengths = self.cache.lengths[:rows]
@@ -125,6 +138,15 @@ class Session:
         if window.fixed:
             self.cache.paste(window.fixed, before)
         return scores
+
+    def _check_beside(self, row: int, length: int) -> None:
+        """Raise RequestError where the rows at work are on the other side of where the model turns positions anew."""
+        turn = rope_turn(self.model.config)
+        if turn is not None and bool(((self.cache.lengths[:row] > turn) != (length > turn)).any()):
+            raise RequestError(
+                f"a prompt of {length} tokens cannot stand beside texts on the other side of the {turn} after which "
+                "this model's positions are scaled anew (longrope, dynamic); put it into a batch of its own"
+            )
 
     def _inputs(self, tokens: Tensor, lengths: Tensor, window: Window) -> dict[str, Tensor]:
         """Return the tensors that a pass depends on, on the device.

@@ -107,9 +107,12 @@ class TokenSparsity(Sparsity, ABC):
     def touched(self, kept: float) -> Touched:
         """Return the fractions of the rows of gate, up and down that a draft step reads.
 
-        kept  the share of the neurons that the text's steps kept, as measured; where branches differ, any branch. It is
-              1 where every set has a `fixed` size and branches share one: nothing is measured then
+        kept  the share of the neurons that the text's steps kept, as measured; where branches differ, any branch. Where
+              every set has a `fixed` size and branches share one nothing is measured, and those sizes count
         """
+        sizes = [self.fixed(layer) for layer in range(len(self.neurons))]
+        if not self.config.per_branch and None not in sizes:
+            kept = sum(size or 0 for size in sizes) / sum(self.neurons)
         return Touched(1.0, kept, kept)
 
 

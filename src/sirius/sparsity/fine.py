@@ -6,7 +6,6 @@ from torch import Tensor
 from sirius.core import SparsityConfig
 from sirius.kernels.dispatch import largest
 from sirius.sparsity.base import TokenSparsity, register
-from sirius.stats import Touched
 
 
 @register("fine", "cats")
@@ -20,12 +19,6 @@ class FineSparsity(TokenSparsity):
     def __init__(self, config: SparsityConfig, neurons: tuple[int, ...]) -> None:
         super().__init__(config, neurons)
         self.counts = tuple(n - int((1 - config.keep) * n) for n in neurons)
-
-    def touched(self, kept: float) -> Touched:
-        """Return a whole gate, and of up and down the fixed fraction, or what was measured where none is fixed."""
-        if self.fixed(0) is not None and not self.config.per_branch:
-            kept = sum(self.counts) / sum(self.neurons)
-        return super().touched(kept)
 
     def choose(self, layer: int, size: Tensor) -> Tensor:
         """Return which neurons to keep, [..., F] bool, given |act(gate(x))| [..., F]."""
