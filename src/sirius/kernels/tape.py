@@ -45,6 +45,7 @@ class Tape(TorchDispatchMode):
     def __exit__(self, *raised: Any) -> None:
         super().__exit__(*raised)
         self.watch.__exit__(*raised)
+        del self.watch  # it holds the tape, which is to go as soon as nobody else does
         _running.tape = self.before
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
