@@ -16,7 +16,7 @@ from sirius.batch import Batch, Completion, Text, Update
 from sirius.core import CorrectionConfig, Request, SamplingConfig, SparsityConfig, as_config, check_together
 from sirius.errors import RequestError, SiriusError
 from sirius.model.loading import Source, load_model, load_tokenizer
-from sirius.model.prepare import check_rope, check_sliding, context_limit, prepare, rope_turn, sliding_window
+from sirius.model.prepare import check_length, context_limit, prepare, rope_turn, sliding_window
 from sirius.model.workspace import check_compiles
 from sirius.processors import make_processor
 from sirius.text import StopAt
@@ -173,8 +173,7 @@ class Engine:
         request = _request(tokens, options, budget=min(DEFAULT_NEW_TOKENS, room))
         budget = request.max_new_tokens
         if budget > room:
-            check_sliding(self.model.config, len(tokens), budget)
-            check_rope(self.model.config, len(tokens), budget)
+            check_length(self.model.config, len(tokens), budget)
             raise RequestError(
                 f"prompt {len(tokens)} + max_new_tokens {budget} = {len(tokens) + budget} tokens pass the limit "
                 f"of {len(tokens) + room}; set max_new_tokens to at most {room}"
@@ -207,8 +206,7 @@ class Engine:
 
     def _room(self, prompt: int) -> int:
         limit = context_limit(self.model.config)
-        check_sliding(self.model.config, prompt, 1)
-        check_rope(self.model.config, prompt, 1)
+        check_length(self.model.config, prompt, 1)
         if limit is not None and prompt >= limit:
             raise RequestError(
                 f"the prompt has {prompt} tokens and the model's context holds {limit}, at least one of them new; "

@@ -26,7 +26,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from sirius.batch import Batch, Completion, Text
 from sirius.core import CorrectionConfig, Processor, Request, Round, SamplingConfig, SparsityConfig, as_config
 from sirius.errors import ConfigError, RequestError
-from sirius.model.prepare import check_rope, check_sliding
+from sirius.model.prepare import check_length
 from sirius.stats import Stats
 
 
@@ -182,8 +182,7 @@ class _Job:
         if not torch.equal(real, row[len(row) - len(real) :]) or (mask is not None and not mask[index, -1]):
             raise RequestError(f"row {index} is padded on the right or within; set the tokenizer's padding_side='left'")
         budget = self.generation.max_length - len(row)
-        check_sliding(self.model.config, len(real), budget)
-        check_rope(self.model.config, len(real), budget)
+        check_length(self.model.config, len(real), budget)
         sampling = SamplingConfig(temperature=1.0 if self.generation.do_sample else 0.0)  # warpers are processors here
         process = self._row_processor(input_ids, index, len(row) - len(real)) if self.processors else None
         request = Request(tuple(real.tolist()), budget, (), sampling)

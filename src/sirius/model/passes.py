@@ -33,11 +33,12 @@ class NotRecorded(RuntimeError):
 
 
 class _Recorded(NamedTuple):
-    """A record: the buffers that it reads, what replays it, and what else it reads and so must live as long."""
+    """A record: the buffers that it reads, what replays it, what else it reads, and the pass that last used it."""
 
     buffers: dict[str, Tensor]
     replay: Replay
     alive: object
+    used: int
 
 
 class Passes:
@@ -53,7 +54,6 @@ class Passes:
         self.recorded: dict[Hashable, _Recorded] = {}
         self.unsteady: set[Hashable] = set()  # those that cannot be replayed
         self.now = 0  # passes so far
-        self.used: dict[Hashable, int] = {}  # when a record was last of use
 
     def run(self, key: Hashable, calls: tuple[Call, Call], inputs: Inputs, alive: object = None) -> Tensor:
         """Return a pass over inputs, replayed where one of that key was recorded.
@@ -63,11 +63,10 @@ class Passes:
         """
         self.now += 1
         if key in self.recorded:
-            self.used[key] = self.now
-            buffers, replay, _ = self.recorded[key] = self.recorded.pop(key)  # the last to be dropped
-            for name, buffer in buffers.items():
+            record = self.recorded[key] = self.recorded.pop(key)._replace(used=self.now)  # the last to be dropped
+            for name, buffer in record.buffers.items():
                 buffer.copy_(inputs[name])
-            return replay(calls[1], buffers)
+            return record.replay(calls[1], record.buffers)
         self.counts[key] += 1
         if self.record is None or self.counts[key] <= WARM or key in self.unsteady or self._busy():
             return calls[0](**inputs)
@@ -84,7 +83,8 @@ class Passes:
 
     def _busy(self) -> bool:
         """Tell whether there is no room for a further record, as those that are there are in use."""
-        return len(self.recorded) >= self.most and self.now - self.used[next(iter(self.recorded))] < PATIENCE
+        oldest = next(iter(self.recorded.values()), None)
+        return oldest is not None and len(self.recorded) >= self.most and self.now - oldest.used < PATIENCE
 
     def _first(self, key: Hashable, calls: tuple[Call, Call], inputs: Inputs, alive: object) -> Tensor:
         """Record a pass, compiled if that works, and return its result."""
@@ -105,7 +105,7 @@ class Passes:
                 return scores
             if len(self.recorded) >= self.most:
                 self.recorded.pop(next(iter(self.recorded)))
-            self.recorded[key], self.used[key] = _Recorded(buffers, replay, alive), self.now
+            self.recorded[key] = _Recorded(buffers, replay, alive, self.now)
             return scores
         self.record = None
         return calls[0](**inputs)

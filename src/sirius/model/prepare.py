@@ -82,7 +82,13 @@ def context_limit(config: PreTrainedConfig) -> int | None:
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
-def check_sliding(config: PreTrainedConfig, prompt: int, new: int) -> None:
+def check_length(config: PreTrainedConfig, prompt: int, new: int) -> None:
+    """Raise RequestError where prompt + new tokens are more than a model can be decoded for exactly."""
+    _check_sliding(config, prompt, new)
+    _check_rope(config, prompt, new)
+
+
+def _check_sliding(config: PreTrainedConfig, prompt: int, new: int) -> None:
     """Raise RequestError where prompt + new tokens pass a sliding-window layer, which forgets the first of them."""
     if (found := sliding_window(config)) is None:
         return
@@ -117,7 +123,7 @@ def rope_turn(config: PreTrainedConfig) -> int | None:
     return None
 
 
-def check_rope(config: PreTrainedConfig, prompt: int, new: int) -> None:
+def _check_rope(config: PreTrainedConfig, prompt: int, new: int) -> None:
     """Raise RequestError where prompt + new tokens come to where the model turns positions in another way."""
     turn = rope_turn(config)
     if turn is not None and prompt <= turn < prompt + new:
