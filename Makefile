@@ -7,11 +7,12 @@ READY := $(VENV)/.ready
 
 .PHONY: demo test test-slow check clean
 
+# Bytecode is made of what is imported, not of all that is installed.
 $(READY): pyproject.toml hatch_build.py $(wildcard src/sirius/kernels/csrc/*)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "sirius needs Python 3.11 or newer; set PYTHON=")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet torch==2.13.0
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-compile torch==2.13.0
+	$(BIN)/python -m pip install --quiet --no-compile --editable '.[dev]'
 	touch $@
 
 demo: $(READY)

@@ -152,7 +152,7 @@ def test_what_cannot_be_recorded_runs_as_before_and_is_told_once(recorded, monke
     assert "cannot be recorded and run slower: operation not permitted" in caplog.records[0].message
 
 
-@pytest.mark.parametrize("name", ["coarse", "fine"])
+@pytest.mark.parametrize("name", ["coarse", slow("fine")])
 def test_each_record_is_compiled_once_and_writes_the_same_text(recorded, monkeypatch, name):
     monkeypatch.setattr("sirius.engine.check_compiles", lambda model: None)
     torch.compiler.reset()  # another test's graphs would serve this one's model too

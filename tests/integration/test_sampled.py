@@ -5,7 +5,7 @@ from functools import cache
 import pytest
 import torch
 
-from conftest import tiny_model
+from conftest import slow, tiny_model
 from sirius.core import CorrectionConfig, SamplingConfig, SparsityConfig
 from sirius.engine import Engine
 from sirius.errors import ConfigError
@@ -141,7 +141,7 @@ def chance_of_the_first_tokens(correction: CorrectionConfig) -> float:
     return float(torch.special.gammaincc(torch.tensor((len(counts) - 1) / 2).double(), statistic / 2))
 
 
-@pytest.mark.parametrize("width", [1, 4])
+@pytest.mark.parametrize("width", [slow(1), 4])
 def test_drafts_leave_the_distribution_of_the_first_tokens_as_it_is(width):
     assert chance_of_the_first_tokens(sampling(3, width)) > FALSE_ALARM
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import Toy
+from conftest import Toy, slow
 from sirius.core import Mode, Round
 from sirius.decoding import loop
 from sirius.decoding.accept import accept_all, accept_own
@@ -176,7 +176,7 @@ def test_a_tree_holds_every_guess_of_the_chain_where_it_keeps_enough_branches():
     assert len(tree) <= len(chain)
 
 
-@pytest.mark.parametrize("ends", [frozenset(), frozenset({2, 5})], ids=["none", "two"])
+@pytest.mark.parametrize("ends", [slow(frozenset()), frozenset({2, 5})], ids=["none", "two"])
 def test_a_tree_is_no_shorter_than_the_chain_where_texts_may_end(ends):
     """Over texts of one length that go on after an end of text, so that windows alone differ."""
 
