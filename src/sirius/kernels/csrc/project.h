@@ -181,31 +181,46 @@ void fill_panel(const Rows<T>& rows, int64_t i, int64_t end, int64_t column, int
   if (i < end) unpack(SumRow<T, true>::at(rows, i, column), width, panel);
 }
 
-// The sums of some tokens, at most kColumns columns from `column` on.
+// The sums of some tokens, of the columns from `begin` to `end`. Chunk by chunk, so that a row's page stays known while
+// its columns are read.
 template <class T, class Element = typename SumRow<T>::Element>
-void project_columns(const Project& p, const Element* z, int64_t token, int64_t tokens, int64_t column, int64_t width) {
+void project_columns(const Project& p, const Element* z, int64_t token, int64_t tokens, int64_t begin, int64_t end) {
   alignas(kLine) Element panel[reads<T>(kPanelRows) * kColumns] = {};
-  alignas(kLine) float sums[kBatch * kColumns], totals[kBatch * kColumns] = {};
+  alignas(kLine) float sums[kBatch * kColumns];
+  int64_t blocks = (end - begin + kColumns - 1) / kColumns;
+  std::vector<float> totals(blocks * tokens * kColumns);
   Chunks chunks(p.count);
   Rows<T> rows{static_cast<const T*>(p.w), p.width, p.count, p.index};
   int64_t stride = reads<T>(p.count);
   for (int64_t chunk = 0; chunk < chunks.count; chunk++) {
-    std::fill(sums, sums + tokens * kColumns, 0.0f);
-    int64_t last = chunks.begin(chunk + 1);
-    for (int64_t i = chunks.begin(chunk); i < last; i += kPanelRows) {
-      int64_t end = std::min(i + kPanelRows, last);
-      fill_panel(rows, i, end, column, width, panel);
-      for (int64_t m = 0; m < tokens; m += kTileTokens) {
-        for (int64_t r = m * kPanelRows / tokens; r < std::min(m + kTileTokens, tokens) * kPanelRows / tokens; r++)
-          for (int64_t c = 0; c < width; c += kLine / sizeof(T))
-            __builtin_prefetch(rows[i + kPanelRows + r] + column + c);
-        add_tokens(panel, width, reads<T>(end - i), z + (token + m) * stride + i / kTaken<T>, stride, tokens - m,
-                   sums + m * kColumns);
+    int64_t first = chunks.begin(chunk), last = chunks.begin(chunk + 1);
+    for (int64_t block = 0; block < blocks; block++) {
+      int64_t column = begin + block * kColumns, width = std::min(kColumns, end - column);
+      std::fill(sums, sums + tokens * kColumns, 0.0f);
+      for (int64_t i = first; i < last; i += kPanelRows) {
+        int64_t after = std::min(i + kPanelRows, last);
+        fill_panel(rows, i, after, column, width, panel);
+        // the next panel is below this one, beside the first of the chunk, or in the next chunk
+        bool below = after < last, beside = !below && block + 1 < blocks;
+        int64_t next = beside ? first : after, at = below ? column : beside ? column + kColumns : begin;
+        int64_t size = std::min(kColumns, end - at);
+        for (int64_t m = 0; m < tokens; m += kTileTokens) {
+          for (int64_t r = m * kPanelRows / tokens; r < std::min(m + kTileTokens, tokens) * kPanelRows / tokens; r++)
+            for (int64_t c = 0; c < size; c += kLine / sizeof(T)) __builtin_prefetch(rows[next + r] + at + c);
+          add_tokens(panel, width, reads<T>(after - i), z + (token + m) * stride + i / kTaken<T>, stride, tokens - m,
+                     sums + m * kColumns);
+        }
       }
+      float* total = totals.data() + block * tokens * kColumns;
+      for (int64_t i = 0; i < tokens * kColumns; i++) total[i] += sums[i];
     }
-    for (int64_t i = 0; i < tokens * kColumns; i++) totals[i] += sums[i];
   }
-  for (int64_t m = 0; m < tokens; m++) write_sums<T>(p, token + m, column, width, totals + m * kColumns);
+  for (int64_t block = 0; block < blocks; block++)
+    for (int64_t m = 0; m < tokens; m++) {
+      int64_t column = begin + block * kColumns;
+      write_sums<T>(p, token + m, column, std::min(kColumns, end - column),
+                    totals.data() + (block * tokens + m) * kColumns);
+    }
 }
 
 // The weights of rows, widened or in pairs: [tokens, reads].
@@ -232,9 +247,8 @@ void project_of(const Project& p) {
   {
     Share share((p.width + kLine - 1) / kLine);
     int64_t end = std::min(share.end * kLine, p.width);
-    for (int64_t column = share.begin * kLine; column < end; column += kColumns)
-      for (int64_t m = 0; m < p.rows; m += kBatch)
-        project_columns<T>(p, z.data(), m, std::min(kBatch, p.rows - m), column, std::min(kColumns, end - column));
+    for (int64_t m = 0; m < p.rows; m += kBatch)
+      project_columns<T>(p, z.data(), m, std::min(kBatch, p.rows - m), share.begin * kLine, end);
   }
 }
 
