@@ -242,6 +242,7 @@ def _check(generation: GenerationConfig, model_kwargs: Mapping[str, Any]) -> Non
             raise ConfigError(f"{name} would be the draft's as often as the full model's; leave it out")
     if model_kwargs.get("inputs_embeds") is not None:
         raise RequestError("sirius reads token ids, not inputs_embeds")
-    cache = model_kwargs.get("past_key_values")
-    if cache is not None and cache.get_seq_length() > 0:
-        raise RequestError("sirius fills a cache of its own; give the whole prompt as input_ids and no past_key_values")
+    for name in ("cache", "past_key_values"):  # since transformers 5.24, and before
+        cache = model_kwargs.get(name)
+        if cache is not None and cache.get_seq_length() > 0:
+            raise RequestError(f"sirius fills a cache of its own; give the whole prompt as input_ids and no {name}")

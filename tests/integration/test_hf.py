@@ -12,7 +12,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 import sirius
 from conftest import VOCABULARY, greedy, slow, tiny_model
 from sirius.errors import ConfigError, RequestError
-from sirius.model.prepare import sparse_mlps
+from sirius.model.prepare import cache_argument, sparse_mlps
 
 pytestmark = pytest.mark.integration
 
@@ -221,10 +221,11 @@ def test_what_cannot_be_honoured_is_refused(model, options, error, says):
 
 def test_a_filled_cache_and_embeddings_are_refused(model):
     ids = torch.tensor([PROMPTS[0]])
-    cache = model(ids, use_cache=True).past_key_values
+    name = cache_argument(model)
+    cache = model(ids, use_cache=True)[name]
     options = {"custom_generate": sirius.decode, "max_new_tokens": 3, "do_sample": False}
-    with pytest.raises(RequestError, match="past_key_values"):
-        model.generate(torch.tensor([[*PROMPTS[0], 9]]), past_key_values=cache, **options)
+    with pytest.raises(RequestError, match=f"no {name}"):
+        model.generate(torch.tensor([[*PROMPTS[0], 9]]), **{name: cache}, **options)
     with pytest.raises(RequestError, match="inputs_embeds"):
         model.generate(inputs_embeds=model.get_input_embeddings()(ids).detach(), **options)
 

@@ -14,7 +14,7 @@ from slots import Slots, check_attention
 from sirius.errors import ConfigError
 from sirius.kernels import cpu, dispatch, reference
 from sirius.kernels.activations import ACTIVATIONS
-from sirius.kernels.gated import Neurons, gated_mlp, gated_mlp_rows
+from sirius.kernels.gated import Neurons, gate, gated_mlp, gated_mlp_rows
 from sirius.model.norm import FORMS
 
 pytestmark = pytest.mark.skipif(cpu.library() is None, reason="no compiled CPU kernels")
@@ -256,14 +256,13 @@ def test_the_largest_of_many_rows_equal_the_reference():
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_gated_mlp_of_some_neurons_is_that_of_copies_of_them(dtype):
-    gate, up, down = (random(dtype, 45, 37, seed=s) for s in range(3))
+    weights = (random(dtype, 45, 37, seed=s) for s in range(3))
     biases = [random(dtype, n, seed=9) for n in (45, 45, 37)]
-    neurons, index = Neurons(gate, up, down, *biases), some(45, 0.4)
+    neurons, index = Neurons(*weights, *biases), some(45, 0.4)
     x, act = random(dtype, 2, 3, 37), torch.nn.functional.silu
     want = gated_mlp(x, neurons.rows(index), act)
     assert torch.equal(gated_mlp(x, neurons, act, index), want)
-    gated = act(dispatch.linear(x, gate, biases[0]))
-    assert torch.equal(gated_mlp_rows(gated, x, neurons, index), want)
+    assert torch.equal(gated_mlp_rows(gate(x, neurons, act), x, neurons, index), want)
 
 
 def test_the_kernels_are_taken_where_they_fit_and_nowhere_else():

@@ -1,5 +1,6 @@
 """Find the gated MLPs of a transformers model by their structure, put ours in their place, and undo it."""
 
+import inspect
 from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any, cast
@@ -75,6 +76,11 @@ def count_parameters(model: PreTrainedModel) -> Parameters:
         up=sum(mlp.neurons.up.numel() for mlp in mlps),
         down=sum(mlp.neurons.down.numel() for mlp in mlps),
     )
+
+
+def cache_argument(model: PreTrainedModel) -> str:
+    """Return what a model's forward calls its KV cache: `cache` since transformers 5.24, `past_key_values` before."""
+    return "cache" if "cache" in inspect.signature(type(model).forward).parameters else "past_key_values"
 
 
 def context_limit(config: PreTrainedConfig) -> int | None:

@@ -17,7 +17,7 @@ from sirius.model.cache import SlotCache
 from sirius.model.mask import chain_mask, tree_mask
 from sirius.model.mlp import Chosen, Observe, Route, SparseMLP, fixed_routes
 from sirius.model.passes import compile_model
-from sirius.model.prepare import rope_turn
+from sirius.model.prepare import cache_argument, rope_turn
 from sirius.model.workspace import borrow, drop_idle
 from sirius.sparsity.base import PromptSparsity, Sparsity, TokenSparsity
 from sirius.stats import DENSE, Touched
@@ -58,6 +58,7 @@ class Session:
         """
         self.model, self.mlps, self.make = model, mlps, make
         self.forward = compile_model(model) if compiled else model
+        self.cache_argument = cache_argument(model)
         self.shared = make()
         self.space = borrow(self, model, (self.shared and self.shared.config, compiled))
         eager = model.config._attn_implementation == "eager"
@@ -212,7 +213,7 @@ class Session:
         return method.touched() if isinstance(method, PromptSparsity) else DENSE
 
     def _scores(self, forward: Forward, mask: Tensor, inputs: dict[str, Tensor], last: int = 0) -> Tensor:
-        kept = {"past_key_values": self.cache, "use_cache": True}
+        kept = {self.cache_argument: self.cache, "use_cache": True}
         scores = forward(**inputs, **kept, attention_mask=mask, logits_to_keep=last).logits
         return scores if scores.dtype == torch.float64 else scores.float()
 
