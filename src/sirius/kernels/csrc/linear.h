@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include <array>
 #include <vector>
 
 #include "readers.h"
@@ -22,25 +23,26 @@ void write_dot(const Linear& p, int64_t token, int64_t i, Floats sums) {
   narrow(dot, static_cast<T*>(p.y) + token * p.count + i);
 }
 
-// Adds the products of M tokens' x, `stride` apart, with R rows.
-template <int R, int M, class Row>
-void dot_rows(const typename Row::Element* x, int64_t stride, const Row* row, const Row* next, int64_t width,
-              Floats (*sums)[R]) {
+// The products of M tokens' x, `stride` apart, with R rows; `fetch` is called at each step.
+template <int R, int M, class Row, class Fetch>
+void dot_rows(const typename Row::Element* x, int64_t stride, const Row* row, int64_t width, Floats (*sums)[R],
+              Fetch fetch) {
   using Vector = typename Row::Vector;
   constexpr int64_t step = kStep<typename Row::Format>;
   Floats acc[M][R] = {};
   auto add = [&](int64_t h, auto&& loaded) {
     Vector a[R];
     for (int r = 0; r < R; r++) a[r] = loaded(row[r]);
+#pragma GCC unroll 8
     for (int m = 0; m < M; m++) {
       Vector b = stored<Vector>(x + m * stride + h);
+#pragma GCC unroll 8
       for (int r = 0; r < R; r++) acc[m][r] = multiply_add(acc[m][r], a[r], b);
     }
   };
-  for (int r = 0; r < R; r++) next[r].fetch();
   int64_t h = 0;
   for (; h + step <= width; h += step) {
-    for (int r = 0; r < R; r++) row[r].fetch(next[r], h, width);
+    fetch(h);
 #pragma GCC unroll 8
     for (int64_t v = h; v < h + step; v += 2 * kVector) {  // a loop over the halves inside takes 5% longer
       add(v, [&](const Row& from) { return from.half(v, 0); });
@@ -49,23 +51,78 @@ void dot_rows(const typename Row::Element* x, int64_t stride, const Row* row, co
   }
   for (; h + Row::kLanes <= width; h += Row::kLanes) add(h, [&](const Row& from) { return from.whole(h); });
   if (h < width) add(h, [&](const Row& from) { return from.part(h, width - h); });
+#pragma GCC unroll 8
   for (int m = 0; m < M; m++)
+#pragma GCC unroll 8
     for (int r = 0; r < R; r++) sums[m][r] = acc[m][r];
 }
 
+// R rows from `first` on.
+template <class T, int R, class Row = DotRow<T>>
+std::array<Row, R> rows_from(const Rows<T>& rows, int64_t first) {
+  std::array<Row, R> row;
+  for (int r = 0; r < R; r++) row[r] = Row::at(rows, first + r, 0);
+  return row;
+}
+
+// Writes the products of M tokens from `token` on with R rows from `first` on.
+template <class T, int R, int M>
+void write_dots(const Linear& p, int64_t token, int64_t first, const Floats (*sums)[R]) {
+  int64_t count = std::min<int64_t>(R, p.count - first);
+  for (int m = 0; m < M; m++)
+    for (int64_t r = 0; r < count; r++) write_dot<T>(p, token + m, first + r, sums[m][r]);
+}
+
+// One or two tokens: every row is read once, with what follows it fetched ahead.
 template <class T, int M>
 void linear_few(const Linear& p, const typename DotRow<T>::Element* x, int64_t stride) {
-  using Row = DotRow<T>;
   constexpr int R = kFewRows;
   Rows<T> rows{static_cast<const T*>(p.w), p.width, p.count, p.index};
 #pragma omp parallel for num_threads(p.threads) schedule(static)
   for (int64_t first = 0; first < p.count; first += R) {
-    Row row[R], next[R];
-    for (int r = 0; r < R; r++) row[r] = Row::at(rows, first + r, 0), next[r] = Row::at(rows, first + R + r, 0);
+    auto row = rows_from<T, R>(rows, first), next = rows_from<T, R>(rows, first + R);
+    for (auto& each : next) each.fetch();
     Floats sums[M][R];
-    dot_rows<R, M>(x, stride, row, next, p.width, sums);
-    for (int64_t r = 0; r < std::min<int64_t>(R, p.count - first); r++)
-      for (int m = 0; m < M; m++) write_dot<T>(p, m, first + r, sums[m][r]);
+    dot_rows<R, M>(x, stride, row.data(), p.width, sums, [&](int64_t h) __attribute__((always_inline)) {
+      for (int r = 0; r < R; r++) row[r].fetch(next[r], h, p.width);
+    });
+    write_dots<T, R, M>(p, 0, first, sums);
+  }
+}
+
+// The products of M tokens from `token` on with rows, while a share of the next ones is fetched: the columns from
+// `begin` on, a line every `lines` lines; none where that is 0.
+template <class T, int M, class Rows, class Element = typename DotRow<T>::Element>
+void linear_tile(const Linear& p, const Element* x, int64_t stride, int64_t token, int64_t first, const Rows& row,
+                 const Rows& next, int64_t begin, int64_t lines) {
+  constexpr int64_t line = kLine / sizeof(T);
+  int64_t mask = lines ? lines * line - 1 : -1;
+  Floats sums[M][kTile];
+  dot_rows<kTile, M>(x + token * stride, stride, row.data(), p.width, sums,
+                     [&](int64_t h) __attribute__((always_inline)) {
+                       if (!(h & mask))
+                         for (const auto& each : next) __builtin_prefetch(each.row + begin + h / std::max<int64_t>(lines, 1));
+                     });
+  write_dots<T, kTile, M>(p, token, first, sums);
+}
+
+// Many tokens and rows that are multiplied as they are: a tile of both after the other, while the next rows are fetched.
+template <class T>
+void linear_tiles(const Linear& p, const typename DotRow<T>::Element* x, int64_t stride) {
+  Rows<T> rows{static_cast<const T*>(p.w), p.width, p.count, p.index};
+  int64_t tiles = (p.rows + kTileTokens - 1) / kTileTokens, fetching = tiles < 2 ? 1 : tiles < 4 ? 2 : 4;
+#pragma omp parallel for num_threads(p.threads) schedule(static)
+  for (int64_t first = 0; first < p.count; first += kTile) {
+    auto row = rows_from<T, kTile>(rows, first), next = rows_from<T, kTile>(rows, first + kTile);
+    for (int64_t tile = 0; tile < tiles; tile++) {
+      int64_t token = tile * kTileTokens, begin = tile * p.width / fetching, lines = tile < fetching ? fetching : 0;
+      switch (p.rows - token) {
+        case 1: linear_tile<T, 1>(p, x, stride, token, first, row, next, begin, lines); break;
+        case 2: linear_tile<T, 2>(p, x, stride, token, first, row, next, begin, lines); break;
+        case 3: linear_tile<T, 3>(p, x, stride, token, first, row, next, begin, lines); break;
+        default: linear_tile<T, kTileTokens>(p, x, stride, token, first, row, next, begin, lines);
+      }
+    }
   }
 }
 
@@ -159,11 +216,13 @@ std::vector<typename Row::Vector> unpack_tokens(const Linear& p, int64_t stretch
 
 template <class T, class Row = DotRow<T>>
 void linear_of(const Linear& p) {
-  int64_t stretch = p.rows > 2 ? kStretch : (p.width + Row::kLanes - 1) / Row::kLanes * Row::kLanes;
+  bool stretched = p.rows > 2 && !kDots<T>;
+  int64_t stretch = stretched ? kStretch : (p.width + Row::kLanes - 1) / Row::kLanes * Row::kLanes;
   auto unpacked = unpack_tokens<T>(p, stretch);
   const auto* x = reinterpret_cast<const typename Row::Element*>(unpacked.data());
   if (p.rows == 1) return linear_few<T, 1>(p, x, stretch);
   if (p.rows == 2) return linear_few<T, 2>(p, x, stretch);
+  if constexpr (kDots<T>) return linear_tiles<T>(p, x, stretch);
 #pragma omp parallel for num_threads(p.threads) schedule(static)
   for (int64_t first = 0; first < p.count; first += kGroup)
     for (int64_t m = 0; m < p.rows; m += kBatch) linear_rows<T>(p, x, m, std::min(kBatch, p.rows - m), first);
