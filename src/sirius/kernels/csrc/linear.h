@@ -17,7 +17,7 @@ using DotRow = std::conditional_t<kDots<T>, Neighbours, Widened<T>>;
 
 // Writes what a row's products with a token add up to.
 template <class T>
-void write_dot(const Linear& p, int64_t token, int64_t i, Floats sums) {
+[[gnu::always_inline]] inline void write_dot(const Linear& p, int64_t token, int64_t i, Floats sums) {
   const T* bias = static_cast<const T*>(p.bias);
   float dot = sum(sums) + (bias ? widen(bias[p.index ? p.index[i] : i]) : 0);
   narrow(dot, static_cast<T*>(p.y) + token * p.count + i);
@@ -90,37 +90,41 @@ void linear_few(const Linear& p, const typename DotRow<T>::Element* x, int64_t s
   }
 }
 
-// The products of M tokens from `token` on with rows, while a share of the next ones is fetched: the columns from
-// `begin` on, a line every `lines` lines; none where that is 0.
+// The products of M tokens from `token` on with rows, while a share of the next ones is fetched: from column `begin` on
+// one line in every 2^spread; nothing where spread is below 0.
 template <class T, int M, class Rows, class Element = typename DotRow<T>::Element>
 void linear_tile(const Linear& p, const Element* x, int64_t stride, int64_t token, int64_t first, const Rows& row,
-                 const Rows& next, int64_t begin, int64_t lines) {
-  constexpr int64_t line = kLine / sizeof(T);
-  int64_t mask = lines ? lines * line - 1 : -1;
+                 const Rows& next, int64_t begin, int spread) {
+  int64_t mask = (kStep<T> << spread) - 1;
   Floats sums[M][kTile];
-  dot_rows<kTile, M>(x + token * stride, stride, row.data(), p.width, sums,
-                     [&](int64_t h) __attribute__((always_inline)) {
-                       if (!(h & mask))
-                         for (const auto& each : next) __builtin_prefetch(each.row + begin + h / std::max<int64_t>(lines, 1));
-                     });
+  auto fetch = [&](int64_t h) __attribute__((always_inline)) {
+    if (!(h & mask))
+      for (const auto& each : next) __builtin_prefetch(each.row + begin + (h >> spread));
+  };
+  if (spread < 0)
+    dot_rows<kTile, M>(x + token * stride, stride, row.data(), p.width, sums, [](int64_t) {});
+  else
+    dot_rows<kTile, M>(x + token * stride, stride, row.data(), p.width, sums, fetch);
   write_dots<T, kTile, M>(p, token, first, sums);
 }
 
-// Many tokens and rows that are multiplied as they are: a tile of both after the other, while the next rows are fetched.
+// Many tokens, rows that are multiplied as they are: tiles of both, the next rows fetched throughout.
 template <class T>
 void linear_tiles(const Linear& p, const typename DotRow<T>::Element* x, int64_t stride) {
   Rows<T> rows{static_cast<const T*>(p.w), p.width, p.count, p.index};
-  int64_t tiles = (p.rows + kTileTokens - 1) / kTileTokens, fetching = tiles < 2 ? 1 : tiles < 4 ? 2 : 4;
+  int64_t tiles = (p.rows + kTileTokens - 1) / kTileTokens;
+  int sharing = tiles < 2 ? 0 : tiles < 4 ? 1 : 2;  // the first 2^sharing tiles fetch the next rows
 #pragma omp parallel for num_threads(p.threads) schedule(static)
   for (int64_t first = 0; first < p.count; first += kTile) {
     auto row = rows_from<T, kTile>(rows, first), next = rows_from<T, kTile>(rows, first + kTile);
     for (int64_t tile = 0; tile < tiles; tile++) {
-      int64_t token = tile * kTileTokens, begin = tile * p.width / fetching, lines = tile < fetching ? fetching : 0;
+      int64_t token = tile * kTileTokens, begin = tile * p.width >> sharing;
+      int spread = tile >> sharing ? -1 : sharing;
       switch (p.rows - token) {
-        case 1: linear_tile<T, 1>(p, x, stride, token, first, row, next, begin, lines); break;
-        case 2: linear_tile<T, 2>(p, x, stride, token, first, row, next, begin, lines); break;
-        case 3: linear_tile<T, 3>(p, x, stride, token, first, row, next, begin, lines); break;
-        default: linear_tile<T, kTileTokens>(p, x, stride, token, first, row, next, begin, lines);
+        case 1: linear_tile<T, 1>(p, x, stride, token, first, row, next, begin, spread); break;
+        case 2: linear_tile<T, 2>(p, x, stride, token, first, row, next, begin, spread); break;
+        case 3: linear_tile<T, 3>(p, x, stride, token, first, row, next, begin, spread); break;
+        default: linear_tile<T, kTileTokens>(p, x, stride, token, first, row, next, begin, spread);
       }
     }
   }
@@ -128,24 +132,28 @@ void linear_tiles(const Linear& p, const typename DotRow<T>::Element* x, int64_t
 
 // Adds the products of M tokens' x with a panel of kTile rows, over a stretch of the width. A whole stretch of rows
 // that are still to be read, and `ahead` of them the next to fetch, is written to the panel on the way.
-template <int M, class Row>
-void dot_tile(const typename Row::Element* x, typename Row::Element* panel, int64_t width, Floats (*sums)[kTile],
-              const Row* row = nullptr, const Row* ahead = nullptr) {
-  using Vector = typename Row::Vector;
+template <int M, class T>
+void dot_tile(const float* x, float* panel, int64_t width, Floats (*sums)[kTile], const Widened<T>* row = nullptr,
+              const Widened<T>* ahead = nullptr) {
   Floats acc[M][kTile];
-  for (int i = 0; i < M * kTile; i++) acc[i / kTile][i % kTile] = sums[i / kTile][i % kTile];
+#pragma GCC unroll 8
+  for (int m = 0; m < M; m++)
+#pragma GCC unroll 8
+    for (int r = 0; r < kTile; r++) acc[m][r] = sums[m][r];
   auto add = [&](int64_t h, auto&& loaded) {
-    Vector a[kTile];
+    Floats a[kTile];
     for (int r = 0; r < kTile; r++) a[r] = loaded(r);
+#pragma GCC unroll 8
     for (int m = 0; m < M; m++) {
-      Vector b = stored<Vector>(x + m * kStretch + h);
+      Floats b = load(x + m * kStretch + h);
+#pragma GCC unroll 8
       for (int r = 0; r < kTile; r++) acc[m][r] = multiply_add(acc[m][r], a[r], b);
     }
   };
-  auto held = [&](int64_t h) { return [=](int r) { return stored<Vector>(panel + r * kStretch + h); }; };
+  auto held = [&](int64_t h) { return [=](int r) { return load(panel + r * kStretch + h); }; };
   auto fresh = [&](int64_t h, int half) {
     return [=](int r) {
-      Vector a = row[r].half(h, half);
+      Floats a = row[r].half(h, half);
       store(panel + r * kStretch + h + half * kVector, a);
       return a;
     };
@@ -154,36 +162,39 @@ void dot_tile(const typename Row::Element* x, typename Row::Element* panel, int6
     for (int64_t h = 0; h < kStretch; h += 2 * kVector) {
       for (int r = 0; r < kTile; r++) __builtin_prefetch(ahead[r].row + h);
 #pragma GCC unroll 2
-      for (int half = 0; half < Row::kHalves; half++) add(h + half * kVector, fresh(h, half));
+      for (int half = 0; half < 2; half++) add(h + half * kVector, fresh(h, half));
     }
   else if (width == kStretch)  // a loop of known length takes a tenth less time
-    for (int64_t h = 0; h < kStretch; h += Row::kLanes) add(h, held(h));
+    for (int64_t h = 0; h < kStretch; h += kVector) add(h, held(h));
   else
-    for (int64_t h = 0; h < width; h += Row::kLanes) add(h, held(h));
-  for (int i = 0; i < M * kTile; i++) sums[i / kTile][i % kTile] = acc[i / kTile][i % kTile];
+    for (int64_t h = 0; h < width; h += kVector) add(h, held(h));
+#pragma GCC unroll 8
+  for (int m = 0; m < M; m++)
+#pragma GCC unroll 8
+    for (int r = 0; r < kTile; r++) sums[m][r] = acc[m][r];
 }
 
-template <class Row, class Element, class... Fresh>
-void dot_tokens(const Element* x, int64_t tokens, Element* panel, int64_t width, Floats (*sums)[kTile],
-                Fresh... fresh) {
+template <class T, class... Fresh>
+void dot_tokens(const float* x, int64_t tokens, float* panel, int64_t width, Floats (*sums)[kTile], Fresh... fresh) {
   switch (tokens) {
-    case 1: return dot_tile<1, Row>(x, panel, width, sums, fresh...);
-    case 2: return dot_tile<2, Row>(x, panel, width, sums, fresh...);
-    case 3: return dot_tile<3, Row>(x, panel, width, sums, fresh...);
-    default: return dot_tile<kTileTokens, Row>(x, panel, width, sums, fresh...);
+    case 1: return dot_tile<1, T>(x, panel, width, sums, fresh...);
+    case 2: return dot_tile<2, T>(x, panel, width, sums, fresh...);
+    case 3: return dot_tile<3, T>(x, panel, width, sums, fresh...);
+    default: return dot_tile<kTileTokens, T>(x, panel, width, sums, fresh...);
   }
 }
 
 // The products of kGroup rows from `first` on with some tokens, stretch by stretch of the width.
-template <class T, class Row = DotRow<T>>
-void linear_rows(const Linear& p, const typename Row::Element* x, int64_t token, int64_t tokens, int64_t first) {
-  alignas(kLine) typename Row::Element panel[kTile * kStretch];
+template <class T>
+void linear_rows(const Linear& p, const float* x, int64_t token, int64_t tokens, int64_t first) {
+  using Row = Widened<T>;
+  alignas(kLine) float panel[kTile * kStretch];
   Floats sums[kGroup / kTile][kBatch][kTile] = {};
   Rows<T> rows{static_cast<const T*>(p.w), p.width, p.count, p.index};
   for (int64_t h = 0; h < p.width; h += kStretch) {
     int64_t width = std::min(kStretch, p.width - h);
-    int64_t whole = (width + Row::kLanes - 1) / Row::kLanes * Row::kLanes;
-    const auto* at = x + h * p.rows + token * kStretch;
+    int64_t whole = (width + kVector - 1) / kVector * kVector;
+    const float* at = x + h * p.rows + token * kStretch;
     for (int64_t g = 0; g < kGroup / kTile; g++) {
       Row row[kTile], ahead[kTile];
       for (int64_t r = 0, i = first + g * kTile; r < kTile; r++, i++) {
@@ -193,14 +204,22 @@ void linear_rows(const Linear& p, const typename Row::Element* x, int64_t token,
       }
       int64_t m = 0;
       if (width == kStretch) {
-        dot_tokens<Row>(at, tokens, panel, width, sums[g], row, ahead);
+        dot_tokens<T>(at, tokens, panel, width, sums[g], row, ahead);
         m += kTileTokens;
       }
-      for (; m < tokens; m += kTileTokens) dot_tokens<Row>(at + m * kStretch, tokens - m, panel, whole, sums[g] + m);
+      for (; m < tokens; m += kTileTokens) dot_tokens<T>(at + m * kStretch, tokens - m, panel, whole, sums[g] + m);
     }
   }
   for (int64_t r = 0; r < std::min(kGroup, p.count - first); r++)
     for (int64_t m = 0; m < tokens; m++) write_dot<T>(p, token + m, first + r, sums[r / kTile][m][r % kTile]);
+}
+
+// Many tokens, rows that are widened first: a few of them at a time, for all tokens.
+template <class T>
+void linear_panels(const Linear& p, const float* x) {
+#pragma omp parallel for num_threads(p.threads) schedule(static)
+  for (int64_t first = 0; first < p.count; first += kGroup)
+    for (int64_t m = 0; m < p.rows; m += kBatch) linear_rows<T>(p, x, m, std::min(kBatch, p.rows - m), first);
 }
 
 // Tokens as they are multiplied: [stretches of the width, tokens, stretch].
@@ -216,16 +235,15 @@ std::vector<typename Row::Vector> unpack_tokens(const Linear& p, int64_t stretch
 
 template <class T, class Row = DotRow<T>>
 void linear_of(const Linear& p) {
-  bool stretched = p.rows > 2 && !kDots<T>;
-  int64_t stretch = stretched ? kStretch : (p.width + Row::kLanes - 1) / Row::kLanes * Row::kLanes;
+  bool few = p.rows <= 2;
+  int64_t stretch = few || kDots<T> ? (p.width + Row::kLanes - 1) / Row::kLanes * Row::kLanes : kStretch;
   auto unpacked = unpack_tokens<T>(p, stretch);
   const auto* x = reinterpret_cast<const typename Row::Element*>(unpacked.data());
-  if (p.rows == 1) return linear_few<T, 1>(p, x, stretch);
-  if (p.rows == 2) return linear_few<T, 2>(p, x, stretch);
-  if constexpr (kDots<T>) return linear_tiles<T>(p, x, stretch);
-#pragma omp parallel for num_threads(p.threads) schedule(static)
-  for (int64_t first = 0; first < p.count; first += kGroup)
-    for (int64_t m = 0; m < p.rows; m += kBatch) linear_rows<T>(p, x, m, std::min(kBatch, p.rows - m), first);
+  if (few) return p.rows == 1 ? linear_few<T, 1>(p, x, stretch) : linear_few<T, 2>(p, x, stretch);
+  if constexpr (kDots<T>)
+    linear_tiles<T>(p, x, stretch);
+  else
+    linear_panels<T>(p, x);
 }
 
 }  // namespace
