@@ -12,8 +12,8 @@
 
 namespace {
 
-constexpr int64_t kChunk = 256;                     // most rows that are added up before their sum joins the others'
-constexpr int64_t kPanelRows = 16, kColumns = 192;  // rows x columns that meet a batch in the cache
+constexpr int64_t kChunk = 256;                      // most rows that are added up before their sum joins the others'
+constexpr int64_t kPanelLines = 16, kColumns = 192;  // rows (or pairs) x columns that meet a batch in the cache
 
 // Rows are added one by one, or in pairs by dot products.
 template <class T, bool alone = false>
@@ -181,45 +181,54 @@ void fill_panel(const Rows<T>& rows, int64_t i, int64_t end, int64_t column, int
   if (i < end) unpack(SumRow<T, true>::at(rows, i, column), width, panel);
 }
 
-// The sums of some tokens, of the columns from `begin` to `end`. Chunk by chunk, so that a row's page stays known while
-// its columns are read.
+// Fetches the columns from `begin` to `end` of one row after the other, some lines at a time.
+template <class T>
+struct Ahead {
+  const Rows<T>& rows;
+  int64_t begin, end, row, column;
+
+  [[gnu::always_inline]] void fetch(int64_t lines) {
+    for (; lines > 0; lines--) {
+      __builtin_prefetch(rows[row] + column);
+      column += kLine / sizeof(T);
+      if (column >= end) column = begin, row++;
+    }
+  }
+};
+
+// The sums of some tokens, of the columns from `begin` to `end`. Some rows at a time, panel by panel of their columns,
+// while the next rows are fetched one after the other: memory is faster in long runs.
 template <class T, class Element = typename SumRow<T>::Element>
 void project_columns(const Project& p, const Element* z, int64_t token, int64_t tokens, int64_t begin, int64_t end) {
-  alignas(kLine) Element panel[reads<T>(kPanelRows) * kColumns] = {};
-  alignas(kLine) float sums[kBatch * kColumns];
-  int64_t blocks = (end - begin + kColumns - 1) / kColumns;
-  std::vector<float> totals(blocks * tokens * kColumns);
+  constexpr int64_t kDeep = kPanelLines * kTaken<T>;  // rows of a panel
+  alignas(kLine) Element panel[kPanelLines * kColumns] = {};
+  int64_t blocks = (end - begin + kColumns - 1) / kColumns, size = tokens * kColumns, stride = reads<T>(p.count);
+  std::vector<float> sums(blocks * size), totals(blocks * size);
   Chunks chunks(p.count);
   Rows<T> rows{static_cast<const T*>(p.w), p.width, p.count, p.index};
-  int64_t stride = reads<T>(p.count);
+  Ahead<T> ahead{rows, begin, end, kDeep, begin};
   for (int64_t chunk = 0; chunk < chunks.count; chunk++) {
-    int64_t first = chunks.begin(chunk), last = chunks.begin(chunk + 1);
-    for (int64_t block = 0; block < blocks; block++) {
-      int64_t column = begin + block * kColumns, width = std::min(kColumns, end - column);
-      std::fill(sums, sums + tokens * kColumns, 0.0f);
-      for (int64_t i = first; i < last; i += kPanelRows) {
-        int64_t after = std::min(i + kPanelRows, last);
-        fill_panel(rows, i, after, column, width, panel);
-        // the next panel is below this one, beside the first of the chunk, or in the next chunk
-        bool below = after < last, beside = !below && block + 1 < blocks;
-        int64_t next = beside ? first : after, at = below ? column : beside ? column + kColumns : begin;
-        int64_t size = std::min(kColumns, end - at);
+    std::fill(sums.begin(), sums.end(), 0.0f);
+    for (int64_t i = chunks.begin(chunk), last = chunks.begin(chunk + 1), count; i < last; i += count) {
+      count = std::min(kDeep, last - i);
+      for (int64_t block = 0; block < blocks; block++) {
+        int64_t column = begin + block * kColumns, width = std::min(kColumns, end - column);
+        int64_t lines = count * width * int64_t(sizeof(T)) / kLine;
+        fill_panel(rows, i, i + count, column, width, panel);
         for (int64_t m = 0; m < tokens; m += kTileTokens) {
-          for (int64_t r = m * kPanelRows / tokens; r < std::min(m + kTileTokens, tokens) * kPanelRows / tokens; r++)
-            for (int64_t c = 0; c < size; c += kLine / sizeof(T)) __builtin_prefetch(rows[next + r] + at + c);
-          add_tokens(panel, width, reads<T>(after - i), z + (token + m) * stride + i / kTaken<T>, stride, tokens - m,
-                     sums + m * kColumns);
+          ahead.fetch(std::min(m + kTileTokens, tokens) * lines / tokens - m * lines / tokens);
+          add_tokens(panel, width, reads<T>(count), z + (token + m) * stride + i / kTaken<T>, stride, tokens - m,
+                     sums.data() + block * size + m * kColumns);
         }
       }
-      float* total = totals.data() + block * tokens * kColumns;
-      for (int64_t i = 0; i < tokens * kColumns; i++) total[i] += sums[i];
     }
+    for (int64_t i = 0; i < blocks * size; i++) totals[i] += sums[i];
   }
   for (int64_t block = 0; block < blocks; block++)
     for (int64_t m = 0; m < tokens; m++) {
       int64_t column = begin + block * kColumns;
       write_sums<T>(p, token + m, column, std::min(kColumns, end - column),
-                    totals.data() + (block * tokens + m) * kColumns);
+                    totals.data() + block * size + m * kColumns);
     }
 }
 
