@@ -73,20 +73,34 @@ void write_dots(const Linear& p, int64_t token, int64_t first, const Floats (*su
     for (int64_t r = 0; r < count; r++) write_dot<T>(p, token + m, first + r, sums[m][r]);
 }
 
-// One or two tokens: every row is read once, with what follows it fetched ahead.
-template <class T, int M>
+// One or two tokens: every row is read once, with what follows it fetched ahead. Rows that lie together and are
+// multiplied as they are come one by one, as a single stream; others some at a time.
+template <class T, int M, bool stream>
 void linear_few(const Linear& p, const typename DotRow<T>::Element* x, int64_t stride) {
-  constexpr int R = kFewRows;
+  constexpr int R = stream ? 1 : kFewRows;
   Rows<T> rows{static_cast<const T*>(p.w), p.width, p.count, p.index};
 #pragma omp parallel for num_threads(p.threads) schedule(static)
   for (int64_t first = 0; first < p.count; first += R) {
     auto row = rows_from<T, R>(rows, first), next = rows_from<T, R>(rows, first + R);
-    for (auto& each : next) each.fetch();
-    Floats sums[M][R];
-    dot_rows<R, M>(x, stride, row.data(), p.width, sums, [&](int64_t h) __attribute__((always_inline)) {
+    if (!stream)
+      for (auto& each : next) each.fetch();
+    auto fetch = [&](int64_t h) __attribute__((always_inline)) {
+      if (stream) return __builtin_prefetch(row[0].row + h + kStream / sizeof(T));
       for (int r = 0; r < R; r++) row[r].fetch(next[r], h, p.width);
-    });
+    };
+    Floats sums[M][R];
+    dot_rows<R, M>(x, stride, row.data(), p.width, sums, fetch);
     write_dots<T, R, M>(p, 0, first, sums);
+  }
+}
+
+template <class T, bool stream>
+void linear_few(const Linear& p, const typename DotRow<T>::Element* x, int64_t stride) {
+  switch (p.rows) {
+    case 1: return linear_few<T, 1, stream>(p, x, stride);
+    case 2: return linear_few<T, 2, stream>(p, x, stride);
+    case 3: return linear_few<T, 3, stream>(p, x, stride);
+    default: return linear_few<T, 4, stream>(p, x, stride);
   }
 }
 
@@ -235,11 +249,11 @@ std::vector<typename Row::Vector> unpack_tokens(const Linear& p, int64_t stretch
 
 template <class T, class Row = DotRow<T>>
 void linear_of(const Linear& p) {
-  bool few = p.rows <= 2;
+  bool stream = kDots<T> && !p.index, few = p.rows <= (stream ? 4 : 2);
   int64_t stretch = few || kDots<T> ? (p.width + Row::kLanes - 1) / Row::kLanes * Row::kLanes : kStretch;
   auto unpacked = unpack_tokens<T>(p, stretch);
   const auto* x = reinterpret_cast<const typename Row::Element*>(unpacked.data());
-  if (few) return p.rows == 1 ? linear_few<T, 1>(p, x, stretch) : linear_few<T, 2>(p, x, stretch);
+  if (few) return stream ? linear_few<T, true>(p, x, stretch) : linear_few<T, false>(p, x, stretch);
   if constexpr (kDots<T>)
     linear_tiles<T>(p, x, stretch);
   else

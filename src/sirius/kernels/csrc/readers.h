@@ -9,6 +9,7 @@
 namespace {
 
 constexpr int64_t kAhead = kVector == 16 ? 1024 : 512;  // bytes of a row that are fetched ahead, best on such CPUs
+constexpr int64_t kStream = 8192;                       // the same where rows are one stream
 
 // Tiles whose sums stay in registers (16, or 32 with AVX-512): tokens x weight rows (linear) or vectors (project).
 constexpr int kTileTokens = 4, kTile = kVector == 16 ? 6 : 3;
