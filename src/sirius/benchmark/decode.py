@@ -27,6 +27,7 @@ from sirius.model.workspace import drop_idle
 from sirius.stats import Parameters
 
 TRANSFORMERS, STATIC, FULL = "transformers", "transformers, static", "full"
+SETTLED = WARM + 1  # rounds of a turn until its passes are recorded
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Workload:
     histogram  weights of 0, 1, ... K-1 accepted guesses of a window
     compile    our passes are compiled, on a GPU
 
-    Raises ConfigError where a turn has no room for two whole windows.
+    Raises ConfigError where a turn has no room for two whole windows that count.
     """
 
     context: int
@@ -47,11 +48,12 @@ class Workload:
     compile: bool = False
 
     def __post_init__(self) -> None:
-        least = 2 * len(self.histogram) + 1
+        windows = SETTLED + 2
+        least = windows * len(self.histogram) + 1
         if self.tokens < least:
             raise ConfigError(
-                f"two windows of {len(self.histogram)} tokens after the prompt's own need {least} tokens a turn; got "
-                f"{self.tokens}: raise --tokens or lower --period"
+                f"{windows} windows of {len(self.histogram)} tokens, the first {SETTLED} of them not counted, need {least} "
+                f"tokens a turn; got {self.tokens}: raise --tokens or lower --period"
             )
 
 
@@ -217,11 +219,13 @@ def _run_ours(engine: Engine, setting: Setting, workload: Workload, times: Times
     batch = open_batch(engine, setting, workload.histogram, times)
     batch.add(engine.text(prompt(engine.model, workload.context), max_new_tokens=workload.tokens))
     step(batch)
-    unsettled = 0 if workload.device == "cpu" else WARM + 1  # rounds until a GPU's passes are recorded
+    rounds, known = 0, len(times.drafts)
     while batch.busy:
         seconds, [update] = timed(lambda: step(batch), workload.device)
-        unsettled -= 1
-        if update.round.steps == setting.guesses and unsettled < 0:  # the budget cuts the last ones
+        rounds += 1
+        if rounds <= SETTLED:
+            del times.drafts[known:], times.checks[known:]
+        if update.round.steps == setting.guesses and rounds > SETTLED:  # the budget cuts the last ones
             times.rounds.append(seconds)
         if update.completion is not None:
             times.density = update.completion.stats.density_streamed

@@ -44,7 +44,7 @@ def decode(
     device: Device = "auto",
     threads: Threads = None,
     context: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 128,
-    tokens: Annotated[int, typer.Option(min=2, help="Tokens decoded in each turn.")] = 64,
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens decoded in each turn.")] = 160,
     cycles: Annotated[int, typer.Option(min=1, help="Turns of each setting.")] = 3,
     keep: Annotated[float, typer.Option(help="Fraction of the neurons that coarse keeps.")] = 0.5,
     fine_keep: Annotated[
