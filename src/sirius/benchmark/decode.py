@@ -52,8 +52,8 @@ class Workload:
         least = windows * len(self.histogram) + 1
         if self.tokens < least:
             raise ConfigError(
-                f"{windows} windows of {len(self.histogram)} tokens, the first {SETTLED} of them not counted, need {least} "
-                f"tokens a turn; got {self.tokens}: raise --tokens or lower --period"
+                f"{windows} windows of {len(self.histogram)} tokens, the first {SETTLED} of them not counted, need "
+                f"{least} tokens a turn; got {self.tokens}: raise --tokens or lower --period"
             )
 
 
