@@ -298,8 +298,8 @@ def test_the_emulation_is_taken_only_by_name(monkeypatch, tmp_path):
     assert cpu.library.__wrapped__().sirius_isa().decode() in LEVELS[:-1]
 
 
-@pytest.mark.parametrize("level", ["emulated"], indirect=True)
-def test_the_emulation_adds_the_upper_one_of_a_pair_first_and_rounds_after_each(level):
+@pytest.mark.parametrize("level", ["avx512bf16", "emulated"], indirect=True)
+def test_the_upper_one_of_a_pair_is_added_first_and_each_sum_is_rounded(level):
     """A vector has 16 pairs, so elements 0, 1 and then 32, 33 meet in one sum."""
     weight = torch.zeros(2, 64, dtype=torch.bfloat16)
     weight[:, 1] = 1
