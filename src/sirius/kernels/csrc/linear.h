@@ -57,40 +57,42 @@ void dot_rows(const typename Row::Element* x, int64_t stride, const Row* row, in
     for (int r = 0; r < R; r++) sums[m][r] = acc[m][r];
 }
 
-// R rows from `first` on.
+// R rows from `first` on, `apart` rows from each other.
 template <class T, int R, class Row = DotRow<T>>
-std::array<Row, R> rows_from(const Rows<T>& rows, int64_t first) {
+std::array<Row, R> rows_from(const Rows<T>& rows, int64_t first, int64_t apart = 1) {
   std::array<Row, R> row;
-  for (int r = 0; r < R; r++) row[r] = Row::at(rows, first + r, 0);
+  for (int r = 0; r < R; r++) row[r] = Row::at(rows, first + r * apart, 0);
   return row;
 }
 
-// Writes the products of M tokens from `token` on with R rows from `first` on.
+// Writes the products of M tokens from `token` on with such rows, those before `end`.
 template <class T, int R, int M>
-void write_dots(const Linear& p, int64_t token, int64_t first, const Floats (*sums)[R]) {
-  int64_t count = std::min<int64_t>(R, p.count - first);
-  for (int m = 0; m < M; m++)
-    for (int64_t r = 0; r < count; r++) write_dot<T>(p, token + m, first + r, sums[m][r]);
+void write_dots(const Linear& p, int64_t token, int64_t first, int64_t apart, int64_t end, const Floats (*sums)[R]) {
+  for (int64_t r = 0; r < R && first + r * apart < end; r++)
+    for (int m = 0; m < M; m++) write_dot<T>(p, token + m, first + r * apart, sums[m][r]);
 }
 
-// One or two tokens: every row is read once, with what follows it fetched ahead. Rows that lie together and are
-// multiplied as they are come one by one, as a single stream; others some at a time.
+// One or two tokens: every row is read once, with what follows it fetched ahead. A thread's rows are read in several
+// places side by side, each a long run, as a run's end costs; rows that are multiplied as they are and lie together in
+// one single run.
 template <class T, int M, bool stream>
 void linear_few(const Linear& p, const typename DotRow<T>::Element* x, int64_t stride) {
   constexpr int R = stream ? 1 : kFewRows;
-  Rows<T> rows{static_cast<const T*>(p.w), p.width, p.count, p.index};
-#pragma omp parallel for num_threads(p.threads) schedule(static)
-  for (int64_t first = 0; first < p.count; first += R) {
-    auto row = rows_from<T, R>(rows, first), next = rows_from<T, R>(rows, first + R);
-    if (!stream)
-      for (auto& each : next) each.fetch();
-    auto fetch = [&](int64_t h) __attribute__((always_inline)) {
-      if (stream) return __builtin_prefetch(row[0].row + h + kStream / sizeof(T));
-      for (int r = 0; r < R; r++) row[r].fetch(next[r], h, p.width);
-    };
-    Floats sums[M][R];
-    dot_rows<R, M>(x, stride, row.data(), p.width, sums, fetch);
-    write_dots<T, R, M>(p, 0, first, sums);
+#pragma omp parallel num_threads(p.threads)
+  {
+    Share share(p.count);
+    Rows<T> rows{static_cast<const T*>(p.w), p.width, share.end, p.index};
+    int64_t run = (share.end - share.begin + R - 1) / R;
+    for (int64_t first = share.begin; first < share.begin + run; first++) {
+      auto row = rows_from<T, R>(rows, first, run), next = rows_from<T, R>(rows, first + 1, run);
+      auto fetch = [&](int64_t h) __attribute__((always_inline)) {
+        if (stream) return __builtin_prefetch(row[0].row + h + kStream / sizeof(T));
+        for (int r = 0; r < R; r++) row[r].fetch(next[r], h, p.width);
+      };
+      Floats sums[M][R];
+      dot_rows<R, M>(x, stride, row.data(), p.width, sums, fetch);
+      write_dots<T, R, M>(p, 0, first, run, share.end, sums);
+    }
   }
 }
 
@@ -119,7 +121,7 @@ void linear_tile(const Linear& p, const Element* x, int64_t stride, int64_t toke
     dot_rows<kTile, M>(x + token * stride, stride, row.data(), p.width, sums, [](int64_t) {});
   else
     dot_rows<kTile, M>(x + token * stride, stride, row.data(), p.width, sums, fetch);
-  write_dots<T, kTile, M>(p, token, first, sums);
+  write_dots<T, kTile, M>(p, token, first, 1, p.count, sums);
 }
 
 // Many tokens, rows that are multiplied as they are: tiles of both, the next rows fetched throughout.

@@ -2,8 +2,6 @@
 
 #pragma once
 
-#include <omp.h>
-
 #include <memory>
 #include <vector>
 
@@ -35,12 +33,31 @@ struct Chunks {
   int64_t begin(int64_t chunk) const { return std::min(rows, chunk * ((rows + 1) / 2) / count * 2); }
 };
 
-// This thread's part of some pieces of work.
-struct Share {
-  int64_t begin, end;
-  explicit Share(int64_t pieces)
-      : begin(omp_get_thread_num() * pieces / omp_get_num_threads()),
-        end((omp_get_thread_num() + 1) * pieces / omp_get_num_threads()) {}
+// The order in which rows are added: in a chunk from kFewRows places in turn, so that they are read in as many long runs
+// side by side, as a run's end costs.
+inline std::vector<int64_t> order_of(const Chunks& chunks) {
+  std::vector<int64_t> order(chunks.rows);
+  for (int64_t chunk = 0; chunk < chunks.count; chunk++) {
+    int64_t begin = chunks.begin(chunk), end = chunks.begin(chunk + 1), run = (end - begin) / kFewRows, place = begin;
+    for (int64_t i = begin; i < begin + run; i++)
+      for (int r = 0; r < kFewRows; r++) order[place++] = i + r * run;
+    for (; place < end; place++) order[place] = place;
+  }
+  return order;
+}
+
+// What is added up, in that order.
+template <class Element>
+struct Terms {
+  Chunks chunks;
+  int64_t stride;                // of a token's weights
+  std::vector<int64_t> rows;     // [count]
+  std::vector<Element> weights;  // [tokens, stride], widened or in pairs
+
+  template <class T>
+  Rows<T> of(const Project& p) const {
+    return {static_cast<const T*>(p.w), p.width, p.count, rows.data()};
+  }
 };
 
 // Writes a token's sums of some columns, which are in the order of widened elements.
@@ -114,10 +131,10 @@ void add_chunk(const Rows<T>& rows, const Chunks& chunks, int64_t chunk, int64_t
 }
 
 // One token: threads share the columns of all chunks, chunk by chunk, so that most rows are read whole.
-template <class T>
-void project_one(const Project& p, const typename SumRow<T>::Element* z) {
-  Chunks chunks(p.count);
-  Rows<T> rows{static_cast<const T*>(p.w), p.width, p.count, p.index};
+template <class T, class Element>
+void project_one(const Project& p, const Terms<Element>& terms) {
+  const Chunks& chunks = terms.chunks;
+  auto rows = terms.template of<T>(p);
   int64_t pieces = (p.width + kLine - 1) / kLine, stride = pieces * kLine, taken;
   std::unique_ptr<float[]> sums(new float[chunks.count * stride]);
 #pragma omp parallel num_threads(p.threads) private(taken)
@@ -128,7 +145,8 @@ void project_one(const Project& p, const typename SumRow<T>::Element* z) {
       taken = std::min(pieces - at % pieces, share.end - at);
       float* to = sums.get() + chunk * stride + column;
       std::fill(to, to + taken * kLine, 0.0f);
-      add_chunk(rows, chunks, chunk, column, std::min(taken * kLine, p.width - column), z, to);
+      add_chunk(rows, chunks, chunk, column, std::min(taken * kLine, p.width - column),
+                   terms.weights.data(), to);
     }
 #pragma omp barrier
 #pragma omp for schedule(static) nowait
@@ -181,32 +199,47 @@ void fill_panel(const Rows<T>& rows, int64_t i, int64_t end, int64_t column, int
   if (i < end) unpack(SumRow<T, true>::at(rows, i, column), width, panel);
 }
 
-// Fetches the columns from `begin` to `end` of one row after the other, some lines at a time.
+// Fetches the columns from `begin` to `end` of one row after the other, some lines at a time; of `deep` rows, as many as
+// a panel has, first those that are neighbours in memory.
 template <class T>
 struct Ahead {
   const Rows<T>& rows;
-  int64_t begin, end, row, column;
+  int64_t begin, end, deep, next;  // the row to fetch next
+  const T *line, *stop;
+
+  Ahead(const Rows<T>& rows, int64_t begin, int64_t end, int64_t deep)
+      : rows(rows), begin(begin), end(end), deep(deep), next(deep) {
+    turn();
+  }
+
+  void turn() {
+    int64_t within = next % deep, run = deep / kFewRows;
+    const T* row = rows[next - within + within % run * kFewRows + within / run];
+    line = row + begin, stop = row + end, next++;
+  }
 
   [[gnu::always_inline]] void fetch(int64_t lines) {
     for (; lines > 0; lines--) {
-      __builtin_prefetch(rows[row] + column);
-      column += kLine / sizeof(T);
-      if (column >= end) column = begin, row++;
+      __builtin_prefetch(line);
+      line += kLine / sizeof(T);
+      if (line >= stop) turn();
     }
   }
 };
 
 // The sums of some tokens, of the columns from `begin` to `end`. Some rows at a time, panel by panel of their columns,
 // while the next rows are fetched one after the other: memory is faster in long runs.
-template <class T, class Element = typename SumRow<T>::Element>
-void project_columns(const Project& p, const Element* z, int64_t token, int64_t tokens, int64_t begin, int64_t end) {
+template <class T, class Element>
+void project_columns(const Project& p, const Terms<Element>& terms, int64_t token, int64_t tokens, int64_t begin,
+                     int64_t end) {
   constexpr int64_t kDeep = kPanelLines * kTaken<T>;  // rows of a panel
   alignas(kLine) Element panel[kPanelLines * kColumns] = {};
-  int64_t blocks = (end - begin + kColumns - 1) / kColumns, size = tokens * kColumns, stride = reads<T>(p.count);
+  int64_t blocks = (end - begin + kColumns - 1) / kColumns, size = tokens * kColumns;
   std::vector<float> sums(blocks * size), totals(blocks * size);
-  Chunks chunks(p.count);
-  Rows<T> rows{static_cast<const T*>(p.w), p.width, p.count, p.index};
-  Ahead<T> ahead{rows, begin, end, kDeep, begin};
+  const Chunks& chunks = terms.chunks;
+  const Element* z = terms.weights.data() + token * terms.stride;
+  auto rows = terms.template of<T>(p);
+  Ahead<T> ahead(rows, begin, end, kDeep);
   for (int64_t chunk = 0; chunk < chunks.count; chunk++) {
     std::fill(sums.begin(), sums.end(), 0.0f);
     for (int64_t i = chunks.begin(chunk), last = chunks.begin(chunk + 1), count; i < last; i += count) {
@@ -217,7 +250,7 @@ void project_columns(const Project& p, const Element* z, int64_t token, int64_t 
         fill_panel(rows, i, i + count, column, width, panel);
         for (int64_t m = 0; m < tokens; m += kTileTokens) {
           ahead.fetch(std::min(m + kTileTokens, tokens) * lines / tokens - m * lines / tokens);
-          add_tokens(panel, width, reads<T>(count), z + (token + m) * stride + i / kTaken<T>, stride, tokens - m,
+          add_tokens(panel, width, reads<T>(count), z + m * terms.stride + i / kTaken<T>, terms.stride, tokens - m,
                      sums.data() + block * size + m * kColumns);
         }
       }
@@ -232,32 +265,33 @@ void project_columns(const Project& p, const Element* z, int64_t token, int64_t 
     }
 }
 
-// The weights of rows, widened or in pairs: [tokens, reads].
 template <class T, class Element = typename SumRow<T>::Element>
-std::vector<Element> unpack_weights(const Project& p) {
-  int64_t stride = reads<T>(p.count);
-  std::vector<Element> z(p.rows * stride);
+Terms<Element> terms_of(const Project& p) {
+  Terms<Element> terms{Chunks(p.count), reads<T>(p.count), order_of(Chunks(p.count))};
+  terms.weights.resize(p.rows * terms.stride);
   for (int64_t m = 0; m < p.rows; m++)
-    for (int64_t i = 0; i < p.count; i++) {
-      T from = static_cast<const T*>(p.z)[m * p.count + i];
+    for (int64_t place = 0; place < p.count; place++) {
+      T from = static_cast<const T*>(p.z)[m * p.count + terms.rows[place]];
       if constexpr (kDots<T>)
-        z[m * stride + i / 2] |= uint32_t(from.bits) << i % 2 * 16;
+        terms.weights[m * terms.stride + place / 2] |= uint32_t(from.bits) << place % 2 * 16;
       else
-        z[m * stride + i] = widen(from);
+        terms.weights[m * terms.stride + place] = widen(from);
     }
-  return z;
+  if (p.index)
+    for (int64_t& row : terms.rows) row = p.index[row];
+  return terms;
 }
 
 template <class T>
 void project_of(const Project& p) {
-  auto z = unpack_weights<T>(p);
-  if (p.rows == 1) return project_one<T>(p, z.data());
+  auto terms = terms_of<T>(p);
+  if (p.rows == 1) return project_one<T>(p, terms);
 #pragma omp parallel num_threads(p.threads)
   {
     Share share((p.width + kLine - 1) / kLine);
     int64_t end = std::min(share.end * kLine, p.width);
     for (int64_t m = 0; m < p.rows; m += kBatch)
-      project_columns<T>(p, z.data(), m, std::min(kBatch, p.rows - m), share.begin * kLine, end);
+      project_columns<T>(p, terms, m, std::min(kBatch, p.rows - m), share.begin * kLine, end);
   }
 }
 

@@ -2,6 +2,8 @@
 
 #pragma once
 
+#include <omp.h>
+
 #include <algorithm>
 
 #include "formats.h"
@@ -15,6 +17,14 @@ constexpr int64_t kStream = 8192;                       // the same where rows a
 constexpr int kTileTokens = 4, kTile = kVector == 16 ? 6 : 3;
 constexpr int64_t kBatch = 16;  // tokens that share a panel
 constexpr int kFewRows = 4;     // weight rows at a time where tokens are few
+
+// This thread's part of some pieces of work.
+struct Share {
+  int64_t begin, end;
+  explicit Share(int64_t pieces)
+      : begin(omp_get_thread_num() * pieces / omp_get_num_threads()),
+        end((omp_get_thread_num() + 1) * pieces / omp_get_num_threads()) {}
+};
 
 // The rows of a product; past the end the last one again.
 template <class T>
