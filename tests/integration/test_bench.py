@@ -140,10 +140,18 @@ def test_kernels_are_measured_at_every_density_and_batch(bench):
     code, out, _ = bench("kernels", "--neurons", 40, "--hidden", 33, "--dtype", "float32", "--device", "cpu", "--json")
     assert code == 0
     rows = json.loads(out)["rows"]
-    attends = cpu.library() is not None
-    want = 5 * (4 * 6 + 2 + attends)  # linear, glu, up_rows, project at six densities; gate, largest, attention at one
+    kernels = cpu.library() is not None
+    want = 5 * ((3 if kernels else 4) * 6 + 2 + kernels)  # at six densities, gate, largest and attention at one
     assert len(rows) == want == count(Size(40, 33, torch.float32, "cpu"))
     assert all(row["kernel_ms"] > 0 and row["reference_ms"] > 0 for row in rows)
+    assert not kernels or {row["operation"] for row in rows} == {
+        "linear",
+        "finish",
+        "project",
+        "gate",
+        "largest",
+        "attend",
+    }
 
 
 @pytest.mark.parametrize("name", SHAPES)

@@ -1,5 +1,7 @@
 """Preparing a model: what does not fit is refused, and nothing that others see of the model changes."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 from torch import nn
@@ -10,6 +12,7 @@ from conftest import greedy, tiny_model
 from sirius import CorrectionConfig, decode
 from sirius.engine import Engine
 from sirius.errors import RequestError, UnsupportedModelError
+from sirius.kernels import cpu
 from sirius.model.prepare import prepare, restore, sparse_mlps
 
 pytestmark = pytest.mark.integration
@@ -171,7 +174,6 @@ def test_preparing_twice_changes_nothing():
     model = tiny_model()
     first, before = prepare(model), snapshot(model)
     assert len(first) == 2
-    assert all(mlp.neurons.down.is_contiguous() for mlp in first), "a neuron's weights stand together"
     assert all(now is then for now, then in zip(prepare(model), first, strict=True))
     assert_as_before(model, before)
 
@@ -197,6 +199,36 @@ def test_a_model_cast_while_prepared_is_restored_whole():
     restore(model)
     assert all(torch.equal(weight, want[name]) for name, weight in model.state_dict().items())
     assert all(weight.is_contiguous() for weight in model.parameters())
+
+
+@pytest.mark.skipif(cpu.library() is None, reason="no compiled CPU kernels")
+def test_a_neurons_rows_of_up_and_down_stand_side_by_side_wherever_the_weights_go():
+    model, want = tiny_model(), tiny_model().double().state_dict()
+    mlps = prepare(model)
+
+    def apart() -> set[int]:
+        return {mlp.neurons.down.data_ptr() - mlp.neurons.up.data_ptr() for mlp in mlps}
+
+    assert apart() == {36 * 4}
+    places = [weight.data_ptr() for weight in model.parameters()]
+    model.to("cpu")
+    assert [weight.data_ptr() for weight in model.parameters()] == places, "what does not move stays where it is"
+    model.to(torch.bfloat16)
+    assert apart() == {36 * 2}
+    assert all(torch.equal(w, want[name].to(w.dtype)) for name, w in model.state_dict().items())
+    model.double()
+    assert all(mlp.neurons.down.is_contiguous() for mlp in mlps), "in float64, without kernels, only neuron-major"
+
+
+def test_the_rows_of_a_copy_are_its_own():
+    model = tiny_model()
+    prepare(model)
+    other = deepcopy(model)
+    want = {name: weight.clone() for name, weight in other.state_dict().items()}
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.zero_()
+    assert all(torch.equal(weight, want[name]) for name, weight in other.state_dict().items())
 
 
 @pytest.mark.parametrize("family", ["llama", "phi3"])

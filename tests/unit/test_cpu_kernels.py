@@ -15,6 +15,7 @@ from sirius.errors import ConfigError
 from sirius.kernels import cpu, dispatch, reference
 from sirius.kernels.activations import ACTIVATIONS
 from sirius.kernels.gated import Neurons, gate, gated_mlp, gated_mlp_rows
+from sirius.model.memory import side_by_side
 from sirius.model.norm import FORMS
 
 pytestmark = pytest.mark.skipif(cpu.library() is None, reason="no compiled CPU kernels")
@@ -192,13 +193,53 @@ def test_gated_neurons_equal_the_reference(level, dtype, name, share):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
-def test_chosen_rows_of_up_are_weighed_by_their_gates(level, dtype, share):
-    up, bias, index = random(dtype, 130, 37, seed=2), random(dtype, 130, seed=4), some(130, share)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("share", [None, 0.0, 0.3, 1.0])
+@pytest.mark.parametrize("bias", [False, True])
+def test_gated_neurons_come_to_what_up_and_down_make_one_after_the_other(level, dtype, size, share, bias):
+    f, h = size
+    up, down = random(dtype, f, h, seed=1), random(dtype, f, h, seed=2)
+    of_f, of_h = (random(dtype, n, seed=3) if bias else None for n in (f, h))
+    index = None if share is None else some(f, share)
+    for rows in (1, 2, 3, 4, 5, 17):
+        x, gated = random(dtype, rows, h), random(dtype, rows, f, seed=4)
+        chosen = gated if index is None else gated[:, index]
+        want = cpu.project(chosen * cpu.linear(x, up, of_f, index), down, of_h, index)
+        for first, second in ((up, down), side_by_side(up, down)):
+            weights = (first, of_f), (second, of_h)
+            assert torch.equal(cpu.finish(gated, x, *weights, index), want)
+            assert torch.equal(cpu.finish(chosen, x, *weights, index, chosen=True), want)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_gated_neurons_come_to_the_same_bit_for_bit_in_any_company_and_with_any_threads(level, dtype, threads):
+    weights = [(weight, None) for weight in side_by_side(random(dtype, 301, 520), random(dtype, 301, 520, seed=1))]
+    x, gated, index = random(dtype, 5, 520), random(dtype, 5, 301), some(301, 0.9)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        together = {rows: cpu.finish(gated[:rows], x[:rows], *weights, index) for rows in (1, 2, 3, 4, 5)}
+    finally:
+        torch.set_num_threads(before)
+    for rows, got in together.items():
+        for row in range(rows):
+            assert torch.equal(got[row], cpu.finish(gated[row], x[row], *weights, index))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_may_lie_apart(level, dtype):
+    weights = random(dtype, 303, 520), random(dtype, 303, 520, seed=1)
+    apart, index = side_by_side(*weights), some(303, 0.3)
     for rows in (1, 2, 5, 17):
-        x, gated = random(dtype, rows, 37), random(dtype, rows, 130, seed=1)
-        chosen = cpu.linear(x, up, bias, index)
-        assert torch.equal(cpu.up_rows(gated, x, up, bias, index), gated[..., index] * chosen)
+        x, z = random(dtype, rows, 520), random(dtype, rows, 303)
+        for kept in (None, index):
+            for one, other in zip(weights, apart, strict=True):
+                assert torch.equal(cpu.linear(x, other, None, kept), cpu.linear(x, one, None, kept))
+                some_z = z if kept is None else z[:, kept]
+                assert torch.equal(cpu.project(some_z, other, None, kept), cpu.project(some_z, one, None, kept))
+            want, got = (cpu.glu(x, (a, None), (b, None), "silu", kept) for a, b in (weights, apart))
+            assert torch.equal(got, want)
 
 
 @pytest.mark.parametrize("name", cpu.ACTIVATIONS)
@@ -273,6 +314,8 @@ def test_the_kernels_are_taken_where_they_fit_and_nowhere_else():
         "float64": (cpu.fits(x.double(), weight.double()), False),
         "a transposed weight": (cpu.fits(x, random(torch.float32, 8, 9).t()), False),
         "a stack": (cpu.fits(x, weight[None]), False),
+        "rows apart": (cpu.fits(x, side_by_side(weight, weight)[1]), True),
+        "rows that overlap": (cpu.fits(x, weight.as_strided((9, 8), (4, 1))), False),
         "meta": (cpu.fits(x, weight.to("meta")), False),
     }
     assert {name: got for name, (got, _) in fits.items()} == {name: want for name, (_, want) in fits.items()}

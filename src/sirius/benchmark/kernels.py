@@ -15,8 +15,10 @@ from sirius.benchmark.ceiling import SIZE, Ceiling
 from sirius.benchmark.timing import repeated
 from sirius.kernels import dispatch, reference
 from sirius.kernels.dispatch import attends
+from sirius.model.memory import side_by_side
 
-OPERATIONS = ("linear", "glu", "up_rows", "project")
+OPERATIONS, ON_CPU = ("linear", "glu", "up_rows", "project"), ("linear", "finish", "project")
+TWO = ("glu", "finish")  # these read rows of two weights
 DENSITIES = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)
 SLOTS, HEADS, KV_HEADS, HEAD = 1024, 32, 8, 128  # of `attend`: Llama-3-8B's, at 1k tokens
 MOST = 100  # matrices; small ones stay in the caches
@@ -64,7 +66,7 @@ def run(
     copies = min(max(3, -(-SIZE // matrix)), MOST)
     weights = [_random(size, size.neurons, size.hidden, seed=i) for i in range(copies)]
     rows = []
-    for operation in OPERATIONS:
+    for operation in chosen_operations(size):
         for batch in batches:
             for density in densities:
                 rows.append(_row(operation, size, batch, density, weights, ceiling))
@@ -78,7 +80,12 @@ def run(
 
 def count(size: Size) -> int:
     """Return how many rows `run` measures by default."""
-    return len(BATCHES) * (len(OPERATIONS) * len(DENSITIES) + len(whole_operations(size)))
+    return len(BATCHES) * (len(chosen_operations(size)) * len(DENSITIES) + len(whole_operations(size)))
+
+
+def chosen_operations(size: Size) -> tuple[str, ...]:
+    """Return the operations on chosen rows that decoding takes: others where there are kernels for the CPU."""
+    return ON_CPU if size.device == "cpu" and attends(torch.device("cpu"), size.dtype) else OPERATIONS
 
 
 def whole_operations(size: Size) -> tuple[str, ...]:
@@ -95,7 +102,7 @@ def _row(operation: str, size: Size, batch: int, density: float, weights: list[T
         _milliseconds(_call(operation, module, size, batch, weights, index), size.device)
         for module in (dispatch, reference)
     )
-    products = count * size.hidden * (2 if operation == "glu" else 1)
+    products = count * size.hidden * (2 if operation in TWO else 1)
     speed = products * size.dtype.itemsize / of_kernel / 1e6
     return Row(
         operation,
@@ -116,6 +123,14 @@ def _call(
     turns, everything = cycle(weights), torch.arange(size.neurons, device=size.device)
     x, gated = _random(size, batch, size.hidden), _random(size, batch, size.neurons)
     z = gated if index is None else gated[:, index]
+    if operation == "finish":
+        pairs = cycle([side_by_side(*pair) for pair in zip(weights[::2], weights[1::2], strict=False)])
+
+        def finish() -> Tensor:
+            up, down = next(pairs)
+            return module.finish(gated, x, (up, None), (down, None), index)
+
+        return finish
     calls: dict[str, Callable[[], Tensor]] = {
         "linear": lambda: module.linear(x, next(turns), None, index),
         "project": lambda: module.project(z, next(turns), None, index),

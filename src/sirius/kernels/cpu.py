@@ -5,7 +5,7 @@ They run as many threads as torch does, in torch's own OpenMP pool where the lin
 
 import ctypes
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from math import prod
 from pathlib import Path
@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 
 from sirius.errors import ConfigError
-from sirius.kernels.reference import NormForm, Pair
+from sirius.kernels.reference import NormForm, Pair, Weight
 from sirius.kernels.tape import running
 
 LIBRARY = Path(__file__).with_name("libsirius_cpu.so")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as in csrc/rows.h
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "relu": 2}  # likewise; the others are PyTorch's
 _Pointer, _Size = ctypes.c_void_p, ctypes.c_int64
+_Rows = tuple[Sequence[Tensor], Tensor | None]  # weights, and an index that may not fit them
 
 
 @cache
@@ -43,15 +44,19 @@ def _bound(found: ctypes.CDLL) -> ctypes.CDLL:
     number = ctypes.c_int
     tensors = [number, _Pointer, _Size, _Size]
     found.sirius_isa.restype = ctypes.c_char_p
-    found.sirius_linear.argtypes = [*tensors, _Pointer, _Size, _Size, _Pointer, _Pointer, _Pointer, number]
-    found.sirius_project.argtypes = [*tensors, _Pointer, _Pointer, _Size, _Size, _Pointer, _Pointer, number]
+    weight, rows = (
+        [_Pointer, _Size],
+        [_Size, _Size, _Pointer],
+    )  # how far apart its rows are; how many, and which of them
+    found.sirius_linear.argtypes = [*tensors, *weight, *rows, _Pointer, _Pointer, number]
+    found.sirius_project.argtypes = [*tensors, _Pointer, *weight, _Size, _Size, _Pointer, _Pointer, number]
     found.sirius_largest.argtypes = [*tensors, _Size, _Pointer, number]
-    found.sirius_glu.argtypes = [number, *tensors, _Pointer, _Pointer, _Size, _Size, *[_Pointer] * 4, number]
-    found.sirius_up_rows.argtypes = [*tensors, _Pointer, _Pointer, _Size, _Size, _Pointer, _Pointer, _Pointer, number]
+    found.sirius_glu.argtypes = [number, *tensors, *weight, *weight, *rows, *[_Pointer] * 3, number]
+    found.sirius_finish.argtypes = [*tensors, _Pointer, number, *weight, *weight, *rows, *[_Pointer] * 3, number]
     found.sirius_norm.argtypes = [*tensors, _Pointer, ctypes.c_float, ctypes.c_float, number, _Pointer, number]
     found.sirius_attend.argtypes = [number, *[_Pointer] * 7, ctypes.c_float, ctypes.c_float, _Pointer, number]
-    for product in found.sirius_linear, found.sirius_project, found.sirius_glu, found.sirius_up_rows:
-        product.restype = _Size
+    for product in "linear", "project", "glu", "finish":
+        getattr(found, f"sirius_{product}").restype = _Size
     found.sirius_largest.restype = found.sirius_norm.restype = found.sirius_attend.restype = None
     return found
 
@@ -69,9 +74,9 @@ def multiplies_halves() -> bool:
 
 
 def fits(x: Tensor, weight: Tensor) -> bool:
-    """Tell whether the kernels can take a product of x [..., H] or [..., F] with weight [F, H]."""
-    same = x.dtype == weight.dtype and weight.ndim == 2 and weight.is_contiguous()
-    return same and runs_on(weight.device, weight.dtype)
+    """Tell whether the kernels can take a product of x [..., H] or [..., F] with weight [F, H]; rows may lie apart."""
+    rows = weight.ndim == 2 and weight.stride(1) == 1 and weight.stride(0) >= weight.shape[1]
+    return rows and x.dtype == weight.dtype and runs_on(weight.device, weight.dtype)
 
 
 def runs_on(device: torch.device, dtype: torch.dtype) -> bool:
@@ -84,7 +89,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, index: Tensor 
     x = x.contiguous()
     count = _count(weight, index)
     y = x.new_empty(*x.shape[:-1], count)
-    _call("linear", DTYPES[x.dtype], x, *_sizes(x), weight, len(weight), count, index, bias, y, rows=(weight, index))
+    rows = *_lying(weight), len(weight), count, index
+    _call("linear", DTYPES[x.dtype], x, *_sizes(x), *rows, bias, y, rows=([weight], index))
     return y
 
 
@@ -93,7 +99,8 @@ def project(z: Tensor, weight: Tensor, bias: Tensor | None = None, index: Tensor
     z = z.contiguous()
     y = z.new_empty(*z.shape[:-1], weight.shape[1])
     _check_index(index, z.shape[-1])
-    _call("project", DTYPES[z.dtype], z, *_sizes(z), index, weight, *weight.shape, bias, y, rows=(weight, index))
+    rows = index, *_lying(weight), *weight.shape
+    _call("project", DTYPES[z.dtype], z, *_sizes(z), *rows, bias, y, rows=([weight], index))
     return y
 
 
@@ -124,28 +131,33 @@ def norm(x: Tensor, weight: Tensor, eps: float, form: NormForm) -> Tensor:
     return y
 
 
-def glu(
-    x: Tensor, gate: tuple[Tensor, Tensor | None], up: Pair, activation: str, index: Tensor | None = None
-) -> Tensor:
+def glu(x: Tensor, gate: Weight, up: Pair, activation: str, index: Tensor | None = None) -> Tensor:
     """See `reference.glu`, and `reference.gate` where there is no up; weights come with their biases.
 
     Raises ConfigError where the index is not one of int64, of rows that the weights have.
     """
-    x, weight = x.contiguous(), gate[0]
+    x, (weight, bias), (other, other_bias) = x.contiguous(), gate, up
     count = _count(weight, index)
     y = x.new_empty(*x.shape[:-1], count)
     sizes = DTYPES[x.dtype], ACTIVATIONS[activation], x, *_sizes(x)
-    _call("glu", *sizes, weight, up[0], len(weight), count, index, gate[1], up[1], y, rows=(weight, index))
+    weights = *_lying(weight), *((None, 0) if other is None else _lying(other)), len(weight), count, index
+    both = [weight] if other is None else [weight, other]
+    _call("glu", *sizes, *weights, bias, other_bias, y, rows=(both, index))
     return y
 
 
-def up_rows(gated: Tensor, x: Tensor, up: Tensor, up_bias: Tensor | None, index: Tensor) -> Tensor:
-    """See `reference.up_rows`; raise ConfigError where the index is not one of int64, of rows that the weight has."""
+def finish(
+    gated: Tensor, x: Tensor, up: Weight, down: Weight, index: Tensor | None = None, chosen: bool = False
+) -> Tensor:
+    """See `reference.finish`; raise ConfigError where the index is not one of int64, of rows that the weights have."""
     x, gated = x.contiguous(), gated.contiguous()
-    assert gated.dtype == x.dtype and gated.shape == (*x.shape[:-1], len(up)), f"{list(gated.shape)} for {len(up)} rows"
-    y = x.new_empty(*x.shape[:-1], _count(up, index))
-    rows = len(up), len(index), index
-    _call("up_rows", DTYPES[x.dtype], x, *_sizes(x), gated, up, *rows, up_bias, y, rows=(up, index))
+    count, y = _count(up[0], index), x.new_empty(x.shape)
+    sent = count if chosen else len(up[0])
+    assert gated.dtype == x.dtype and gated.shape == (*x.shape[:-1], sent), f"{list(gated.shape)} for {sent} neurons"
+    assert up[0].shape == down[0].shape, f"up {list(up[0].shape)}, down {list(down[0].shape)}"
+    weights = *_lying(up[0]), *_lying(down[0]), len(up[0]), count, index
+    tokens = DTYPES[x.dtype], x, *_sizes(x), gated, chosen
+    _call("finish", *tokens, *weights, up[1], down[1], y, rows=([up[0], down[0]], index))
     return y
 
 
@@ -163,13 +175,14 @@ def _library() -> ctypes.CDLL:
     return found
 
 
-def _call(kernel: str, *arguments: object, rows: tuple[Tensor, Tensor | None] | None = None) -> None:
+def _call(kernel: str, *arguments: object, rows: _Rows | None = None) -> None:
     """Call a kernel with tensors by their addresses, and the number of threads; a tape that runs takes it down.
 
-    rows  the weight and the index that may not fit it
+    rows  the weights, whose rows may lie apart, and the index of some of them
     """
     function = getattr(_library(), f"sirius_{kernel}")
-    tensors = [each for each in arguments if isinstance(each, Tensor)]
+    apart = {id(weight) for weight in rows[0]} if rows else set()
+    tensors = [each for each in arguments if isinstance(each, Tensor) and id(each) not in apart]
     assert kernel == "attend" or all(each.is_contiguous() for each in tensors), f"{kernel} of views"
     given = *(each.data_ptr() if isinstance(each, Tensor) else each for each in arguments), torch.get_num_threads()
     call = partial(_run, function, given, rows)
@@ -178,17 +191,20 @@ def _call(kernel: str, *arguments: object, rows: tuple[Tensor, Tensor | None] | 
     call()
 
 
-def _run(
-    function: Callable[..., int | None], given: tuple[Any, ...], rows: tuple[Tensor, Tensor | None] | None
-) -> None:
+def _run(function: Callable[..., int | None], given: tuple[Any, ...], rows: _Rows | None) -> None:
     outside = function(*given)
     if rows is not None and outside is not None and outside >= 0:
-        weight, index = rows
+        (weight, *_), index = rows
         row = outside if index is None else int(index[outside])
         raise ConfigError(
             f"neuron {row} is asked for, in place {outside}, of a weight of {len(weight)} rows; "
             f"a sparsity method's neurons must be from 0 to {len(weight) - 1}"
         )
+
+
+def _lying(weight: Tensor) -> tuple[Tensor, int]:
+    """Return a weight and how many elements its rows are apart."""
+    return weight, weight.stride(0)
 
 
 def _count(weight: Tensor, index: Tensor | None) -> int:

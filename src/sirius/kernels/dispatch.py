@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sirius.kernels import attention, cpu, gpu, reference
 from sirius.kernels.activations import Activation, activation_name
-from sirius.kernels.reference import NormForm
+from sirius.kernels.reference import NormForm, Weight
 
 MANY = 64  # tokens from which on a matrix product of PyTorch's is the faster one, where the CPU has instructions for it
 FEW = 16  # tokens up to which a GPU reads weights in a kernel of ours as fast as it can
@@ -24,14 +24,14 @@ def project(z: Tensor, weight: Tensor, bias: Tensor | None = None, index: Tensor
     return _backend(z, weight, index).project(z, weight, bias, index)
 
 
-def gate(x: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation) -> Tensor:
-    """Return act(gate(x)) [..., F] of x [..., H]; see `reference.gate`."""
+def gate(x: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation, index: Tensor | None = None) -> Tensor:
+    """Return act(gate(x)) [..., F] of x [..., H], or of the neurons at index alone; see `reference.gate`."""
     name = activation_name(activation)
-    if name is not None and prod(x.shape[:-1]) <= FEW and _on_gpu(x, weight):
+    if name is not None and index is None and prod(x.shape[:-1]) <= FEW and _on_gpu(x, weight):
         return gpu.gate(x, weight, bias, name)
-    if name in cpu.ACTIVATIONS and _backend(x, weight, None) is cpu:
-        return cpu.glu(x, (weight, bias), (None, None), name)
-    return activation(linear(x, weight, bias))
+    if name in cpu.ACTIVATIONS and _backend(x, weight, index) is cpu:
+        return cpu.glu(x, (weight, bias), (None, None), name, index)
+    return activation(linear(x, weight, bias, index))
 
 
 def glu(
@@ -54,7 +54,24 @@ def glu(
 
 def up_rows(gated: Tensor, x: Tensor, up: Tensor, up_bias: Tensor | None, index: Tensor) -> Tensor:
     """Return z [..., k] of the neurons at index, of gated = act(gate(x)) [..., F]; see `reference.up_rows`."""
-    return _backend(x, up, index).up_rows(gated, x, up, up_bias, index)
+    return (gpu if _on_gpu(x, up) else reference).up_rows(gated, x, up, up_bias, index)
+
+
+def finishes(x: Tensor, up: Tensor, down: Tensor, index: Tensor | None) -> bool:
+    """Tell whether `finish` has a kernel for x [..., H]."""
+    return _backend(x, up, index) is _backend(x, down, index) is cpu
+
+
+def finish(
+    gated: Tensor, x: Tensor, up: Weight, down: Weight, index: Tensor | None = None, chosen: bool = False
+) -> Tensor:
+    """Return down(gated * up(x)) [..., H] of x [..., H], where `finishes`; see `reference.finish`."""
+    return cpu.finish(gated, x, up, down, index, chosen)
+
+
+def lie_together(weight: Tensor) -> bool:
+    """Tell whether a neuron's rows of up and down are best put side by side in memory: where `finish` has a kernel."""
+    return cpu.runs_on(weight.device, weight.dtype) and not gpu.runs_on(weight.device)
 
 
 def largest(values: Tensor, count: int) -> Tensor:

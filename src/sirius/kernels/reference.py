@@ -12,7 +12,8 @@ from torch import Tensor
 
 from sirius.kernels.activations import Activation
 
-Pair = tuple[Tensor | None, Tensor | None]  # a weight and its bias, where there is one
+Weight = tuple[Tensor, Tensor | None]  # with its bias, where there is one
+Pair = Weight | tuple[None, None]
 
 
 class NormForm(NamedTuple):
@@ -54,9 +55,9 @@ def largest(values: Tensor, count: int) -> Tensor:
     return values.topk(count, dim=-1).indices.sort(dim=-1).values
 
 
-def gate(x: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation) -> Tensor:
-    """Return act(gate(x)) [..., F] of x [..., H]."""
-    return activation(linear(x, weight, bias))
+def gate(x: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation, index: Tensor | None = None) -> Tensor:
+    """Return act(gate(x)) of x [..., H], of the neurons at index [k] int64, [..., k]; of all without it, [..., F]."""
+    return activation(linear(x, weight, bias, index))
 
 
 def glu(
@@ -75,6 +76,19 @@ def glu(
 def up_rows(gated: Tensor, x: Tensor, up: Tensor, up_bias: Tensor | None, index: Tensor) -> Tensor:
     """Return z [..., k] of the neurons at index [k] int64, of gated = act(gate(x)) [..., F] and x [..., H]."""
     return gated[..., index] * linear(x, up, up_bias, index)
+
+
+def finish(
+    gated: Tensor, x: Tensor, up: Weight, down: Weight, index: Tensor | None = None, chosen: bool = False
+) -> Tensor:
+    """Return what gated neurons come to, down(gated * up(x)) [..., H] of x [..., H].
+
+    gated   [..., F]   act(gate(x)) of all neurons, or where `chosen` [..., k], of those at index alone
+    up      [F, H], its bias [F]; down likewise, its bias [H]
+    index   [k] int64  the neurons that there are; all without it
+    """
+    gated = gated if index is None or chosen else gated[..., index]
+    return project(gated * linear(x, *up, index), *down, index)
 
 
 def norm(x: Tensor, weight: Tensor, eps: float, form: NormForm) -> Tensor:

@@ -7,8 +7,9 @@ from torch import Tensor, nn
 
 from sirius.errors import ConfigError
 from sirius.kernels import gated as kernel
-from sirius.kernels.dispatch import places, reads_rows
+from sirius.kernels.dispatch import lie_together, places, reads_rows
 from sirius.kernels.gated import Neurons
+from sirius.model.memory import moved, side_by_side
 from sirius.sparsity.base import PromptSparsity, Sparsity, TokenSparsity
 
 Route = Callable[["SparseMLP", Tensor], Tensor]
@@ -18,7 +19,7 @@ class SparseMLP(nn.Module):
     """A gated MLP that computes what it did before, or by another route while `route` is set.
 
     Its linear layers keep their names and places, so checkpoints look as before. `down`'s weight becomes a transposed
-    view of neuron-major memory; nothing is stored twice.
+    view of neuron-major memory, and on the CPU a neuron's row of it follows that of `up`; nothing is stored twice.
     """
 
     def __init__(self, original: nn.Module, names: dict[str, str], activation: Callable[[Tensor], Tensor]) -> None:
@@ -30,9 +31,7 @@ class SparseMLP(nn.Module):
         for name in names.values():
             self.add_module(name, getattr(original, name))
         self.route: Route | None = None
-        with torch.inference_mode(False):  # the weights stay trainable, wherever they are prepared
-            down = self._linear("down").weight
-            down.data = down.data.t().contiguous().t()
+        self._lay_out()
         self.training = original.training
 
     @property
@@ -62,9 +61,38 @@ class SparseMLP(nn.Module):
     def restore(self) -> nn.Module:
         """Return the module that stood here before, its memory laid out as before."""
         with torch.inference_mode(False):
-            down = self._linear("down").weight
-            down.data = down.data.contiguous()
+            for role in self.names:
+                weight = self._linear(role).weight
+                weight.data = weight.data.contiguous()
         return self.__dict__["original"]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SparseMLP":
+        """Move or convert the weights, PyTorch's way, and lay them out anew where that took them apart."""
+        super()._apply(fn, recurse)
+        if not self._lies_well():
+            self._lay_out()
+        return self
+
+    def _lay_out(self) -> None:
+        """Put the rows of each neuron together."""
+        with torch.inference_mode(False):  # the weights stay trainable, wherever they are prepared
+            down = self._linear("down").weight
+            if not lie_together(down):
+                down.data = down.data.t().contiguous().t()
+            elif "gate_up" in self.names:
+                down.data = moved(down.data.t()).t()
+            else:
+                gate, up = self._linear("gate").weight, self._linear("up").weight
+                gate.data = moved(gate.data)
+                up.data, rows = side_by_side(up.data, down.data.t())
+                down.data = rows.t()
+
+    def _lies_well(self) -> bool:
+        """Tell whether the rows of each neuron are together."""
+        neurons = self.neurons
+        if not lie_together(neurons.down) or "gate_up" in self.names:
+            return neurons.down.is_contiguous()
+        return neurons.down.data_ptr() - neurons.up.data_ptr() == neurons.up.shape[1] * neurons.up.element_size()
 
     def _linear(self, role: str) -> nn.Linear:
         linear = getattr(self, self.names[role])

@@ -107,41 +107,45 @@ extern "C" {
 
 const char* sirius_isa() { return chosen().name; }
 
-// Both return -1, or without a product the place in the index of the first row that w [height, width] does not have.
-int64_t sirius_linear(int dtype, const void* x, int64_t rows, int64_t width, const void* w, int64_t height,
-                      int64_t count, const int64_t* index, const void* bias, void* y, int threads) {
+// Rows of a weight [height, width] are `stride` elements apart. Products return -1, or without a product the place in the
+// index of the first row that the weight does not have.
+int64_t sirius_linear(int dtype, const void* x, int64_t rows, int64_t width, const void* w, int64_t stride,
+                      int64_t height, int64_t count, const int64_t* index, const void* bias, void* y, int threads) {
   int64_t outside = first_outside(index, count, height);
-  if (outside < 0) chosen().linear({Dtype(dtype), x, rows, width, w, count, index, bias, y, threads});
+  if (outside < 0) chosen().linear({Dtype(dtype), x, rows, width, w, stride, count, index, bias, y, threads});
   return outside;
 }
 
 int64_t sirius_project(int dtype, const void* z, int64_t rows, int64_t count, const int64_t* index, const void* w,
-                       int64_t height, int64_t width, const void* bias, void* y, int threads) {
+                       int64_t stride, int64_t height, int64_t width, const void* bias, void* y, int threads) {
   int64_t outside = first_outside(index, count, height);
-  if (outside < 0) chosen().project({Dtype(dtype), z, rows, count, index, w, width, bias, y, threads});
+  if (outside < 0) chosen().project({Dtype(dtype), z, rows, count, index, w, stride, width, bias, y, threads});
   return outside;
 }
 
-// act(gate(x)) * up(x) of the neurons at index; act(gate(x)) where up is null. Returns what sirius_linear does.
-int64_t sirius_glu(int dtype, int kind, const void* x, int64_t rows, int64_t width, const void* gate, const void* up,
-                   int64_t height, int64_t count, const int64_t* index, const void* gate_bias, const void* up_bias,
-                   void* y, int threads) {
+// act(gate(x)) * up(x) of the neurons at index; act(gate(x)) where up is null.
+int64_t sirius_glu(int dtype, int kind, const void* x, int64_t rows, int64_t width, const void* gate,
+                   int64_t gate_stride, const void* up, int64_t up_stride, int64_t height, int64_t count,
+                   const int64_t* index, const void* gate_bias, const void* up_bias, void* y, int threads) {
   int64_t outside = first_outside(index, count, height);
   if (outside >= 0) return outside;
+  Dtype of = Dtype(dtype);
   std::unique_ptr<char[]> other(new char[up ? rows * count * size_of(dtype) : 0]);
-  chosen().linear({Dtype(dtype), x, rows, width, gate, count, index, gate_bias, y, threads});
-  if (up) chosen().linear({Dtype(dtype), x, rows, width, up, count, index, up_bias, other.get(), threads});
-  chosen().activate({Dtype(dtype), ActivationKind(kind), y, up ? other.get() : nullptr, rows * count, y, threads});
+  chosen().linear({of, x, rows, width, gate, gate_stride, count, index, gate_bias, y, threads});
+  if (up) chosen().linear({of, x, rows, width, up, up_stride, count, index, up_bias, other.get(), threads});
+  chosen().activate({of, ActivationKind(kind), y, up ? other.get() : nullptr, rows * count, y, threads});
   return outside;
 }
 
-// up(x) of the neurons at index, times what gated [rows, height] has of them. Returns what sirius_linear does.
-int64_t sirius_up_rows(int dtype, const void* x, int64_t rows, int64_t width, const void* gated, const void* up,
-                       int64_t height, int64_t count, const int64_t* index, const void* bias, void* y, int threads) {
+// See Finish; gated is [rows, count] if by_place, else [rows, height].
+int64_t sirius_finish(int dtype, const void* x, int64_t rows, int64_t width, const void* gated, int by_place,
+                      const void* up, int64_t up_stride, const void* down, int64_t down_stride, int64_t height,
+                      int64_t count, const int64_t* index, const void* up_bias, const void* bias, void* y,
+                      int threads) {
   int64_t outside = first_outside(index, count, height);
-  if (outside >= 0) return outside;
-  chosen().linear({Dtype(dtype), x, rows, width, up, count, index, bias, y, threads});
-  chosen().weigh({Dtype(dtype), gated, rows, height, count, index, y, threads});
+  if (outside < 0)
+    chosen().finish({Dtype(dtype), x, rows, width, gated, by_place ? count : height, by_place != 0, up, up_stride, down,
+                     down_stride, count, index, up_bias, bias, y, threads});
   return outside;
 }
 

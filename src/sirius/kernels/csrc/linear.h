@@ -81,7 +81,7 @@ void linear_few(const Linear& p, const typename DotRow<T>::Element* x, int64_t s
 #pragma omp parallel num_threads(p.threads)
   {
     Share share(p.count);
-    Rows<T> rows{static_cast<const T*>(p.w), p.width, share.end, p.index};
+    Rows<T> rows{static_cast<const T*>(p.w), p.stride, share.end, p.index};
     int64_t run = (share.end - share.begin + R - 1) / R;
     for (int64_t first = share.begin; first < share.begin + run; first++) {
       auto row = rows_from<T, R>(rows, first, run), next = rows_from<T, R>(rows, first + 1, run);
@@ -127,7 +127,7 @@ void linear_tile(const Linear& p, const Element* x, int64_t stride, int64_t toke
 // Many tokens, rows that are multiplied as they are: tiles of both, the next rows fetched throughout.
 template <class T>
 void linear_tiles(const Linear& p, const typename DotRow<T>::Element* x, int64_t stride) {
-  Rows<T> rows{static_cast<const T*>(p.w), p.width, p.count, p.index};
+  Rows<T> rows{static_cast<const T*>(p.w), p.stride, p.count, p.index};
   int64_t tiles = (p.rows + kTileTokens - 1) / kTileTokens;
   int sharing = tiles < 2 ? 0 : tiles < 4 ? 1 : 2;  // the first 2^sharing tiles fetch the next rows
 #pragma omp parallel for num_threads(p.threads) schedule(static)
@@ -206,7 +206,7 @@ void linear_rows(const Linear& p, const float* x, int64_t token, int64_t tokens,
   using Row = Widened<T>;
   alignas(kLine) float panel[kTile * kStretch];
   Floats sums[kGroup / kTile][kBatch][kTile] = {};
-  Rows<T> rows{static_cast<const T*>(p.w), p.width, p.count, p.index};
+  Rows<T> rows{static_cast<const T*>(p.w), p.stride, p.count, p.index};
   for (int64_t h = 0; h < p.width; h += kStretch) {
     int64_t width = std::min(kStretch, p.width - h);
     int64_t whole = (width + kVector - 1) / kVector * kVector;
@@ -251,7 +251,7 @@ std::vector<typename Row::Vector> unpack_tokens(const Linear& p, int64_t stretch
 
 template <class T, class Row = DotRow<T>>
 void linear_of(const Linear& p) {
-  bool stream = kDots<T> && !p.index, few = p.rows <= (stream ? 4 : 2);
+  bool stream = kDots<T> && !p.index && p.stride == p.width, few = p.rows <= (stream ? 4 : 2);
   int64_t stretch = few || kDots<T> ? (p.width + Row::kLanes - 1) / Row::kLanes * Row::kLanes : kStretch;
   auto unpacked = unpack_tokens<T>(p, stretch);
   const auto* x = reinterpret_cast<const typename Row::Element*>(unpacked.data());

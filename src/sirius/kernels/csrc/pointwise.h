@@ -87,7 +87,7 @@ void weigh_of(const Weigh& p) {
   for (int64_t m = 0; m < p.rows; m++) {
     const T* gated = static_cast<const T*>(p.gated) + m * p.size;
     T* y = static_cast<T*>(p.y) + m * p.count;
-    for (int64_t i = 0; i < p.count; i++) narrow(widen(gated[p.index[i]]) * widen(y[i]), y + i);
+    for (int64_t i = 0; i < p.count; i++) narrow(widen(gated[p.index ? p.index[i] : i]) * widen(y[i]), y + i);
   }
 }
 

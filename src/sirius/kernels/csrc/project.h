@@ -10,7 +10,7 @@
 
 namespace {
 
-constexpr int64_t kChunk = 256;                      // most rows that are added up before their sum joins the others'
+constexpr int64_t kChunk = 128;                      // most rows that are added up before their sum joins the others'
 constexpr int64_t kPanelLines = 16, kColumns = 192;  // rows (or pairs) x columns that meet a batch in the cache
 
 // Rows are added one by one, or in pairs by dot products.
@@ -46,6 +46,15 @@ inline std::vector<int64_t> order_of(const Chunks& chunks) {
   return order;
 }
 
+// Sets the weight of the row at a place, which begins as zero.
+template <class T>
+void set_weight(typename SumRow<T>::Element* weights, int64_t place, T weight) {
+  if constexpr (kDots<T>)
+    weights[place / 2] |= uint32_t(weight.bits) << place % 2 * 16;
+  else
+    weights[place] = widen(weight);
+}
+
 // What is added up, in that order.
 template <class Element>
 struct Terms {
@@ -56,7 +65,7 @@ struct Terms {
 
   template <class T>
   Rows<T> of(const Project& p) const {
-    return {static_cast<const T*>(p.w), p.width, p.count, rows.data()};
+    return {static_cast<const T*>(p.w), p.stride, p.count, rows.data()};
   }
 };
 
@@ -130,6 +139,18 @@ void add_chunk(const Rows<T>& rows, const Chunks& chunks, int64_t chunk, int64_t
   add_blocks<T, 1>(rows, i, last, column, z, sums, width);
 }
 
+// Adds up what the chunks of a token come to, [chunks, stride], and writes it. Called by all threads.
+template <class T>
+void join_chunks(const Project& p, int64_t token, const Chunks& chunks, const float* sums, int64_t stride) {
+#pragma omp for schedule(static) nowait
+  for (int64_t column = 0; column < p.width; column += kLine) {
+    float totals[kLine] = {};
+    for (int64_t chunk = 0; chunk < chunks.count; chunk++)
+      for (int64_t c = 0; c < kLine; c++) totals[c] += sums[chunk * stride + column + c];
+    write_sums<T>(p, token, column, std::min<int64_t>(kLine, p.width - column), totals);
+  }
+}
+
 // One token: threads share the columns of all chunks, chunk by chunk, so that most rows are read whole.
 template <class T, class Element>
 void project_one(const Project& p, const Terms<Element>& terms) {
@@ -149,13 +170,7 @@ void project_one(const Project& p, const Terms<Element>& terms) {
                    terms.weights.data(), to);
     }
 #pragma omp barrier
-#pragma omp for schedule(static) nowait
-    for (int64_t column = 0; column < p.width; column += kLine) {
-      float totals[kLine] = {};
-      for (int64_t chunk = 0; chunk < chunks.count; chunk++)
-        for (int64_t c = 0; c < kLine; c++) totals[c] += sums[chunk * stride + column + c];
-      write_sums<T>(p, 0, column, std::min<int64_t>(kLine, p.width - column), totals);
-    }
+    join_chunks<T>(p, 0, chunks, sums.get(), stride);
   }
 }
 
@@ -272,10 +287,7 @@ Terms<Element> terms_of(const Project& p) {
   for (int64_t m = 0; m < p.rows; m++)
     for (int64_t place = 0; place < p.count; place++) {
       T from = static_cast<const T*>(p.z)[m * p.count + terms.rows[place]];
-      if constexpr (kDots<T>)
-        terms.weights[m * terms.stride + place / 2] |= uint32_t(from.bits) << place % 2 * 16;
-      else
-        terms.weights[m * terms.stride + place] = widen(from);
+      set_weight(terms.weights.data() + m * terms.stride, place, from);
     }
   if (p.index)
     for (int64_t& row : terms.rows) row = p.index[row];

@@ -30,12 +30,12 @@ struct Share {
 template <class T>
 struct Rows {
   const T* w;
-  int64_t width, count;
+  int64_t stride, count;
   const int64_t* index;
 
   const T* operator[](int64_t i) const {
     i = std::min(i, count - 1);
-    return w + (index ? index[i] : i) * width;
+    return w + (index ? index[i] : i) * stride;
   }
 };
 

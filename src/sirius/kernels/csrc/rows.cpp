@@ -8,6 +8,7 @@
 #include "rows.h"
 
 #include "attend.h"
+#include "finish.h"
 #include "linear.h"
 #include "pointwise.h"
 #include "project.h"
@@ -30,11 +31,11 @@ void linear(const Linear& p) {
 void project(const Project& p) {
   of_dtype(p.dtype, [&](auto number) { project_of<decltype(number)>(p); });
 }
+void finish(const Finish& p) {
+  of_dtype(p.dtype, [&](auto number) { finish_of<decltype(number)>(p); });
+}
 void activate(const Activate& p) {
   of_dtype(p.dtype, [&](auto number) { activate_of<decltype(number)>(p); });
-}
-void weigh(const Weigh& p) {
-  of_dtype(p.dtype, [&](auto number) { weigh_of<decltype(number)>(p); });
 }
 void norm(const Norm& p) {
   of_dtype(p.dtype, [&](auto number) { norm_of<decltype(number)>(p); });
@@ -50,4 +51,4 @@ void attend(const Attend& p) {
 #define QUOTED(isa) #isa
 #define STRING(isa) QUOTED(isa)
 
-extern const Kernels NAMED(SIRIUS_ISA) = {STRING(SIRIUS_ISA), linear, project, activate, weigh, norm, attend};
+extern const Kernels NAMED(SIRIUS_ISA) = {STRING(SIRIUS_ISA), linear, project, finish, activate, norm, attend};

@@ -1,4 +1,5 @@
-// What every instruction set's build of rows.cpp offers. Weights are neuron-major: row j of w belongs to neuron j.
+// What every instruction set's build of rows.cpp offers. Weights are neuron-major: row j of w belongs to neuron j, and
+// begins `stride` elements after the last one.
 
 #pragma once
 
@@ -13,7 +14,7 @@ struct Linear {
   const void* x;
   int64_t rows, width;
   const void* w;
-  int64_t count;
+  int64_t stride, count;
   const int64_t* index;
   const void* bias;
   void* y;
@@ -28,8 +29,28 @@ struct Project {
   int64_t rows, count;
   const int64_t* index;
   const void* w;
-  int64_t width;
+  int64_t stride, width;
   const void* bias;
+  void* y;
+  int threads;
+};
+
+// What gated neurons come to: y[m] = sum over i of z[m][i] * down[index[i]], + bias, where
+// z[m][i] = gate * (dot(x[m], up[index[i]]) + up_bias[index[i]]), gate = gated[m][i] if `chosen`, else gated[m][index[i]]
+// x [rows, width], gated [rows, size], up, down [*, width], y [rows, width]
+struct Finish {
+  Dtype dtype;
+  const void* x;
+  int64_t rows, width;
+  const void* gated;
+  int64_t size;
+  bool chosen;
+  const void* up;
+  int64_t up_stride;
+  const void* down;
+  int64_t down_stride, count;
+  const int64_t* index;
+  const void *up_bias, *bias;
   void* y;
   int threads;
 };
@@ -46,7 +67,7 @@ struct Activate {
   int threads;
 };
 
-// y[m][i] *= gated[m][index[i]]     y [rows, count], gated [rows, size]
+// y[m][i] *= gated[m][index[i]], or gated[m][i] without an index     y [rows, count], gated [rows, size]
 struct Weigh {
   Dtype dtype;
   const void* gated;
@@ -90,8 +111,8 @@ struct Kernels {
   const char* name;
   void (*linear)(const Linear&);
   void (*project)(const Project&);
+  void (*finish)(const Finish&);
   void (*activate)(const Activate&);
-  void (*weigh)(const Weigh&);
   void (*norm)(const Norm&);
   void (*attend)(const Attend&);
 };
