@@ -12,8 +12,6 @@
 
 namespace {
 
-constexpr int64_t kFewTokens = kVector == 16 ? 4 : 2;  // whose sums stay in registers
-
 // What the threads share of a call.
 template <class T>
 struct Finishing {
@@ -93,7 +91,7 @@ void finish_few(const Finish& p) {
   }
 }
 
-// Many tokens: first all of up, then all of down.
+// Many tokens, bound by arithmetic: first all of up, then all of down.
 template <class T>
 void finish_many(const Finish& p) {
   std::unique_ptr<T[]> z(new T[p.rows * p.count]);
@@ -104,12 +102,12 @@ void finish_many(const Finish& p) {
 
 template <class T>
 void finish_of(const Finish& p) {
-  if (p.rows > kFewTokens) return finish_many<T>(p);
   switch (p.rows) {
     case 1: return finish_few<T, 1>(p);
     case 2: return finish_few<T, 2>(p);
     case 3: return finish_few<T, 3>(p);
     case 4: return finish_few<T, 4>(p);
+    default: return finish_many<T>(p);
   }
 }
 
