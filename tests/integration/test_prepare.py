@@ -1,5 +1,6 @@
 """Preparing a model: what does not fit is refused, and nothing that others see of the model changes."""
 
+import contextlib
 from copy import deepcopy
 
 import pytest
@@ -218,6 +219,47 @@ def test_a_neurons_rows_of_up_and_down_stand_side_by_side_wherever_the_weights_g
     assert all(torch.equal(w, want[name].to(w.dtype)) for name, w in model.state_dict().items())
     model.double()
     assert all(mlp.neurons.down.is_contiguous() for mlp in mlps), "in float64, without kernels, only neuron-major"
+
+
+def test_weights_shared_with_another_process_stay_where_they_are():
+    model = tiny_model()
+    prepare(model)
+    model.share_memory()
+    assert all(weight.is_shared() for weight in model.parameters())
+    model.eval()
+    assert all(weight.is_shared() for weight in model.parameters())
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW])
+def test_a_prepared_model_learns_what_the_model_learns(optimizer):
+    """Fused steps write through an address, as if weights were dense."""
+    models, ids = (tiny_model(), tiny_model()), torch.arange(1, 30)[None]
+    prepare(models[1])
+    for model in models:
+        steps = optimizer(model.train().parameters(), lr=0.01, fused=True)
+        for _ in range(3):
+            model(input_ids=ids, labels=ids).loss.backward()
+            steps.step()
+            steps.zero_grad()
+    plain, prepared = (model.eval().state_dict() for model in models)
+    for name, weight in plain.items():
+        torch.testing.assert_close(prepared[name], weight, rtol=1e-3, atol=1e-4)
+    assert Engine(models[1]).generate([3, 1, 4], max_new_tokens=20).token_ids == tuple(greedy(models[0], [3, 1, 4], 20))
+
+
+@pytest.mark.parametrize("change", ["another width", "a width of one", "another dtype"])
+def test_a_down_that_does_not_match_up_is_refused_or_taken_as_it_is(change):
+    model = tiny_model()
+    for layer in model.model.layers:
+        width = {"another width": 20, "a width of one": 1}.get(change, 36)
+        layer.mlp.down_proj = nn.Linear(45, width, bias=False)
+        if change == "another dtype":
+            layer.mlp.down_proj.double()
+    before = snapshot(model)
+    with contextlib.suppress(UnsupportedModelError):
+        prepare(model)
+        restore(model)
+    assert_as_before(model, before)
 
 
 def test_the_rows_of_a_copy_are_its_own():

@@ -100,19 +100,28 @@ def test_products_equal_the_reference(level, dtype, size, share, bias):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_a_row_is_the_same_bit_for_bit_in_any_company_and_with_any_threads(level, dtype, threads):
-    weight, x, z = random(dtype, 301, 520), random(dtype, 23, 520), random(dtype, 23, 301)
-    index = some(301, 0.4)
+@pytest.mark.parametrize("count", [1, 2, 5, 9, 301])
+def test_a_row_is_the_same_bit_for_bit_in_any_company_and_with_any_threads(level, dtype, threads, count):
+    weight, x, z = random(dtype, count, 520), random(dtype, 23, 520), random(dtype, 23, count)
+    index = some(count, 0.4)
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(threads)
-        together = [cpu.linear(x, weight), cpu.project(z, weight), cpu.linear(x, weight, None, index)]
+        together = {
+            rows: (
+                cpu.linear(x[:rows], weight),
+                cpu.project(z[:rows], weight),
+                cpu.linear(x[:rows], weight, None, index),
+            )
+            for rows in (1, 2, 3, 4, 23)
+        }
     finally:
         torch.set_num_threads(before)
-    for row in range(23):
-        assert torch.equal(together[0][row], cpu.linear(x[row], weight))
-        assert torch.equal(together[1][row], cpu.project(z[row], weight))
-        assert torch.equal(together[2][row], together[0][row, index])
+    for rows, (products, sums, chosen) in together.items():
+        for row in range(rows):
+            assert torch.equal(products[row], cpu.linear(x[row], weight))
+            assert torch.equal(sums[row], cpu.project(z[row], weight))
+            assert torch.equal(chosen[row], products[row, index])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -205,10 +214,11 @@ def test_gated_neurons_come_to_what_up_and_down_make_one_after_the_other(level, 
         x, gated = random(dtype, rows, h), random(dtype, rows, f, seed=4)
         chosen = gated if index is None else gated[:, index]
         want = cpu.project(chosen * cpu.linear(x, up, of_f, index), down, of_h, index)
-        for first, second in ((up, down), side_by_side(up, down)):
+        beside = side_by_side(up, down)
+        for first, second in ((up, down), beside, (up, beside[1]), (beside[0], down)):
             weights = (first, of_f), (second, of_h)
             assert torch.equal(cpu.finish(gated, x, *weights, index), want)
-            assert torch.equal(cpu.finish(chosen, x, *weights, index, chosen=True), want)
+            assert torch.equal(cpu.finish(chosen, x, *weights, index, by_place=True), want)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -238,8 +248,9 @@ def test_rows_may_lie_apart(level, dtype):
                 assert torch.equal(cpu.linear(x, other, None, kept), cpu.linear(x, one, None, kept))
                 some_z = z if kept is None else z[:, kept]
                 assert torch.equal(cpu.project(some_z, other, None, kept), cpu.project(some_z, one, None, kept))
-            want, got = (cpu.glu(x, (a, None), (b, None), "silu", kept) for a, b in (weights, apart))
-            assert torch.equal(got, want)
+            pairs = weights, apart, (weights[0], apart[1])
+            want, *others = (cpu.glu(x, (a, None), (b, None), "silu", kept) for a, b in pairs)
+            assert all(torch.equal(other, want) for other in others)
 
 
 @pytest.mark.parametrize("name", cpu.ACTIVATIONS)
@@ -335,6 +346,26 @@ def test_training_goes_through_torch():
         assert torch.equal(dispatch.linear(x, weight), cpu.linear(x, weight))
 
 
+@pytest.mark.parametrize("learns", ["gate", "up", "down", "x"])
+def test_whatever_of_an_mlp_learns_has_its_gradient(learns):
+    tensors = {name: random(torch.float32, 9, 8, seed=s) for s, name in enumerate(("gate", "up", "down"))}
+    tensors["x"] = random(torch.float32, 1, 8)
+    of, act, index = tensors[learns].requires_grad_(), torch.nn.functional.silu, torch.tensor([1, 4, 7])
+    neurons = Neurons(tensors["gate"], tensors["up"], tensors["down"])
+    gated_mlp(tensors["x"], neurons, act).sum().backward()
+    assert of.grad is not None
+    of.grad = None
+    gated_mlp_rows(gate(tensors["x"], neurons, act), tensors["x"], neurons, index).sum().backward()
+    assert of.grad is not None
+
+
+def test_no_tokens_are_no_error(level):
+    weight, none = random(torch.float32, 9, 8), torch.empty(0, 8)
+    assert cpu.linear(none, weight).shape == (0, 9)
+    assert cpu.project(torch.empty(0, 9), weight).shape == (0, 8)
+    assert cpu.finish(torch.empty(0, 9), none, (weight, None), (weight, None)).shape == (0, 8)
+
+
 def test_the_emulation_is_taken_only_by_name(monkeypatch, tmp_path):
     monkeypatch.delenv("SIRIUS_ISA", raising=False)
     monkeypatch.setattr(cpu, "LIBRARY", Path(shutil.copy(cpu.LIBRARY, tmp_path)))
@@ -364,9 +395,17 @@ def test_infinity_in_the_last_row_of_an_odd_number_stays_infinity(level):
 @pytest.mark.parametrize("row", [-1, 9, 2**62, -(2**63)])
 def test_a_row_that_the_weight_does_not_have_is_an_error_that_names_it(row):
     weight, index = random(torch.float32, 9, 8), torch.tensor([0, 3, row, 9])
-    for call, x in ((cpu.linear, random(torch.float32, 2, 8)), (cpu.project, random(torch.float32, 2, 4))):
+    x, z, gated = (random(torch.float32, 2, n) for n in (8, 4, 9))
+    both = weight, None
+    calls = [
+        lambda: cpu.linear(x, weight, None, index),
+        lambda: cpu.project(z, weight, None, index),
+        lambda: cpu.glu(x, both, both, "silu", index),
+        lambda: cpu.finish(gated, x, both, both, index),
+    ]
+    for call in calls:
         with pytest.raises(ConfigError, match=rf"neuron {row} is asked for, in place 2, of a weight of 9 rows.*0 to 8"):
-            call(x, weight, None, index)
+            call()
 
 
 def test_weights_of_more_neurons_than_there_are_are_an_error():

@@ -6,6 +6,7 @@ from functools import partial
 from itertools import cycle
 from statistics import median
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from torch.nn.functional import silu
 from sirius.benchmark.ceiling import SIZE, Ceiling
 from sirius.benchmark.timing import repeated
 from sirius.kernels import dispatch, reference
-from sirius.kernels.dispatch import attends
+from sirius.kernels.dispatch import attends, lie_together
 from sirius.model.memory import side_by_side
 
 OPERATIONS, ON_CPU = ("linear", "glu", "up_rows", "project"), ("linear", "finish", "project")
@@ -63,13 +64,16 @@ def run(
 ) -> list[Row]:
     """Time every operation; `on_row` is called after each row. Weights take turns, so that no cache holds them."""
     matrix = size.neurons * size.hidden * size.dtype.itemsize
-    copies = min(max(3, -(-SIZE // matrix)), MOST)
+    copies = min(max(4, -(-SIZE // matrix)), MOST)
     weights = [_random(size, size.neurons, size.hidden, seed=i) for i in range(copies)]
+    pairs = zip(weights[::2], weights[1::2], strict=False)
+    together = [side_by_side(*pair) if lie_together(*pair) else pair for pair in pairs]  # as decoding has them
+    taken = {"finish": [((up, None), (down, None)) for up, down in together]}
     rows = []
     for operation in chosen_operations(size):
         for batch in batches:
             for density in densities:
-                rows.append(_row(operation, size, batch, density, weights, ceiling))
+                rows.append(_row(operation, size, batch, density, taken.get(operation, weights), ceiling))
                 on_row()
     for operation in whole_operations(size):
         for batch in batches:
@@ -93,7 +97,7 @@ def whole_operations(size: Size) -> tuple[str, ...]:
     return ("gate", "largest", "attend") if attends(torch.device(size.device), size.dtype) else ("gate", "largest")
 
 
-def _row(operation: str, size: Size, batch: int, density: float, weights: list[Tensor], ceiling: Ceiling) -> Row:
+def _row(operation: str, size: Size, batch: int, density: float, weights: Sequence[Any], ceiling: Ceiling) -> Row:
     count = round(density * size.neurons)
     order = torch.randperm(size.neurons, generator=torch.Generator().manual_seed(0))
     whole = count == size.neurons and size.device == "cpu"  # on a GPU products with all rows are PyTorch's
@@ -117,23 +121,16 @@ def _row(operation: str, size: Size, batch: int, density: float, weights: list[T
 
 
 def _call(
-    operation: str, module: ModuleType, size: Size, batch: int, weights: list[Tensor], index: Tensor | None
+    operation: str, module: ModuleType, size: Size, batch: int, weights: Sequence[Any], index: Tensor | None
 ) -> Callable[[], Tensor]:
-    """Return a call of an operation on other weights each time."""
+    """Return a call of an operation on other weights each time; of `finish` they are pairs with their biases."""
     turns, everything = cycle(weights), torch.arange(size.neurons, device=size.device)
     x, gated = _random(size, batch, size.hidden), _random(size, batch, size.neurons)
     z = gated if index is None else gated[:, index]
-    if operation == "finish":
-        pairs = cycle([side_by_side(*pair) for pair in zip(weights[::2], weights[1::2], strict=False)])
-
-        def finish() -> Tensor:
-            up, down = next(pairs)
-            return module.finish(gated, x, (up, None), (down, None), index)
-
-        return finish
     calls: dict[str, Callable[[], Tensor]] = {
         "linear": lambda: module.linear(x, next(turns), None, index),
         "project": lambda: module.project(z, next(turns), None, index),
+        "finish": lambda: module.finish(gated, x, *next(turns), index),
         "glu": lambda: module.glu(x, next(turns), next(turns), None, None, silu, index),
         "up_rows": lambda: module.up_rows(gated, x, next(turns), None, everything if index is None else index),
     }

@@ -44,10 +44,8 @@ def _bound(found: ctypes.CDLL) -> ctypes.CDLL:
     number = ctypes.c_int
     tensors = [number, _Pointer, _Size, _Size]
     found.sirius_isa.restype = ctypes.c_char_p
-    weight, rows = (
-        [_Pointer, _Size],
-        [_Size, _Size, _Pointer],
-    )  # how far apart its rows are; how many, and which of them
+    weight = [_Pointer, _Size]  # and how far apart its rows are
+    rows = [_Size, _Size, _Pointer]  # how many it has, how many are wanted, and which
     found.sirius_linear.argtypes = [*tensors, *weight, *rows, _Pointer, _Pointer, number]
     found.sirius_project.argtypes = [*tensors, _Pointer, *weight, _Size, _Size, _Pointer, _Pointer, number]
     found.sirius_largest.argtypes = [*tensors, _Size, _Pointer, number]
@@ -147,16 +145,16 @@ def glu(x: Tensor, gate: Weight, up: Pair, activation: str, index: Tensor | None
 
 
 def finish(
-    gated: Tensor, x: Tensor, up: Weight, down: Weight, index: Tensor | None = None, chosen: bool = False
+    gated: Tensor, x: Tensor, up: Weight, down: Weight, index: Tensor | None = None, by_place: bool = False
 ) -> Tensor:
     """See `reference.finish`; raise ConfigError where the index is not one of int64, of rows that the weights have."""
     x, gated = x.contiguous(), gated.contiguous()
     count, y = _count(up[0], index), x.new_empty(x.shape)
-    sent = count if chosen else len(up[0])
+    sent = count if by_place else len(up[0])
     assert gated.dtype == x.dtype and gated.shape == (*x.shape[:-1], sent), f"{list(gated.shape)} for {sent} neurons"
     assert up[0].shape == down[0].shape, f"up {list(up[0].shape)}, down {list(down[0].shape)}"
     weights = *_lying(up[0]), *_lying(down[0]), len(up[0]), count, index
-    tokens = DTYPES[x.dtype], x, *_sizes(x), gated, chosen
+    tokens = DTYPES[x.dtype], x, *_sizes(x), gated, by_place
     _call("finish", *tokens, *weights, up[1], down[1], y, rows=([up[0], down[0]], index))
     return y
 

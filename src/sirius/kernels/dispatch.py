@@ -1,5 +1,6 @@
 """Which implementation an operation takes, decided here alone: a kernel where there is one, else plain PyTorch."""
 
+from collections.abc import Sequence
 from math import prod
 from types import ModuleType
 
@@ -57,21 +58,27 @@ def up_rows(gated: Tensor, x: Tensor, up: Tensor, up_bias: Tensor | None, index:
     return (gpu if _on_gpu(x, up) else reference).up_rows(gated, x, up, up_bias, index)
 
 
-def finishes(x: Tensor, up: Tensor, down: Tensor, index: Tensor | None) -> bool:
-    """Tell whether `finish` has a kernel for x [..., H]."""
-    return _backend(x, up, index) is _backend(x, down, index) is cpu
+def finishes(inputs: Sequence[Tensor], weights: Sequence[Tensor], index: Tensor | None) -> bool:
+    """Tell whether `finish` has a kernel for inputs, x [..., H] and gates [..., F], and weights [F, H] of an MLP."""
+    same = len({weight.shape for weight in weights}) == 1
+    return same and all(_backend(each, weight, index) is cpu for each in inputs for weight in weights)
 
 
 def finish(
-    gated: Tensor, x: Tensor, up: Weight, down: Weight, index: Tensor | None = None, chosen: bool = False
+    gated: Tensor, x: Tensor, up: Weight, down: Weight, index: Tensor | None = None, by_place: bool = False
 ) -> Tensor:
     """Return down(gated * up(x)) [..., H] of x [..., H], where `finishes`; see `reference.finish`."""
-    return cpu.finish(gated, x, up, down, index, chosen)
+    return cpu.finish(gated, x, up, down, index, by_place)
 
 
-def lie_together(weight: Tensor) -> bool:
-    """Tell whether a neuron's rows of up and down are best put side by side in memory: where `finish` has a kernel."""
-    return cpu.runs_on(weight.device, weight.dtype) and not gpu.runs_on(weight.device)
+def lie_together(up: Tensor, down: Tensor) -> bool:
+    """Tell whether rows of up and down [F, H] are best put side by side in memory: where `finish` reads them in one go.
+
+    Not in 16 bits where PyTorch takes many tokens: it would copy such weights for each product.
+    """
+    same = up.shape == down.shape and up.dtype == down.dtype and up.device == down.device
+    ours = cpu.runs_on(up.device, up.dtype) and not gpu.runs_on(up.device)
+    return same and ours and (up.dtype is torch.float32 or not cpu.multiplies_halves())
 
 
 def largest(values: Tensor, count: int) -> Tensor:

@@ -63,8 +63,8 @@ def add_up(z: Tensor, neurons: Neurons, index: Tensor | None = None) -> Tensor:
 
 def gated_mlp(x: Tensor, neurons: Neurons, activation: Activation, index: Tensor | None = None) -> Tensor:
     """Return down(act(gate(x)) * up(x)) [..., H] of x [..., H], with the neurons at index [k] int64 alone or all."""
-    if dispatch.finishes(x, neurons.up, neurons.down, index):
-        return _finish(gate(x, neurons, activation, index), x, neurons, index, chosen=True)
+    if dispatch.finishes([x], [neurons.gate, neurons.up, neurons.down], index):
+        return _finish(gate(x, neurons, activation, index), x, neurons, index, by_place=True)
     return add_up(glu(x, neurons, activation, index), neurons, index)
 
 
@@ -74,11 +74,11 @@ def gated_mlp_rows(gated: Tensor, x: Tensor, neurons: Neurons, index: Tensor) ->
     gated  [..., F]  act(gate(x)), computed in full
     x      [..., H]
     """
-    if dispatch.finishes(x, neurons.up, neurons.down, index):
-        return _finish(gated, x, neurons, index, chosen=False)
+    if dispatch.finishes([x, gated], [neurons.up, neurons.down], index):
+        return _finish(gated, x, neurons, index, by_place=False)
     return add_up(dispatch.up_rows(gated, x, neurons.up, neurons.up_bias, index), neurons, index)
 
 
-def _finish(gated: Tensor, x: Tensor, neurons: Neurons, index: Tensor | None, chosen: bool) -> Tensor:
+def _finish(gated: Tensor, x: Tensor, neurons: Neurons, index: Tensor | None, by_place: bool) -> Tensor:
     up, down = (neurons.up, neurons.up_bias), (neurons.down, neurons.down_bias)
-    return dispatch.finish(gated, x, up, down, index, chosen)
+    return dispatch.finish(gated, x, up, down, index, by_place)

@@ -79,15 +79,15 @@ def up_rows(gated: Tensor, x: Tensor, up: Tensor, up_bias: Tensor | None, index:
 
 
 def finish(
-    gated: Tensor, x: Tensor, up: Weight, down: Weight, index: Tensor | None = None, chosen: bool = False
+    gated: Tensor, x: Tensor, up: Weight, down: Weight, index: Tensor | None = None, by_place: bool = False
 ) -> Tensor:
     """Return what gated neurons come to, down(gated * up(x)) [..., H] of x [..., H].
 
-    gated   [..., F]   act(gate(x)) of all neurons, or where `chosen` [..., k], of those at index alone
+    gated   [..., F]   act(gate(x)) of all neurons, or where `by_place` [..., k], of those at index alone
     up      [F, H], its bias [F]; down likewise, its bias [H]
     index   [k] int64  the neurons that there are; all without it
     """
-    gated = gated if index is None or chosen else gated[..., index]
+    gated = gated if index is None or by_place else gated[..., index]
     return project(gated * linear(x, *up, index), *down, index)
 
 

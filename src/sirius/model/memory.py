@@ -1,4 +1,4 @@
-"""Memory for weights on the CPU: in large pages where the system has such, rows beginning where a page does.
+"""Memory for weights on the CPU: in large pages where the system has such, beginning where a page does.
 
 NumPy asks the system for large pages, which PyTorch does not. With small ones each row is a page to look up.
 """
@@ -19,9 +19,10 @@ def moved(weight: Tensor) -> Tensor:
 def side_by_side(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
     """Return copies of two weights [F, H] in one piece of memory: row j of the second follows row j of the first.
 
-    Their strides are [2H, 1]. Each has a storage of its own that begins at its first row, as who saves a model takes
-    tensors of one storage for one tensor.
+    Their strides are [2H, 1]. Each has a storage of its own that begins at its first row, as whoever saves a model
+    takes tensors of one storage for one tensor. Whoever saves or counts storages finds each twice its size.
     """
+    assert first.shape == second.shape and first.dtype == second.dtype, f"{first.shape} beside {second.shape}"
     rows, size = first.shape
     views = _views(first, 2 * rows * size, [0, size])
     one, other = (view.as_strided((rows, size), (2 * size, 1)) for view in views)

@@ -19,7 +19,8 @@ class SparseMLP(nn.Module):
     """A gated MLP that computes what it did before, or by another route while `route` is set.
 
     Its linear layers keep their names and places, so checkpoints look as before. `down`'s weight becomes a transposed
-    view of neuron-major memory, and on the CPU a neuron's row of it follows that of `up`; nothing is stored twice.
+    view of neuron-major memory, and on the CPU, in evaluation, a neuron's row of it follows that of `up`. Nothing is
+    stored twice.
     """
 
     def __init__(self, original: nn.Module, names: dict[str, str], activation: Callable[[Tensor], Tensor]) -> None:
@@ -31,8 +32,8 @@ class SparseMLP(nn.Module):
         for name in names.values():
             self.add_module(name, getattr(original, name))
         self.route: Route | None = None
-        self._lay_out()
         self.training = original.training
+        self._lay_out()
 
     @property
     def size(self) -> int:
@@ -66,38 +67,50 @@ class SparseMLP(nn.Module):
                 weight.data = weight.data.contiguous()
         return self.__dict__["original"]
 
+    def train(self, mode: bool = True) -> "SparseMLP":
+        """Set the mode, PyTorch's way. Fused optimisers want weights dense: they are side by side in evaluation alone."""
+        super().train(mode)
+        self._lay_out_again()
+        return self
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SparseMLP":
         """Move or convert the weights, PyTorch's way, and lay them out anew where that took them apart."""
         super()._apply(fn, recurse)
-        if not self._lies_well():
-            self._lay_out()
+        self._lay_out_again()
         return self
 
+    def _lay_out_again(self) -> None:
+        down = self._linear("down").weight
+        if down.device.type != "cpu" or not down.is_shared():  # another process would not learn of it
+            self._lay_out()
+
     def _lay_out(self) -> None:
-        """Put the rows of each neuron together."""
+        """Put the rows of each neuron together, where they are not."""
+        neurons = self.neurons
+        separate = not self.training and "gate_up" not in self.names and lie_together(neurons.up, neurons.down)
         with torch.inference_mode(False):  # the weights stay trainable, wherever they are prepared
             down = self._linear("down").weight
-            if not lie_together(down):
-                down.data = down.data.t().contiguous().t()
-            elif "gate_up" in self.names:
-                down.data = moved(down.data.t()).t()
-            else:
+            if separate and not _beside(neurons):
                 gate, up = self._linear("gate").weight, self._linear("up").weight
                 gate.data = moved(gate.data)
                 up.data, rows = side_by_side(up.data, down.data.t())
                 down.data = rows.t()
-
-    def _lies_well(self) -> bool:
-        """Tell whether the rows of each neuron are together."""
-        neurons = self.neurons
-        if not lie_together(neurons.down) or "gate_up" in self.names:
-            return neurons.down.is_contiguous()
-        return neurons.down.data_ptr() - neurons.up.data_ptr() == neurons.up.shape[1] * neurons.up.element_size()
+            elif not separate and not neurons.down.is_contiguous():
+                for role in self.names:
+                    weight = self._linear(role).weight
+                    weight.data = weight.data.contiguous()
+                down.data = down.data.t().contiguous().t()
 
     def _linear(self, role: str) -> nn.Linear:
         linear = getattr(self, self.names[role])
         assert isinstance(linear, nn.Linear)
         return linear
+
+
+def _beside(neurons: Neurons) -> bool:
+    """Tell whether the rows of down each follow their neuron's of up."""
+    apart = neurons.up.shape[1] * neurons.up.element_size()
+    return neurons.down.data_ptr() - neurons.up.data_ptr() == apart and neurons.up.stride(0) == neurons.down.stride(0)
 
 
 class Observe:

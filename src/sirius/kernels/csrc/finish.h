@@ -1,5 +1,5 @@
-// From the gates to the end of a gated MLP, neuron by neuron: where a neuron's rows of up and down lie together, they are
-// read in one run.
+// From the gates to the end of a gated MLP, neuron by neuron: where a neuron's rows of up and down lie together, they
+// are read in one run.
 
 #pragma once
 
@@ -40,7 +40,7 @@ struct Finishing {
     const T *gated = static_cast<const T*>(p.gated), *bias = static_cast<const T*>(p.up_bias);
     T up, z;
     narrow(sum(dots) + (bias ? widen(bias[index[place]]) : 0), &up);
-    narrow(widen(gated[token * p.size + (p.chosen ? order : index)[place]]) * widen(up), &z);
+    narrow(widen(gated[token * p.size + (p.by_place ? order : index)[place]]) * widen(up), &z);
     return z;
   }
 };
@@ -86,22 +86,25 @@ void finish_few(const Finish& p) {
         finish_rows<T, M>(all, chunk, i, std::min<int64_t>(kFewRows, end - i));
     }
 #pragma omp barrier
-    Project sum{p.dtype, nullptr, p.rows, p.count, nullptr, nullptr, 0, p.width, p.bias, p.y, p.threads};
-    for (int m = 0; m < M; m++) join_chunks<T>(sum, m, all.chunks, all.sums_of(m, 0), all.width);
+    for (int m = 0; m < M; m++) join_chunks<T>(p, m, all.chunks, all.sums_of(m, 0), all.width);
   }
 }
 
-// Many tokens, bound by arithmetic: first all of up, then all of down.
+// First all of up, then all of down.
 template <class T>
 void finish_many(const Finish& p) {
   std::unique_ptr<T[]> z(new T[p.rows * p.count]);
   linear_of<T>({p.dtype, p.x, p.rows, p.width, p.up, p.up_stride, p.count, p.index, p.up_bias, z.get(), p.threads});
-  weigh_of<T>({p.dtype, p.gated, p.rows, p.size, p.count, p.chosen ? nullptr : p.index, z.get(), p.threads});
+  weigh_of<T>({p.dtype, p.gated, p.rows, p.size, p.count, p.by_place ? nullptr : p.index, z.get(), p.threads});
   project_of<T>({p.dtype, z.get(), p.rows, p.count, p.index, p.down, p.down_stride, p.width, p.bias, p.y, p.threads});
 }
 
+// Whole matrices of numbers that are multiplied as they are come faster as one stream each; many tokens are bound by
+// arithmetic; and threads share whole chunks here.
 template <class T>
 void finish_of(const Finish& p) {
+  bool stream = kDots<T> && !p.index;
+  if (stream || Chunks(p.count).count < p.threads) return finish_many<T>(p);
   switch (p.rows) {
     case 1: return finish_few<T, 1>(p);
     case 2: return finish_few<T, 2>(p);

@@ -107,8 +107,8 @@ extern "C" {
 
 const char* sirius_isa() { return chosen().name; }
 
-// Rows of a weight [height, width] are `stride` elements apart. Products return -1, or without a product the place in the
-// index of the first row that the weight does not have.
+// Rows of a weight [height, width] are `stride` elements apart. Products return -1, or without a product the place in
+// the index of the first row that the weight does not have.
 int64_t sirius_linear(int dtype, const void* x, int64_t rows, int64_t width, const void* w, int64_t stride,
                       int64_t height, int64_t count, const int64_t* index, const void* bias, void* y, int threads) {
   int64_t outside = first_outside(index, count, height);

@@ -72,7 +72,7 @@ void write_dots(const Linear& p, int64_t token, int64_t first, int64_t apart, in
     for (int m = 0; m < M; m++) write_dot<T>(p, token + m, first + r * apart, sums[m][r]);
 }
 
-// One or two tokens: every row is read once, with what follows it fetched ahead. A thread's rows are read in several
+// Up to four tokens: every row is read once, with what follows it fetched ahead. A thread's rows are read in several
 // places side by side, each a long run, as a run's end costs; rows that are multiplied as they are and lie together in
 // one single run.
 template <class T, int M, bool stream>
@@ -251,6 +251,7 @@ std::vector<typename Row::Vector> unpack_tokens(const Linear& p, int64_t stretch
 
 template <class T, class Row = DotRow<T>>
 void linear_of(const Linear& p) {
+  if (!p.rows) return;
   bool stream = kDots<T> && !p.index && p.stride == p.width, few = p.rows <= (stream ? 4 : 2);
   int64_t stretch = few || kDots<T> ? (p.width + Row::kLanes - 1) / Row::kLanes * Row::kLanes : kStretch;
   auto unpacked = unpack_tokens<T>(p, stretch);

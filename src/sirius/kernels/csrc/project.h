@@ -33,8 +33,8 @@ struct Chunks {
   int64_t begin(int64_t chunk) const { return std::min(rows, chunk * ((rows + 1) / 2) / count * 2); }
 };
 
-// The order in which rows are added: in a chunk from kFewRows places in turn, so that they are read in as many long runs
-// side by side, as a run's end costs.
+// The order in which rows are added: in a chunk from kFewRows places in turn, so that they are read in as many long
+// runs side by side, as a run's end costs.
 inline std::vector<int64_t> order_of(const Chunks& chunks) {
   std::vector<int64_t> order(chunks.rows);
   for (int64_t chunk = 0; chunk < chunks.count; chunk++) {
@@ -56,22 +56,19 @@ void set_weight(typename SumRow<T>::Element* weights, int64_t place, T weight) {
 }
 
 // What is added up, in that order.
-template <class Element>
+template <class T>
 struct Terms {
   Chunks chunks;
-  int64_t stride;                // of a token's weights
-  std::vector<int64_t> rows;     // [count]
-  std::vector<Element> weights;  // [tokens, stride], widened or in pairs
+  int64_t stride;                                     // of a token's weights
+  std::vector<int64_t> rows;                          // [count]
+  std::vector<typename SumRow<T>::Element> weights;  // [tokens, stride], widened or in pairs
 
-  template <class T>
-  Rows<T> of(const Project& p) const {
-    return {static_cast<const T*>(p.w), p.stride, p.count, rows.data()};
-  }
+  Rows<T> of(const Project& p) const { return {static_cast<const T*>(p.w), p.stride, p.count, rows.data()}; }
 };
 
 // Writes a token's sums of some columns, which are in the order of widened elements.
-template <class T>
-void write_sums(const Project& p, int64_t token, int64_t column, int64_t width, const float* sums) {
+template <class T, class Product>
+void write_sums(const Product& p, int64_t token, int64_t column, int64_t width, const float* sums) {
   const T* bias = static_cast<const T*>(p.bias);
   T* y = static_cast<T*>(p.y) + token * p.width + column;
   auto write = [&](int64_t c, float sum) { narrow(sum + (bias ? widen(bias[column + c]) : 0), y + c); };
@@ -140,8 +137,8 @@ void add_chunk(const Rows<T>& rows, const Chunks& chunks, int64_t chunk, int64_t
 }
 
 // Adds up what the chunks of a token come to, [chunks, stride], and writes it. Called by all threads.
-template <class T>
-void join_chunks(const Project& p, int64_t token, const Chunks& chunks, const float* sums, int64_t stride) {
+template <class T, class Product>
+void join_chunks(const Product& p, int64_t token, const Chunks& chunks, const float* sums, int64_t stride) {
 #pragma omp for schedule(static) nowait
   for (int64_t column = 0; column < p.width; column += kLine) {
     float totals[kLine] = {};
@@ -152,10 +149,10 @@ void join_chunks(const Project& p, int64_t token, const Chunks& chunks, const fl
 }
 
 // One token: threads share the columns of all chunks, chunk by chunk, so that most rows are read whole.
-template <class T, class Element>
-void project_one(const Project& p, const Terms<Element>& terms) {
+template <class T>
+void project_one(const Project& p, const Terms<T>& terms) {
   const Chunks& chunks = terms.chunks;
-  auto rows = terms.template of<T>(p);
+  Rows<T> rows = terms.of(p);
   int64_t pieces = (p.width + kLine - 1) / kLine, stride = pieces * kLine, taken;
   std::unique_ptr<float[]> sums(new float[chunks.count * stride]);
 #pragma omp parallel num_threads(p.threads) private(taken)
@@ -166,8 +163,7 @@ void project_one(const Project& p, const Terms<Element>& terms) {
       taken = std::min(pieces - at % pieces, share.end - at);
       float* to = sums.get() + chunk * stride + column;
       std::fill(to, to + taken * kLine, 0.0f);
-      add_chunk(rows, chunks, chunk, column, std::min(taken * kLine, p.width - column),
-                   terms.weights.data(), to);
+      add_chunk(rows, chunks, chunk, column, std::min(taken * kLine, p.width - column), terms.weights.data(), to);
     }
 #pragma omp barrier
     join_chunks<T>(p, 0, chunks, sums.get(), stride);
@@ -214,21 +210,23 @@ void fill_panel(const Rows<T>& rows, int64_t i, int64_t end, int64_t column, int
   if (i < end) unpack(SumRow<T, true>::at(rows, i, column), width, panel);
 }
 
-// Fetches the columns from `begin` to `end` of one row after the other, some lines at a time; of `deep` rows, as many as
-// a panel has, first those that are neighbours in memory.
+template <class T>
+constexpr int64_t kDeep = kPanelLines * kTaken<T>;  // rows of a panel
+
+// Fetches the columns from `begin` to `end` of one row after the other, some lines at a time; of as many rows as a
+// panel has first those that are neighbours in memory.
 template <class T>
 struct Ahead {
   const Rows<T>& rows;
-  int64_t begin, end, deep, next;  // the row to fetch next
-  const T *line, *stop;
+  int64_t begin, end, next = kDeep<T>;  // the row to fetch next
+  const T *line = nullptr, *stop = nullptr;
 
-  Ahead(const Rows<T>& rows, int64_t begin, int64_t end, int64_t deep)
-      : rows(rows), begin(begin), end(end), deep(deep), next(deep) {
-    turn();
+  Ahead(const Rows<T>& rows, int64_t begin, int64_t end) : rows(rows), begin(begin), end(end) {
+    if (rows.count) turn();
   }
 
   void turn() {
-    int64_t within = next % deep, run = deep / kFewRows;
+    int64_t within = next % kDeep<T>, run = kDeep<T> / kFewRows;
     const T* row = rows[next - within + within % run * kFewRows + within / run];
     line = row + begin, stop = row + end, next++;
   }
@@ -244,21 +242,21 @@ struct Ahead {
 
 // The sums of some tokens, of the columns from `begin` to `end`. Some rows at a time, panel by panel of their columns,
 // while the next rows are fetched one after the other: memory is faster in long runs.
-template <class T, class Element>
-void project_columns(const Project& p, const Terms<Element>& terms, int64_t token, int64_t tokens, int64_t begin,
+template <class T>
+void project_columns(const Project& p, const Terms<T>& terms, int64_t token, int64_t tokens, int64_t begin,
                      int64_t end) {
-  constexpr int64_t kDeep = kPanelLines * kTaken<T>;  // rows of a panel
+  using Element = typename SumRow<T>::Element;
   alignas(kLine) Element panel[kPanelLines * kColumns] = {};
   int64_t blocks = (end - begin + kColumns - 1) / kColumns, size = tokens * kColumns;
   std::vector<float> sums(blocks * size), totals(blocks * size);
   const Chunks& chunks = terms.chunks;
   const Element* z = terms.weights.data() + token * terms.stride;
-  auto rows = terms.template of<T>(p);
-  Ahead<T> ahead(rows, begin, end, kDeep);
+  Rows<T> rows = terms.of(p);
+  Ahead<T> ahead(rows, begin, end);
   for (int64_t chunk = 0; chunk < chunks.count; chunk++) {
     std::fill(sums.begin(), sums.end(), 0.0f);
     for (int64_t i = chunks.begin(chunk), last = chunks.begin(chunk + 1), count; i < last; i += count) {
-      count = std::min(kDeep, last - i);
+      count = std::min(kDeep<T>, last - i);
       for (int64_t block = 0; block < blocks; block++) {
         int64_t column = begin + block * kColumns, width = std::min(kColumns, end - column);
         int64_t lines = count * width * int64_t(sizeof(T)) / kLine;
@@ -280,9 +278,9 @@ void project_columns(const Project& p, const Terms<Element>& terms, int64_t toke
     }
 }
 
-template <class T, class Element = typename SumRow<T>::Element>
-Terms<Element> terms_of(const Project& p) {
-  Terms<Element> terms{Chunks(p.count), reads<T>(p.count), order_of(Chunks(p.count))};
+template <class T>
+Terms<T> terms_of(const Project& p) {
+  Terms<T> terms{Chunks(p.count), reads<T>(p.count), order_of(Chunks(p.count))};
   terms.weights.resize(p.rows * terms.stride);
   for (int64_t m = 0; m < p.rows; m++)
     for (int64_t place = 0; place < p.count; place++) {

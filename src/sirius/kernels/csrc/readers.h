@@ -1,4 +1,4 @@
-// How the products read rows of a weight: where they lie, and what of them makes a vector.
+// How the products read rows of a weight: which of them a thread does, where they lie, and what makes a vector.
 
 #pragma once
 
@@ -94,7 +94,6 @@ struct Neighbours {
     memcpy(&pairs, row + c, count * sizeof(BFloat16));
     return pairs;
   }
-  [[gnu::always_inline]] void fetch() const { fetch_first(row); }
   [[gnu::always_inline]] void fetch(const Neighbours& next, int64_t c, int64_t width) const {
     fetch_ahead(row, next.row, c, width);
   }

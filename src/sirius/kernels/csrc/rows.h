@@ -35,8 +35,8 @@ struct Project {
   int threads;
 };
 
-// What gated neurons come to: y[m] = sum over i of z[m][i] * down[index[i]], + bias, where
-// z[m][i] = gate * (dot(x[m], up[index[i]]) + up_bias[index[i]]), gate = gated[m][i] if `chosen`, else gated[m][index[i]]
+// What gated neurons come to: y[m] = sum over i of z[m][i] * down[index[i]], + bias, where z[m][i] is the gate times
+// dot(x[m], up[index[i]]) + up_bias[index[i]], and the gate is gated[m][i] if `by_place`, else gated[m][index[i]].
 // x [rows, width], gated [rows, size], up, down [*, width], y [rows, width]
 struct Finish {
   Dtype dtype;
@@ -44,7 +44,7 @@ struct Finish {
   int64_t rows, width;
   const void* gated;
   int64_t size;
-  bool chosen;
+  bool by_place;
   const void* up;
   int64_t up_stride;
   const void* down;
