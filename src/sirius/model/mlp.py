@@ -68,7 +68,7 @@ class SparseMLP(nn.Module):
         return self.__dict__["original"]
 
     def train(self, mode: bool = True) -> "SparseMLP":
-        """Set the mode, PyTorch's way. Fused optimisers want weights dense: they are side by side in evaluation alone."""
+        """Set the mode, PyTorch's way; fused optimisers want weights dense, so they are side by side in evaluation."""
         super().train(mode)
         self._lay_out_again()
         return self
