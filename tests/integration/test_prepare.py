@@ -183,9 +183,10 @@ def test_preparing_twice_changes_nothing():
 def test_restore_gives_the_model_back_to_the_bit(family):
     model = tiny_model(family)
     before, modules = snapshot(model), dict(model.named_modules())
-    assert prepare(model)
+    assert prepare(model.train())
     assert dict(model.named_modules()) != modules
-    restore(model)
+    restore(model.eval())
+    assert not any(module.training for module in model.modules())
     assert dict(model.named_modules()) == modules
     assert sparse_mlps(model) == []
     assert_as_before(model, before)

@@ -60,7 +60,8 @@ class SparseMLP(nn.Module):
         return kernel.gated_mlp(x, self.neurons, self.activation)
 
     def restore(self) -> nn.Module:
-        """Return the module that stood here before, its memory laid out as before."""
+        """Return the module that stood here before, in the mode of this one, its memory laid out as before."""
+        self.__dict__["original"].training = self.training
         with torch.inference_mode(False):
             for role in self.names:
                 weight = self._linear(role).weight
