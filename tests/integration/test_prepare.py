@@ -218,6 +218,10 @@ def test_a_neurons_rows_of_up_and_down_stand_side_by_side_wherever_the_weights_g
     model.to(torch.bfloat16)
     assert apart() == {36 * 2}
     assert all(torch.equal(w, want[name].to(w.dtype)) for name, w in model.state_dict().items())
+    model.load_state_dict({name: weight.clone() for name, weight in model.state_dict().items()}, assign=True)
+    assert apart() != {36 * 2}
+    prepare(model)
+    assert apart() == {36 * 2}
     model.double()
     assert all(mlp.neurons.down.is_contiguous() for mlp in mlps), "in float64, without kernels, only neuron-major"
 

@@ -71,16 +71,17 @@ class SparseMLP(nn.Module):
     def train(self, mode: bool = True) -> "SparseMLP":
         """Set the mode, PyTorch's way; fused optimisers want weights dense, so they are side by side in evaluation."""
         super().train(mode)
-        self._lay_out_again()
+        self.settle()
         return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SparseMLP":
         """Move or convert the weights, PyTorch's way, and lay them out anew where that took them apart."""
         super()._apply(fn, recurse)
-        self._lay_out_again()
+        self.settle()
         return self
 
-    def _lay_out_again(self) -> None:
+    def settle(self) -> None:
+        """Lay the weights out anew where something took them apart."""
         down = self._linear("down").weight
         if down.device.type != "cpu" or not down.is_shared():  # another process would not learn of it
             self._lay_out()

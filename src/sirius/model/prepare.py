@@ -24,10 +24,13 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 def prepare(model: PreTrainedModel) -> list[SparseMLP]:
     """Put a `SparseMLP` in the place of every block's gated MLP and return them, first block first.
 
-    The model computes what it did before. Preparing twice changes nothing. Raises UnsupportedModelError, naming the
-    module and the reason, and leaves the model as it was where anything does not fit.
+    The model computes what it did before. Preparing twice lays out anew what was taken apart, and changes nothing else.
+    Raises UnsupportedModelError, naming the module and the reason, and leaves the model as it was where anything does
+    not fit.
     """
     if ready := sparse_mlps(model):
+        for mlp in ready:
+            mlp.settle()
         return ready
     check_config(model.config)
     _check_weights(model)
