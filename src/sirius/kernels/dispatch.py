@@ -17,20 +17,20 @@ FEW = 16  # tokens up to which a GPU reads weights in a kernel of ours as fast a
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, index: Tensor | None = None) -> Tensor:
     """Return the products of x [..., H] with the rows of weight [F, H] at index; see `reference.linear`."""
-    return _backend(x, weight, index).linear(x, weight, bias, index)
+    return _backend(index, x, weight, bias).linear(x, weight, bias, index)
 
 
 def project(z: Tensor, weight: Tensor, bias: Tensor | None = None, index: Tensor | None = None) -> Tensor:
     """Return the rows of weight [F, H] at index added up, weighed by z [..., F]; see `reference.project`."""
-    return _backend(z, weight, index).project(z, weight, bias, index)
+    return _backend(index, z, weight, bias).project(z, weight, bias, index)
 
 
 def gate(x: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation, index: Tensor | None = None) -> Tensor:
     """Return act(gate(x)) [..., F] of x [..., H], or of the neurons at index alone; see `reference.gate`."""
     name = activation_name(activation)
-    if name is not None and index is None and prod(x.shape[:-1]) <= FEW and _on_gpu(x, weight):
+    if name is not None and index is None and prod(x.shape[:-1]) <= FEW and _on_gpu(x, weight, bias):
         return gpu.gate(x, weight, bias, name)
-    if name in cpu.ACTIVATIONS and _backend(x, weight, index) is cpu:
+    if name in cpu.ACTIVATIONS and _backend(index, x, weight, bias) is cpu:
         return cpu.glu(x, (weight, bias), (None, None), name, index)
     return activation(linear(x, weight, bias, index))
 
@@ -46,9 +46,9 @@ def glu(
 ) -> Tensor:
     """Return z = act(gate(x)) * up(x) [..., F] of x [..., H], of the neurons at index alone; see `reference.glu`."""
     name = activation_name(activation)
-    if name is not None and index is not None and _on_gpu(x, gate):
+    if name is not None and index is not None and _on_gpu(x, gate, up, gate_bias, up_bias):
         return gpu.glu(x, gate, up, gate_bias, up_bias, name, index)
-    if name in cpu.ACTIVATIONS and _backend(x, gate, index) is _backend(x, up, index) is cpu:
+    if name in cpu.ACTIVATIONS and _backend(index, x, gate, gate_bias) is _backend(index, x, up, up_bias) is cpu:
         return cpu.glu(x, (gate, gate_bias), (up, up_bias), name, index)
     return activation(linear(x, gate, gate_bias, index)) * linear(x, up, up_bias, index)
 
@@ -58,10 +58,10 @@ def up_rows(gated: Tensor, x: Tensor, up: Tensor, up_bias: Tensor | None, index:
     return (gpu if _on_gpu(x, up) else reference).up_rows(gated, x, up, up_bias, index)
 
 
-def finishes(inputs: Sequence[Tensor], weights: Sequence[Tensor], index: Tensor | None) -> bool:
+def finishes(inputs: Sequence[Tensor], weights: Sequence[Weight], index: Tensor | None) -> bool:
     """Tell whether `finish` has a kernel for inputs, x [..., H] and gates [..., F], and weights [F, H] of an MLP."""
-    same = len({weight.shape for weight in weights}) == 1
-    return same and all(_backend(each, weight, index) is cpu for each in inputs for weight in weights)
+    same = len({weight.shape for weight, _ in weights}) == 1
+    return same and all(_backend(index, each, *weight) is cpu for each in inputs for weight in weights)
 
 
 def finish(
@@ -132,16 +132,16 @@ def _attention(device: torch.device, dtype: torch.dtype) -> ModuleType:
     return cpu if cpu.runs_on(device, dtype) else reference
 
 
-def _backend(x: Tensor, weight: Tensor, index: Tensor | None) -> ModuleType:
-    if _on_gpu(x, weight):
+def _backend(index: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor | None) -> ModuleType:
+    if _on_gpu(x, weight, bias):
         return gpu if index is not None else reference
     few = prod(x.shape[:-1]) < MANY or (weight.dtype is not torch.float32 and not cpu.multiplies_halves())
-    return cpu if (few or index is not None) and cpu.fits(x, weight) and not _learns(x, weight) else reference
+    return cpu if (few or index is not None) and cpu.fits(x, weight) and not _learns(x, weight, bias) else reference
 
 
-def _on_gpu(x: Tensor, weight: Tensor) -> bool:
-    return gpu.fits(x, weight) and not _learns(x, weight)
+def _on_gpu(x: Tensor, weight: Tensor, *others: Tensor | None) -> bool:
+    return gpu.fits(x, weight) and not _learns(x, weight, *others)
 
 
-def _learns(x: Tensor, weight: Tensor) -> bool:
-    return torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+def _learns(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in tensors)

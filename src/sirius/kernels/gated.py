@@ -8,6 +8,7 @@ from torch import Tensor
 
 from sirius.kernels import dispatch
 from sirius.kernels.activations import Activation
+from sirius.kernels.reference import Weight
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def add_up(z: Tensor, neurons: Neurons, index: Tensor | None = None) -> Tensor:
 
 def gated_mlp(x: Tensor, neurons: Neurons, activation: Activation, index: Tensor | None = None) -> Tensor:
     """Return down(act(gate(x)) * up(x)) [..., H] of x [..., H], with the neurons at index [k] int64 alone or all."""
-    if dispatch.finishes([x], [neurons.gate, neurons.up, neurons.down], index):
+    if dispatch.finishes([x], [(neurons.gate, neurons.gate_bias), *_ends(neurons)], index):
         return _finish(gate(x, neurons, activation, index), x, neurons, index, by_place=True)
     return add_up(glu(x, neurons, activation, index), neurons, index)
 
@@ -74,11 +75,14 @@ def gated_mlp_rows(gated: Tensor, x: Tensor, neurons: Neurons, index: Tensor) ->
     gated  [..., F]  act(gate(x)), computed in full
     x      [..., H]
     """
-    if dispatch.finishes([x, gated], [neurons.up, neurons.down], index):
+    if dispatch.finishes([x, gated], _ends(neurons), index):
         return _finish(gated, x, neurons, index, by_place=False)
     return add_up(dispatch.up_rows(gated, x, neurons.up, neurons.up_bias, index), neurons, index)
 
 
 def _finish(gated: Tensor, x: Tensor, neurons: Neurons, index: Tensor | None, by_place: bool) -> Tensor:
-    up, down = (neurons.up, neurons.up_bias), (neurons.down, neurons.down_bias)
-    return dispatch.finish(gated, x, up, down, index, by_place)
+    return dispatch.finish(gated, x, *_ends(neurons), index, by_place)
+
+
+def _ends(neurons: Neurons) -> tuple[Weight, Weight]:
+    return (neurons.up, neurons.up_bias), (neurons.down, neurons.down_bias)
