@@ -86,6 +86,11 @@ def test_heads_that_share_unevenly_are_refused(bench, tmp_path):
     assert code == 2 and out == "" and "4 attention heads on 3" in err and len(err.splitlines()) == 1
 
 
+def test_a_folders_config_is_its_shape(tmp_path):
+    tiny_config("phi3").save_pretrained(tmp_path)
+    assert make_config(str(tmp_path)).to_dict() == make_config(str(tmp_path / "config.json")).to_dict()
+
+
 def test_guesses_stand_as_often_as_published_in_windows_of_any_period(bench, shape):
     code, out, _ = bench("decode", "--shape", shape, *SMALL, "--json")
     assert code == 0

@@ -38,7 +38,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def make_config(shape: str, layers: int | None = None) -> PreTrainedConfig:
-    """Return the configuration of a named shape or of a config.json; `layers` of them alone where that is given.
+    """Return the configuration of a named shape, a config.json or its folder; `layers` of them alone if that is given.
 
     Raises ConfigError of a name that is not known and of a file that is no configuration.
     """
@@ -46,10 +46,13 @@ def make_config(shape: str, layers: int | None = None) -> PreTrainedConfig:
         fields = SHAPES[shape]
     else:
         try:
-            fields = json.loads(Path(shape).read_text(encoding="utf-8"))
+            path = Path(shape) / "config.json" if Path(shape).is_dir() else Path(shape)
+            fields = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             known = ", ".join(SHAPES)
-            raise ConfigError(f"--shape is one of {known}, or a config.json; cannot read {shape!r}: {error}") from error
+            raise ConfigError(
+                f"--shape is one of {known}, or a config.json or its folder; cannot read {shape!r}: {error}"
+            ) from error
     if not isinstance(fields, dict) or "model_type" not in fields:
         raise ConfigError(f"{shape} names no model_type, so it is no config.json of transformers")
     changed = {**fields, **({} if layers is None else {"num_hidden_layers": layers})}

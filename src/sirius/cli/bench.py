@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
 bench_app = typer.Typer(rich_markup_mode=None, no_args_is_help=True, help="Measure speed beside the physical limit.")
 
-Shape = Annotated[str, typer.Option(help="llama-3.2-1b, llama-3-8b, ..., or a config.json.")]
+Shape = Annotated[str, typer.Option(help="llama-3.2-1b, llama-3-8b, ..., a config.json or its folder.")]
 Layers = Annotated[int | None, typer.Option(min=1, help="Only so many of its layers.")]
-Dtype = Annotated[str, typer.Option(help="bfloat16, float16 or float32.")]
+Dtype = Annotated[str, typer.Option(help="float32, float64, bfloat16 or float16.")]
 Device = Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu, cuda.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Of the CPU. [default: torch's]")]
 Compile = Annotated[bool, typer.Option("--compile", help="Compile our passes on a GPU: minutes at first.")]
@@ -67,6 +67,10 @@ def decode(
     json: Json = False,
 ) -> None:
     """Time per token of one stream at full size: transformers, ours in full, sparse, and corrected, in turns."""
+    if peer not in (None, "llama.cpp"):
+        raise ConfigError(f"--peer is llama.cpp, which is all that there is; got {peer!r}")
+    if aal is not None and replay is not None:
+        raise ConfigError("--aal and --replay each say what is played back; give one of them")
     known = _begin(threads)
     from sirius.benchmark import decode as measure
     from sirius.benchmark import show
@@ -76,10 +80,6 @@ def decode(
     from sirius.benchmark.replay import PUBLISHED_AAL, PUBLISHED_PERIOD, acceptance, geometric
     from sirius.engine import Engine
 
-    if peer not in (None, "llama.cpp"):
-        raise ConfigError(f"--peer is llama.cpp, which is all that there is; got {peer!r}")
-    if aal is not None and replay is not None:
-        raise ConfigError("--aal and --replay each say what is played back; give one of them")
     chance = acceptance(PUBLISHED_AAL, PUBLISHED_PERIOD) if aal is None else acceptance(aal, period)
     histogram = geometric(chance, period) if replay is None else _histogram(replay, period)
     where = _device(device)

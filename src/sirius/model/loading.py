@@ -91,7 +91,7 @@ def find_dtype(name: str | torch.dtype) -> torch.dtype:
     if name in DTYPES.values():
         return name  # type: ignore[return-value] - torch's own
     if name not in DTYPES:
-        raise ConfigError(f"dtype is auto, {', '.join(DTYPES)}; got {name!r}")
+        raise ConfigError(f"dtype is one of {', '.join(DTYPES)}; got {name!r}")
     return DTYPES[str(name)]
 
 
