@@ -105,6 +105,33 @@ def test_a_second_prompt_records_nothing_anew(recorded, name):
     assert len(recorded) == first
 
 
+def test_hooks_are_called_in_a_workspace_of_their_own(recorded):
+    model, seen = tiny_model(eos_token_id=None), []
+    engine = Engine(model)
+
+    def generate() -> int:
+        engine.generate(PROMPT, max_new_tokens=30, correction=argmax(4))
+        gc.collect()
+        return len(recorded)
+
+    first = generate()
+    assert 0 < first == generate()
+    hook = model.model.layers[0].mlp.register_forward_hook(lambda *given: seen.append(1))
+    second = generate()
+    assert first < second and seen
+    hook.remove()
+    assert second < generate()
+
+
+def test_no_graph_is_made_of_a_model_with_hooks():
+    class OnAGpu(torch.nn.Module):
+        device = torch.device("cuda")
+
+    model = OnAGpu()
+    model.register_forward_hook(lambda *given: None)
+    assert passes.recorder(model) is None
+
+
 def test_two_sessions_at_a_time_have_workspaces_of_their_own(recorded):
     engine = Engine(tiny_model(eos_token_id=None))
     streams = [engine.stream(prompt, max_new_tokens=30, correction=argmax(4)) for prompt in (PROMPT, OTHER)]

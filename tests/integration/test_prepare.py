@@ -91,7 +91,117 @@ def test_an_mlp_of_another_formula_is_refused_and_the_model_left_as_it_was(kind,
     with pytest.raises(UnsupportedModelError, match=rf"model\.layers\.1\.mlp {words}.*down\(act\(gate\(x\)\) \* up"):
         prepare(model)
     assert_as_before(model, before)
-    assert dict(model.named_modules()) == modules
+    assert dict(model.named_modules()) == modules and type(odd) is kind
+    assert sparse_mlps(model) == []
+
+
+# --- what others put into an MLP
+
+
+def add_hook(layer: nn.Module) -> None:
+    layer.register_forward_hook(lambda module, given, result: 2 * result)
+
+
+def add_forward(layer: nn.Module) -> None:
+    layer.forward = lambda x: 2 * nn.functional.linear(x, layer.weight)
+
+
+def swap_layer(model: PreTrainedModel) -> None:
+    class Adapter(nn.Module):
+        def __init__(self, base: nn.Linear) -> None:
+            super().__init__()
+            self.base = base
+
+        def forward(self, x):
+            return 2 * self.base(x)
+
+    mlp = model.model.layers[1].mlp
+    mlp.up_proj = Adapter(mlp.up_proj)
+
+
+CHANGES = {
+    "a hook": (lambda model: add_hook(model.model.layers[1].mlp.up_proj), "has hooks, which would not be called"),
+    "a forward": (lambda model: add_forward(model.model.layers[1].mlp.up_proj), "has a forward of its own"),
+    "an adapter": (swap_layer, "is a Adapter, not a plain linear layer"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_layer_that_is_more_than_its_weights_is_refused(change):
+    model = tiny_model()
+    alter, words = CHANGES[change]
+    alter(model)
+    before = snapshot(model)
+    with pytest.raises(UnsupportedModelError, match=rf"^model\.layers\.1\.mlp\.up_proj \(up\) {words}"):
+        prepare(model)
+    assert_as_before(model, before)
+    assert sparse_mlps(model) == []
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@torch.no_grad()
+def test_a_layer_changed_in_a_prepared_model_is_honoured_refused_to_decode_and_kept(change):
+    models, ids = (tiny_model(), tiny_model()), torch.arange(1, 9)[None]
+    alter, words = CHANGES[change]
+    engine = Engine(models[1])
+    engine.generate([3, 1, 4], max_new_tokens=8)
+    for model in models:
+        alter(model)
+    want = models[0](ids).logits
+    torch.testing.assert_close(models[1](ids).logits, want)
+    with pytest.raises(UnsupportedModelError, match=rf"^model\.layers\.1\.mlp\.up_proj \(up\) {words}"):
+        engine.generate([3, 1, 4], max_new_tokens=8)
+    models[1].train().eval().double().float()
+    torch.testing.assert_close(models[1](ids).logits, want)
+    restore(models[1])
+    assert torch.equal(models[1](ids).logits, want)
+    assert all(weight.is_contiguous() for weight in models[1].parameters())
+
+
+def test_a_layer_changed_while_a_text_is_written_ends_it_with_a_reason():
+    engine = Engine(tiny_model(eos_token_id=None))
+    stream = engine.stream([3, 1, 4], max_new_tokens=40)
+    next(stream)
+    swap_layer(engine.model)
+    with pytest.raises(UnsupportedModelError, match=r"^up_proj \(up\) is a Adapter"):
+        list(stream)
+
+
+def test_hooks_on_an_mlp_are_called_before_meanwhile_and_after_and_never_with_numbers_of_ours():
+    model, seen = tiny_model(), []
+    mlp = model.model.layers[1].mlp
+    handle = mlp.register_forward_hook(lambda module, given, result: seen.append(tuple(result.shape)))
+    engine = Engine(model)
+    assert seen == []
+    engine.generate([3, 1, 4], max_new_tokens=8, correction=None)
+    assert seen[0] == (1, 3, 36) and set(seen[1:]) == {(1, 1, 36)} and len(seen) == 8
+    late = []
+    mlp.register_forward_hook(lambda module, given, result: late.append(1))
+    restore(model)
+    handle.remove()
+    seen.clear()
+    model(torch.tensor([[3, 1, 4]]))
+    assert seen == [] and late == [1]
+
+
+def test_a_hook_on_an_mlp_changes_the_text_as_it_does_without_us():
+    models = tiny_model(eos_token_id=None), tiny_model(eos_token_id=None)
+    for model in models:
+        add_hook(model.model.layers[1].mlp)
+    want = greedy(models[0], [3, 1, 4], 20)
+    assert want != greedy(tiny_model(eos_token_id=None), [3, 1, 4], 20)
+    done = Engine(models[1]).generate([3, 1, 4], max_new_tokens=20, correction=CorrectionConfig(accept="argmax"))
+    assert list(done.token_ids) == want
+
+
+def test_a_replaced_activation_is_honoured():
+    models = tiny_model(eos_token_id=None), tiny_model(eos_token_id=None)
+    engine = Engine(models[1])
+    for model in models:
+        for layer in model.model.layers:
+            layer.mlp.act_fn = nn.ReLU()
+    done = engine.generate([3, 1, 4], max_new_tokens=20, correction=CorrectionConfig(accept="argmax"))
+    assert list(done.token_ids) == greedy(models[0], [3, 1, 4], 20)
 
 
 # --- lengths
@@ -182,12 +292,15 @@ def test_preparing_twice_changes_nothing():
 @pytest.mark.parametrize("family", ["llama", "phi3", "gemma2"])
 def test_restore_gives_the_model_back_to_the_bit(family):
     model = tiny_model(family)
-    before, modules = snapshot(model), dict(model.named_modules())
+    before, classes = snapshot(model), [type(module) for module in model.modules()]
+    modules = dict(model.named_modules())
     assert prepare(model.train())
-    assert dict(model.named_modules()) != modules
+    assert [type(module) for module in model.modules()] != classes
     restore(model.eval())
     assert not any(module.training for module in model.modules())
     assert dict(model.named_modules()) == modules
+    assert [type(module) for module in model.modules()] == classes
+    assert not any("route" in vars(module) for module in model.modules())
     assert sparse_mlps(model) == []
     assert_as_before(model, before)
     assert all(weight.is_contiguous() for weight in model.parameters())
@@ -251,6 +364,18 @@ def test_a_prepared_model_learns_what_the_model_learns(optimizer):
         torch.testing.assert_close(prepared[name], weight, rtol=1e-3, atol=1e-4)
     done = Engine(models[1]).generate([3, 1, 4], max_new_tokens=20, correction=CorrectionConfig(accept="argmax"))
     assert list(done.token_ids) == greedy(models[0], [3, 1, 4], 20)
+
+
+def test_biases_that_learn_alone_learn_what_they_did():
+    models, ids = [tiny_model(mlp_bias=True, attention_bias=True) for _ in range(2)], torch.arange(1, 30)[None]
+    prepare(models[1])
+    for model in models:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name.endswith("bias"))
+        model(input_ids=ids, labels=ids).loss.backward()
+    for (name, plain), prepared in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
+        if name.endswith("bias"):
+            torch.testing.assert_close(prepared.grad, plain.grad, rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("change", ["another width", "a width of one", "another dtype"])

@@ -1,5 +1,7 @@
 """The gated MLP by every route against the formula, at odd sizes, with fresh memory full of NaN."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 from torch import nn
@@ -7,7 +9,7 @@ from torch import nn
 from sirius import sparsity
 from sirius.core import SparsityConfig
 from sirius.errors import ConfigError
-from sirius.model.mlp import Chosen, Observe, Route, SparseMLP, Tally, agrees, fixed_routes
+from sirius.model.mlp import Chosen, Observe, Route, SparseMLP, Tally, agrees, example, fixed_routes, take_over
 from sirius.sparsity import PromptSparsity, TokenSparsity
 from sirius.sparsity.coarse import CoarseSparsity
 
@@ -49,7 +51,7 @@ def original(request):
 
 
 def sparse_mlp(original: Gated) -> SparseMLP:
-    return SparseMLP(original, FUSED if original.fused else SEPARATE, original.act_fn)
+    return take_over(deepcopy(original), FUSED if original.fused else SEPARATE, "act_fn")
 
 
 def tokens(count: int = 5, rows: int = 1) -> torch.Tensor:
@@ -133,9 +135,13 @@ def test_a_checkpoint_looks_as_before(original):
 
 
 def test_restoring_gives_the_original_back(original):
+    before = {name: value for name, value in vars(original).items() if not name.startswith("_")}
     mlp = sparse_mlp(original)
-    assert mlp.restore() is original
-    assert original.down_proj.weight.is_contiguous()
+    mlp.restore()
+    assert type(mlp) is Gated
+    assert {name: value for name, value in vars(mlp).items() if not name.startswith("_")} == before
+    assert mlp.down_proj.weight.is_contiguous()
+    assert torch.equal(mlp(tokens()), original(tokens()))
 
 
 def test_what_is_observed_is_each_neurons_output(original):
@@ -218,9 +224,11 @@ def test_a_threshold_that_nothing_passes_leaves_the_bias_alone(original):
 
 def test_a_difference_is_noticed(original):
     mlp = sparse_mlp(original)
-    assert agrees(mlp, original)
-    mlp.activation = nn.GELU()
-    assert not agrees(mlp, original)
+    x = example(original.gate_up_proj if original.fused else original.gate_proj)
+    want = original(x)
+    assert agrees(mlp, x, want)
+    mlp.act_fn = nn.GELU()
+    assert not agrees(mlp, x, want)
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,16 @@
-"""The gated MLP that takes the place of a model's own: the same weights, neuron by neuron."""
+"""What a model's gated MLP becomes: the same weights, neuron by neuron."""
 
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from sirius.errors import ConfigError
+from sirius.errors import ConfigError, UnsupportedModelError
 from sirius.kernels import gated as kernel
 from sirius.kernels.dispatch import lie_together, places, reads_rows
 from sirius.kernels.gated import Neurons
+from sirius.model.linear import obstacle
 from sirius.model.memory import moved, side_by_side
 from sirius.sparsity.base import PromptSparsity, Sparsity, TokenSparsity
 
@@ -18,22 +20,24 @@ Route = Callable[["SparseMLP", Tensor], Tensor]
 class SparseMLP(nn.Module):
     """A gated MLP that computes what it did before, or by another route while `route` is set.
 
-    Its linear layers keep their names and places, so checkpoints look as before. `down`'s weight becomes a transposed
-    view of neuron-major memory, and on the CPU, in evaluation, a neuron's row of it follows that of `up`. Nothing is
-    stored twice.
+    Made by `take_over` of the MLP itself, whose layers, names and hooks stay, so checkpoints look as before. `down`'s
+    weight becomes a transposed view of neuron-major memory, and on the CPU, in evaluation, a neuron's row of it follows
+    that of `up`. Nothing is stored twice.
+
+    original    the class that it had
+    names       what its gate, up (or gate_up) and down layers are called
+    act         what its activation is called
     """
 
-    def __init__(self, original: nn.Module, names: dict[str, str], activation: Callable[[Tensor], Tensor]) -> None:
-        """Take over the linear layers of `original`; `names` maps gate, up (or gate_up) and down to its attributes."""
-        super().__init__()
-        self.__dict__["original"] = original  # not a child: its parameters are ours
-        self.names = names
-        self.activation = activation
-        for name in names.values():
-            self.add_module(name, getattr(original, name))
-        self.route: Route | None = None
-        self.training = original.training
-        self._lay_out()
+    original: type[nn.Module]
+    names: dict[str, str]
+    act: str
+    route: Route | None
+
+    @property
+    def activation(self) -> Callable[[Tensor], Tensor]:
+        """What the gate goes through."""
+        return getattr(self, self.act)
 
     @property
     def size(self) -> int:
@@ -57,16 +61,18 @@ class SparseMLP(nn.Module):
         """Return the MLP of x [..., H], by the route that is set."""
         if self.route is not None:
             return self.route(self, x)
+        if not self._is_plain():
+            return self._by_layers(x)
         return kernel.gated_mlp(x, self.neurons, self.activation)
 
-    def restore(self) -> nn.Module:
-        """Return the module that stood here before, in the mode of this one, its memory laid out as before."""
-        self.__dict__["original"].training = self.training
+    def restore(self) -> None:
+        """Make it what it was before, its memory laid out as before; what was changed about it since stays."""
         with torch.inference_mode(False):
-            for role in self.names:
-                weight = self._linear(role).weight
+            for weight in self.parameters():
                 weight.data = weight.data.contiguous()
-        return self.__dict__["original"]
+        for name in ("names", "act", "route"):
+            del self.__dict__[name]
+        self.__class__ = self.__dict__.pop("original")
 
     def train(self, mode: bool = True) -> "SparseMLP":
         """Set the mode, PyTorch's way; fused optimisers want weights dense, so they are side by side in evaluation."""
@@ -81,7 +87,9 @@ class SparseMLP(nn.Module):
         return self
 
     def settle(self) -> None:
-        """Lay the weights out anew where something took them apart."""
+        """Lay the weights out anew where something took them apart, unless layers were changed since."""
+        if not self._is_plain():
+            return
         down = self._linear("down").weight
         if down.device.type != "cpu" or not down.is_shared():  # another process would not learn of it
             self._lay_out()
@@ -103,10 +111,33 @@ class SparseMLP(nn.Module):
                     weight.data = weight.data.contiguous()
                 down.data = down.data.t().contiguous().t()
 
+    def _is_plain(self) -> bool:
+        return all(obstacle(getattr(self, name)) is None for name in self.names.values())
+
+    def _by_layers(self, x: Tensor) -> Tensor:
+        """Return the MLP of x by calling its layers, whatever they are by now."""
+        called = {role: getattr(self, name) for role, name in self.names.items()}
+        if "gate_up" in called:
+            gate, up = called["gate_up"](x).chunk(2, -1)
+        else:
+            gate, up = called["gate"](x), called["up"](x)
+        return called["down"](self.activation(gate) * up)
+
     def _linear(self, role: str) -> nn.Linear:
-        linear = getattr(self, self.names[role])
-        assert isinstance(linear, nn.Linear)
-        return linear
+        layer = getattr(self, self.names[role])
+        if (reason := obstacle(layer)) is not None:
+            raise UnsupportedModelError(f"{self.names[role]} ({role}) {reason}")
+        return layer
+
+
+def take_over(module: nn.Module, names: dict[str, str], act: str) -> SparseMLP:
+    """Make a gated MLP a `SparseMLP` where it stands; `names` and `act` are that class's."""
+    before = type(module)
+    module.__class__ = SparseMLP
+    mlp = cast("SparseMLP", module)
+    mlp.original, mlp.names, mlp.act, mlp.route = before, names, act, None
+    mlp._lay_out()
+    return mlp
 
 
 def _beside(neurons: Neurons) -> bool:
@@ -268,14 +299,17 @@ def _check(method: Sparsity, sets: list[list[Tensor]], mlps: Sequence[SparseMLP]
     )
 
 
+def example(layer: nn.Linear) -> Tensor:
+    """Return two random tokens [2, H] for an MLP whose gate, or gate and up, are a layer."""
+    weight = layer.weight
+    return torch.randn(2, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight)
+
+
 @torch.no_grad()
-def agrees(mlp: SparseMLP, original: nn.Module) -> bool:
-    """Tell whether both compute the same of a random input, up to the rounding of their dtype."""
-    weight = mlp.neurons.gate
-    x = torch.randn(2, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight)
-    want, got = original(x), mlp(x)
+def agrees(mlp: SparseMLP, x: Tensor, want: object) -> bool:
+    """Tell whether an MLP computes of x what is wanted, up to the rounding of the dtype; no hook learns of it."""
+    got = mlp.forward(x)
     if not isinstance(want, Tensor) or want.shape != got.shape:
         return False
-    return bool(
-        (want - got).norm() <= 20 * torch.finfo(weight.dtype).eps * want.norm() + torch.finfo(weight.dtype).tiny
-    )
+    bounds = torch.finfo(x.dtype)
+    return bool((want - got).norm() <= 20 * bounds.eps * want.norm() + bounds.tiny)

@@ -181,6 +181,11 @@ class TapeRecorder:
         return output, replay if tape.steady else None
 
 
+def hooked(model: nn.Module) -> bool:
+    """Tell whether any module of a model has hooks, which a graph would not call."""
+    return any(_hooks(list(model.modules())))
+
+
 def _hooks(modules: Sequence[nn.Module]) -> Sequence[Mapping[int, object]]:
     """Return the hooks of modules and of all modules, which are kept in the same dictionaries for good."""
     own = [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
@@ -196,7 +201,7 @@ def _places(modules: Sequence[nn.Module]) -> list[int]:
 def recorder(model: PreTrainedModel) -> Record | None:
     """Return what records a model's passes where it is, None where nothing does."""
     if model.device.type == "cuda":
-        return GraphRecorder(model.device)
+        return None if hooked(model) else GraphRecorder(model.device)
     return TapeRecorder(model) if cpu.runs_on(model.device, model.dtype) and not gpu.runs_on(model.device) else None
 
 

@@ -1,16 +1,17 @@
-"""Find the gated MLPs of a transformers model by their structure, put ours in their place, and undo it."""
+"""Find the gated MLPs of a transformers model by their structure, make them ours, and undo it."""
 
 import inspect
 from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from sirius.errors import RequestError, UnsupportedModelError
 from sirius.model import linear, norm
-from sirius.model.mlp import SparseMLP, agrees
+from sirius.model.mlp import SparseMLP, agrees, example, take_over
 from sirius.model.workspace import drop_idle
 from sirius.stats import Parameters
 
@@ -22,41 +23,32 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 
 
 def prepare(model: PreTrainedModel) -> list[SparseMLP]:
-    """Put a `SparseMLP` in the place of every block's gated MLP and return them, first block first.
+    """Make every block's gated MLP a `SparseMLP` and return them, first block first.
 
     The model computes what it did before. Preparing twice lays out anew what was taken apart, and changes nothing else.
     Raises UnsupportedModelError, naming the module and the reason, and leaves the model as it was where anything does
     not fit.
     """
-    if ready := sparse_mlps(model):
-        for mlp in ready:
+    if ready := dict(_sparse_mlps(model)):
+        for path, mlp in ready.items():
+            linear.check_layers(path, mlp, mlp.names)
             mlp.settle()
-        return ready
+        return list(ready.values())
     check_config(model.config)
     _check_weights(model)
     found = [_gated_mlp(name, block) for name, block in _blocks(model)]
-    mlps: list[SparseMLP] = []
     with ExitStack() as undo:
-        for parent, name, path in found:
-            original = getattr(parent, name)
-            mlp = SparseMLP(original, _roles(original), _activation(path, original))
-            undo.callback(mlp.restore)
-            mlps.append(mlp)
-            _check_agrees(path, mlp, original)
+        mlps = [_take_over(path, module, undo) for path, module in found]
         undo.pop_all()
-    for (parent, name, _), mlp in zip(found, mlps, strict=True):
-        setattr(parent, name, mlp)
     linear.take_over(model)
     norm.take_over(model)
     return mlps
 
 
 def restore(model: PreTrainedModel) -> None:
-    """Put the modules back that stood in the model before it was prepared."""
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, SparseMLP):
-                setattr(parent, name, child.restore())
+    """Make the modules what they were before the model was prepared."""
+    for mlp in sparse_mlps(model):
+        mlp.restore()
     linear.give_back(model)
     norm.give_back(model)
     drop_idle(model)
@@ -64,7 +56,11 @@ def restore(model: PreTrainedModel) -> None:
 
 def sparse_mlps(model: nn.Module) -> list[SparseMLP]:
     """Return the MLPs of a prepared model, first block first; none where it is not prepared."""
-    return [module for module in model.modules() if isinstance(module, SparseMLP)]
+    return [mlp for _, mlp in _sparse_mlps(model)]
+
+
+def _sparse_mlps(model: nn.Module) -> Iterator[tuple[str, SparseMLP]]:
+    return ((path, module) for path, module in model.named_modules() if isinstance(module, SparseMLP))
 
 
 def count_parameters(model: PreTrainedModel) -> Parameters:
@@ -176,13 +172,20 @@ def _check_weights(model: PreTrainedModel) -> None:
         raise UnsupportedModelError(f"the model is spread over {names}; load it whole on one device")
 
 
-def _check_agrees(path: str, mlp: SparseMLP, original: nn.Module) -> None:
+@torch.no_grad()
+def _take_over(path: str, module: nn.Module, undo: ExitStack) -> SparseMLP:
+    """Make a gated MLP a `SparseMLP`, which `undo` undoes, and check that it computes what it did."""
+    names, act = _roles(module), _activation(path, module)
+    x = example(getattr(module, names.get("gate") or names["gate_up"]))
     try:
-        same = agrees(mlp, original)
+        want = module.forward(x)  # past its hooks, which are not to see this
     except (TypeError, RuntimeError) as error:
         raise UnsupportedModelError(f"{path} cannot be called as down(act(gate(x)) * up(x)): {error}") from error
-    if not same:
+    mlp = take_over(module, names, act)
+    undo.callback(mlp.restore)
+    if not agrees(mlp, x, want):
         raise UnsupportedModelError(f"{path} computes something else than down(act(gate(x)) * up(x))")
+    return mlp
 
 
 def _blocks(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
@@ -197,28 +200,23 @@ def _blocks(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
     raise UnsupportedModelError(f"{type(model).__name__} holds no list of {layers} decoder blocks")
 
 
-def _gated_mlp(path: str, block: nn.Module) -> tuple[nn.Module, str, str]:
-    """Return the parent, name and path of the one gated MLP of a block."""
+def _gated_mlp(path: str, block: nn.Module) -> tuple[str, nn.Module]:
+    """Return the one gated MLP of a block with its path, all of its layers plain."""
     for name, parameter in block.named_parameters():
         if parameter.ndim == 3:
             raise UnsupportedModelError(f"{path}.{name} holds many experts: a mixture of experts does not fit yet")
-    found = [(name, module) for name, module in block.named_modules() if _roles(module)]
+    found = [(f"{path}.{name}", module) for name, module in block.named_modules() if _roles(module)]
     if not found:
         kinds = ", ".join(name for name, m in block.named_modules() if not list(m.children()) and "attn" not in name)
         raise UnsupportedModelError(f"{path} has no gated MLP (gate, up and down layers); it holds {kinds}")
     if len(found) > 1:
-        names = ", ".join(f"{path}.{name}" for name, _ in found[:3])
+        names = ", ".join(name for name, _ in found[:3])
         raise UnsupportedModelError(f"{path} has {len(found)} gated MLPs ({names}, ...): experts do not fit yet")
-    name, module = found[0]
-    for role, child in _roles(module).items():
-        linear = getattr(module, child)
-        if type(linear) is not nn.Linear:
-            raise UnsupportedModelError(
-                f"{path}.{name}.{child} ({role}) is a {type(linear).__name__}, not a plain linear layer; "
-                "load the model unquantised and without adapters"
-            )
-    parent_name, _, leaf = name.rpartition(".")
-    return block.get_submodule(parent_name), leaf, f"{path}.{name}"
+    inside, module = found[0]
+    if "forward" in module.__dict__:
+        raise UnsupportedModelError(f"{inside} has a forward of its own, which would not be called; take it off")
+    linear.check_layers(inside, module, _roles(module))
+    return inside, module
 
 
 def _roles(module: nn.Module) -> dict[str, str]:
@@ -227,8 +225,9 @@ def _roles(module: nn.Module) -> dict[str, str]:
     return next((names for names in (SEPARATE, FUSED) if set(names.values()) <= children.keys()), {})
 
 
-def _activation(path: str, module: nn.Module) -> Any:
-    for name in ACTIVATIONS:
-        if callable(activation := getattr(module, name, None)):
-            return activation
-    raise UnsupportedModelError(f"{path} names no activation ({' or '.join(ACTIVATIONS)})")
+def _activation(path: str, module: nn.Module) -> str:
+    """Return what the activation of a gated MLP is called."""
+    found = next((name for name in ACTIVATIONS if callable(getattr(module, name, None))), None)
+    if found is None:
+        raise UnsupportedModelError(f"{path} names no activation ({' or '.join(ACTIVATIONS)})")
+    return found

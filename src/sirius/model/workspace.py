@@ -11,7 +11,7 @@ from sirius.kernels import gpu
 from sirius.kernels.dispatch import attends
 from sirius.model.cache import SlotCache
 from sirius.model.mlp import Route, Tally, renewed
-from sirius.model.passes import Passes, recorder
+from sirius.model.passes import Passes, hooked, recorder
 
 STEP = 1024  # slots are reserved in steps of so many where records outlive a session: they end where the slots move
 IDLE = 4  # workspaces kept of a model; each has memory for keys and values
@@ -23,7 +23,7 @@ class Workspace:
 
     attends  whether attention reads the slots by a kernel of ours; only then are passes recorded
     stays    whether its records outlive a session
-    weights  where the model's were when the workspace was made, and their dtypes: records know no others
+    state    the model's when the workspace was made: records know no other
     drafts   the routes of the draft with fixed neurons
     """
 
@@ -31,7 +31,7 @@ class Workspace:
         self.layers, self.device = model.config.get_text_config().num_hidden_layers, model.device
         self.attends = attends_to(model)
         self.stays = self.attends and stays_on(model.device)
-        self.weights = places_of(model)
+        self.state = state_of(model)
         self.passes = Passes(recorder(model) if self.attends else None, GRAPHS if self.stays else TAPES)
         self.release()
 
@@ -68,9 +68,9 @@ class Workspace:
 _idle: "weakref.WeakKeyDictionary[PreTrainedModel, dict[Hashable, Workspace]]" = weakref.WeakKeyDictionary()
 
 
-def places_of(model: PreTrainedModel) -> list[tuple[int, torch.dtype]]:
-    """Return where each parameter lies, and its dtype."""
-    return [(parameter.data_ptr(), parameter.dtype) for parameter in model.parameters()]
+def state_of(model: PreTrainedModel) -> tuple[bool, list[tuple[int, torch.dtype]]]:
+    """Return whether a model has hooks, and where each of its parameters lies, in which dtype."""
+    return hooked(model), [(parameter.data_ptr(), parameter.dtype) for parameter in model.parameters()]
 
 
 def attends_to(model: PreTrainedModel) -> bool:
@@ -101,7 +101,7 @@ def borrow(session: object, model: PreTrainedModel, key: tuple[Hashable, bool]) 
     key  what decides the draft's routes, and whether passes are compiled
     """
     space = _idle.get(model, {}).pop(key, None)
-    if space is None or space.weights != places_of(model):
+    if space is None or space.state != state_of(model):
         space = Workspace(model)
     space.begin()
     if space.stays:
