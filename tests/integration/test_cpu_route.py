@@ -1,5 +1,6 @@
 """What a prepared model does on the CPU besides its linear layers: attention over the slots, norms, recorded passes."""
 
+import ctypes
 import gc
 import weakref
 
@@ -12,6 +13,7 @@ from conftest import FAMILIES, greedy, tiny_model
 from sirius import CorrectionConfig, Engine, SparsityConfig, restore
 from sirius.core import Mode, Window
 from sirius.kernels import cpu, dispatch
+from sirius.kernels.launch import SLOTS, Launch
 from sirius.kernels.reference import NormForm
 from sirius.kernels.tape import Tape
 from sirius.model import workspace
@@ -36,15 +38,15 @@ def norms(model: nn.Module) -> dict[str, nn.Module]:
 @pytest.fixture
 def calls(monkeypatch) -> list[int]:
     """How many tokens each call of the attention kernel had."""
-    found, run = [], cpu._run
+    found, run, attend = [], Launch.__call__, cpu.KERNELS.index("attend")
 
-    def counted(function, given, rows):
-        if function.__name__ == "sirius_attend":
-            sizes = given[7]
-            found.append(sizes[1])
-        return run(function, given, rows)
+    def counted(launch):
+        for at in range(0, len(launch.slots), SLOTS):
+            if launch.slots[at] == attend:
+                found.append((ctypes.c_int64 * 7).from_address(launch.slots[at + 8])[1])
+        return run(launch)
 
-    monkeypatch.setattr(cpu, "_run", counted)
+    monkeypatch.setattr(Launch, "__call__", counted)
     return found
 
 

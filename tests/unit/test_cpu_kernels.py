@@ -278,6 +278,49 @@ def test_norms_equal_the_reference(level, dtype, size, form):
         assert dtype is torch.float32 or (got == want).double().mean() > 0.99  # rounded where the form says so
 
 
+def lying(tensor: torch.Tensor, order: tuple[int, ...]) -> torch.Tensor:
+    """Return the same numbers, their dimensions in another order in memory and with gaps between lines."""
+    moved = tensor.permute(order)
+    room = moved.new_empty(*moved.shape[:-1], moved.shape[-1] + 3)
+    room[..., :-3] = moved
+    return room[..., :-3].permute([order.index(i) for i in range(tensor.ndim)])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", [2, 6, 64, 90])
+def test_positions_are_turned_as_pytorch_turns_them(level, dtype, size):
+    for rows, heads, count in (1, 3, 1), (2, 1, 5), (2, 40, 7):
+        x = lying(random(dtype, rows, heads, count, size), (0, 2, 1, 3))
+        cos, sin = (random(dtype, rows, 1, count, size, seed=seed).expand(x.shape) for seed in (1, 2))
+        y = lying(x.new_empty(x.shape), (2, 0, 1, 3))
+        cpu.rotation(x, cos, sin, y)()
+        want = reference.rotate(x, cos, sin)
+        assert torch.allclose(y, want, rtol=0, atol=1e-6) if dtype is torch.float32 else torch.equal(y, want)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("count", [1, 37, 2048, 50_001])
+def test_sums_are_pytorchs(level, dtype, count):
+    a, b = (random(dtype, count, seed=seed) * 10.0 ** (seed * 6 - 3) for seed in range(2))
+    y = a.new_empty(count)
+    cpu.addition(a, b, y)()
+    assert torch.equal(y, a + b)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_values_are_written_to_their_slots_and_to_no_others(dtype):
+    store = lying(random(dtype, 4, 9, 3, 5), (1, 0, 2, 3))[..., :5].clone(memory_format=torch.contiguous_format)[1:]
+    rows, slots = torch.tensor([[2], [0]]).expand(2, 3), torch.tensor([[8, 0, 3], [1, 5, 2]])
+    values, want = lying(random(dtype, 2, 3, 3, 5, seed=1), (2, 0, 1, 3)), store.clone()
+    want[rows, slots] = values
+    cpu.writing(store, rows, slots, values)()
+    assert torch.equal(store, want)
+    for row, slot in (3, 0), (-1, 0), (0, 9), (0, -1):
+        launch = cpu.writing(store, torch.tensor([[0, row]]), torch.tensor([[0, slot]]), values[:1, :2])
+        with pytest.raises(IndexError, match=rf"row {row}, slot {slot} of 3 rows of 9 slots"):
+            launch()
+
+
 @settings(derandomize=True, deadline=None)
 @given(st.lists(st.floats(0, 1e9, width=32), min_size=1, max_size=70), st.data())
 def test_the_largest_are_found_with_ties_to_the_first(values, data):

@@ -8,9 +8,11 @@ from torch import Tensor
 
 from sirius.errors import ConfigError
 from sirius.kernels import cpu
-from sirius.kernels.tape import Tape, running
+from sirius.kernels.launch import running
+from sirius.kernels.tape import Tape
 
 X, Y = torch.arange(12.0).square().view(3, 4) / 16, torch.tensor([2.0, -1.0, 0.5, 3.0])
+ROWS, PLACES = torch.tensor([[2], [0]]), torch.arange(5).flip(0)[None]
 
 
 def taken_down(compute, *inputs: Tensor) -> tuple[Tape, Tensor]:
@@ -80,6 +82,79 @@ def test_nothing_runs_on_a_tape_that_is_off():
 
 
 needs_kernels = pytest.mark.skipif(cpu.library() is None, reason="no compiled CPU kernels")
+
+
+def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    half = x.shape[-1] // 2
+    return (x * cos) + (torch.cat((-x[..., half:], x[..., :half]), -1) * sin)
+
+
+def positions(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Return states [2, 3, 5, 6] as attention has them, and numbers in the place of cosines and sines."""
+    g = torch.Generator().manual_seed(0)
+    x, cos, sin = (torch.randn(2, 5, heads, 6, generator=g).to(dtype).transpose(1, 2) for heads in (3, 1, 1))
+    return x, cos, sin
+
+
+def turned_the_other_way(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return (x * cos) + (torch.cat((x[..., 3:], -x[..., :3]), -1) * sin)
+
+
+def its_halves_elsewhere(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return (x * cos) + (torch.cat((-x[..., 3:], x[..., 1:4]), -1) * sin)
+
+
+def seen_in_between(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    straight = x * cos
+    turned = straight + (torch.cat((-x[..., 3:], x[..., :3]), -1) * sin)
+    return turned * straight
+
+
+def twice_the_turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return torch.add(x * cos, torch.cat((-x[..., 3:], x[..., :3]), -1) * sin, alpha=2)
+
+
+def written(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    store = cos.new_zeros(3, 9, 3, 6)
+    store[ROWS, PLACES] = x.transpose(1, 2)
+    return store
+
+
+def added_in_place(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    store = cos.new_zeros(3, 9, 3, 6)
+    return store.index_put_((ROWS, PLACES), x.transpose(1, 2), accumulate=True)
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("compute", "calls"),
+    [
+        (rotated, 1),
+        (lambda x, cos, sin: rotated(x, cos, sin) + rotated(x * 2, sin, cos), 4),
+        (turned_the_other_way, 5),
+        (its_halves_elsewhere, 5),
+        (seen_in_between, 6),
+        (twice_the_turned, 5),
+        (written, 2),
+        (added_in_place, 2),
+        (lambda x, cos, sin: x.contiguous() + x.contiguous() + x.contiguous(), 5),
+        (lambda x, cos, sin: x[:, :1] + cos, 1),
+    ],
+)
+def test_operations_that_a_kernel_does_are_left_to_it_bit_for_bit(dtype, compute, calls):
+    inputs = positions(dtype)
+    tape, got = taken_down(compute, *inputs)
+    for _ in range(2):
+        for each in inputs:
+            each.copy_(each.flip(-1) * 1.5 + 0.25)
+        want = compute(*(each.clone() for each in inputs))
+        got.fill_(torch.nan)
+        with torch.no_grad():
+            tape.replay()
+        assert torch.equal(got, want)
+    if dtype is not torch.float32:
+        assert len(tape.calls) == calls
 
 
 @needs_kernels

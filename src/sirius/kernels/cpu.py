@@ -1,27 +1,28 @@
-"""The C++ kernels, bound by their plain C interface; csrc/ holds them, hatch_build.py compiles them at install.
+"""The C++ kernels, called by number through a plain C interface.
 
-They run as many threads as torch does, in torch's own OpenMP pool where the linker finds it loaded.
+csrc/ holds them, hatch_build.py compiles them at install. They run as many threads as torch does, in torch's own OpenMP
+pool where the linker finds it loaded.
 """
 
 import ctypes
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache, partial
 from math import prod
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from sirius.errors import ConfigError
+from sirius.kernels.launch import Complaint, Launch, running
 from sirius.kernels.reference import NormForm, Pair, Weight
-from sirius.kernels.tape import running
 
 LIBRARY = Path(__file__).with_name("libsirius_cpu.so")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as in csrc/rows.h
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "relu": 2}  # likewise; the others are PyTorch's
-_Pointer, _Size = ctypes.c_void_p, ctypes.c_int64
+KERNELS = "linear", "project", "glu", "finish", "norm", "rotate", "add", "put", "attend", "largest"  # likewise
+_Size = ctypes.c_int64
 _Rows = tuple[Sequence[Tensor], Tensor | None]  # weights, and an index that may not fit them
 
 
@@ -41,21 +42,8 @@ def library() -> ctypes.CDLL | None:
 
 def _bound(found: ctypes.CDLL) -> ctypes.CDLL:
     """Say what the library's functions take and return."""
-    number = ctypes.c_int
-    tensors = [number, _Pointer, _Size, _Size]
     found.sirius_isa.restype = ctypes.c_char_p
-    weight = [_Pointer, _Size]  # and how far apart its rows are
-    rows = [_Size, _Size, _Pointer]  # how many it has, how many are wanted, and which
-    found.sirius_linear.argtypes = [*tensors, *weight, *rows, _Pointer, _Pointer, number]
-    found.sirius_project.argtypes = [*tensors, _Pointer, *weight, _Size, _Size, _Pointer, _Pointer, number]
-    found.sirius_largest.argtypes = [*tensors, _Size, _Pointer, number]
-    found.sirius_glu.argtypes = [number, *tensors, *weight, *weight, *rows, *[_Pointer] * 3, number]
-    found.sirius_finish.argtypes = [*tensors, _Pointer, number, *weight, *weight, *rows, *[_Pointer] * 3, number]
-    found.sirius_norm.argtypes = [*tensors, _Pointer, ctypes.c_float, ctypes.c_float, number, _Pointer, number]
-    found.sirius_attend.argtypes = [number, *[_Pointer] * 7, ctypes.c_float, ctypes.c_float, _Pointer, number]
-    for product in "linear", "project", "glu", "finish":
-        getattr(found, f"sirius_{product}").restype = _Size
-    found.sirius_largest.restype = found.sirius_norm.restype = found.sirius_attend.restype = None
+    found.sirius_run.argtypes, found.sirius_run.restype = [ctypes.c_void_p, _Size, ctypes.c_void_p], _Size
     return found
 
 
@@ -117,7 +105,7 @@ def attend(
     at = (_Size * 9)(*query.stride()[:3], *keys.stride()[:3], *values.stride()[:3])
     sizes = (_Size * 7)(rows, tokens, heads, kv_heads, slots, seen.shape[2], size)
     tensors = query, keys, values, at, held.contiguous(), seen.contiguous()
-    _call("attend", DTYPES[query.dtype], *tensors, sizes, scale, softcap or 0.0, y)
+    _call("attend", DTYPES[query.dtype], *tensors, sizes, float(scale), float(softcap or 0), y)
     return y
 
 
@@ -125,7 +113,7 @@ def norm(x: Tensor, weight: Tensor, eps: float, form: NormForm) -> Tensor:
     """See `reference.norm`."""
     x = x.contiguous()
     y = x.new_empty(x.shape)
-    _call("norm", DTYPES[x.dtype], x, *_sizes(x), weight, eps, form.offset, form.early, y)
+    _call("norm", DTYPES[x.dtype], x, *_sizes(x), weight, float(eps), float(form.offset), form.early, y)
     return y
 
 
@@ -167,6 +155,41 @@ def largest(values: Tensor, count: int) -> Tensor:
     return found
 
 
+def rotation(x: Tensor, cos: Tensor, sin: Tensor, y: Tensor) -> Launch:
+    """Return what writes x * cos + turned * sin to y [B, heads, T, D]; see `reference.rotate`.
+
+    All may be views whose last dimension lies together; cos and sin are of x's shape. Only in 16 bits is the result
+    PyTorch's bit for bit.
+    """
+    tensors = x, cos, sin, y
+    assert all(each.shape == x.shape and each.stride(3) == 1 for each in tensors), "heads must lie together"
+    at = (_Size * 12)(*(step for each in tensors for step in each.stride()[:3]))
+    return _launch("rotate", DTYPES[x.dtype], x, cos, sin, at, (_Size * 4)(*x.shape), y)
+
+
+def addition(a: Tensor, b: Tensor, y: Tensor) -> Launch:
+    """Return what writes a + b to y, all of one shape and dtype."""
+    return _launch("add", DTYPES[a.dtype], a, b, a.numel(), y)
+
+
+def writing(store: Tensor, rows: Tensor, slots: Tensor, values: Tensor) -> Launch:
+    """Return what writes values [B, T, heads, D] to the slots [B, T] int64 of rows [B, T] of a store [R, S, heads, D].
+
+    All may be views; heads of a store lie together. What it raises of a slot that there is not is an IndexError.
+    """
+    (height, width, heads, size), counts = store.shape, slots.shape
+    assert values.shape == (*counts, heads, size) and rows.shape == counts and values.stride(3) == 1
+    assert store.stride()[2:] == (size, 1) and rows.dtype is slots.dtype is torch.int64
+    at = (_Size * 9)(*store.stride()[:2], *rows.stride(), *slots.stride(), *values.stride()[:3])
+    sizes = (_Size * 6)(*counts, heads, size, height, width)
+
+    def complain(place: int) -> Exception:
+        row, slot = (int(each.flatten()[place]) for each in (rows, slots))
+        return IndexError(f"row {row}, slot {slot} of {height} rows of {width} slots")
+
+    return _launch("put", DTYPES[store.dtype], store, rows, slots, values, at, sizes, complaint=complain)
+
+
 def _library() -> ctypes.CDLL:
     found = library()
     assert found is not None, "no compiled kernels: `fits` was not asked"
@@ -174,30 +197,31 @@ def _library() -> ctypes.CDLL:
 
 
 def _call(kernel: str, *arguments: object, rows: _Rows | None = None) -> None:
-    """Call a kernel with tensors by their addresses, and the number of threads; a tape that runs takes it down.
+    """Call a kernel with tensors by their addresses, and the number of threads; a recorder that runs takes it down.
 
     rows  the weights, whose rows may lie apart, and the index of some of them
     """
-    function = getattr(_library(), f"sirius_{kernel}")
     apart = {id(weight) for weight in rows[0]} if rows else set()
     tensors = [each for each in arguments if isinstance(each, Tensor) and id(each) not in apart]
     assert kernel == "attend" or all(each.is_contiguous() for each in tensors), f"{kernel} of views"
-    given = *(each.data_ptr() if isinstance(each, Tensor) else each for each in arguments), torch.get_num_threads()
-    call = partial(_run, function, given, rows)
-    if (tape := running()) is not None:
-        tape.add(call, *arguments)
-    call()
+    launch = _launch(kernel, *arguments, complaint=rows and partial(_no_such_row, rows))
+    if (recorder := running()) is not None:
+        recorder.add(launch)
+    launch()
 
 
-def _run(function: Callable[..., int | None], given: tuple[Any, ...], rows: _Rows | None) -> None:
-    outside = function(*given)
-    if rows is not None and outside is not None and outside >= 0:
-        (weight, *_), index = rows
-        row = outside if index is None else int(index[outside])
-        raise ConfigError(
-            f"neuron {row} is asked for, in place {outside}, of a weight of {len(weight)} rows; "
-            f"a sparsity method's neurons must be from 0 to {len(weight) - 1}"
-        )
+def _launch(kernel: str, *arguments: object, complaint: Complaint | None = None) -> Launch:
+    given = *arguments, torch.get_num_threads()
+    return Launch.of(_library().sirius_run, KERNELS.index(kernel), given, complaint)
+
+
+def _no_such_row(rows: _Rows, place: int) -> ConfigError:
+    (weight, *_), index = rows
+    row = place if index is None else int(index[place])
+    return ConfigError(
+        f"neuron {row} is asked for, in place {place}, of a weight of {len(weight)} rows; "
+        f"a sparsity method's neurons must be from 0 to {len(weight) - 1}"
+    )
 
 
 def _lying(weight: Tensor) -> tuple[Tensor, int]:

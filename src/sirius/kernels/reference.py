@@ -73,6 +73,15 @@ def glu(
     return activation(linear(x, gate, gate_bias, index)) * linear(x, up, up_bias, index)
 
 
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Return x [B, heads, T, D] turned by angles whose cosine and sine are given alike: x cos + (-x2, x1) sin.
+
+    x1 and x2 are the halves of D. Source: RoFormer (arXiv 2104.09864), section 3.4.2, in the order that Llama has.
+    """
+    first, second = x.chunk(2, -1)
+    return x * cos + torch.cat([-second, first], -1) * sin
+
+
 def up_rows(gated: Tensor, x: Tensor, up: Tensor, up_bias: Tensor | None, index: Tensor) -> Tensor:
     """Return z [..., k] of the neurons at index [k] int64, of gated = act(gate(x)) [..., F] and x [..., H]."""
     return gated[..., index] * linear(x, up, up_bias, index)

@@ -1,12 +1,12 @@
 """A pass on the CPU taken down operation by operation, to be run again without the Python between them.
 
-Every operation writes to the tensors that it wrote to at first, which are all kept, and reads whatever those it read
-hold by then. Views are not made again: they are of the same memory.
+Every operation writes to the tensors that it wrote to at first, which are kept, and reads whatever those it read
+hold by then. Views are not made again: they are of the same memory. Neighbouring kernels of ours are one call.
 """
 
-import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, partial
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -16,28 +16,31 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from sirius.kernels.fuse import Operation, Step, fused
+from sirius.kernels.launch import Launch, record_to
+
 aten = torch.ops.aten
 EMPTY = {aten.empty.memory_format, aten.empty_like.default, aten.empty_strided.default}
 EMPTY |= {aten.new_empty.default, aten.new_empty_strided.default}
 LOOKS = {Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.__dlpack__}
-_running = threading.local()
 
 
 class Tape(TorchDispatchMode):
     """What runs within `with Tape() as tape`, in this thread and outside of inference mode; `replay` runs it again.
 
     steady  whether it can be: no number was taken out of a tensor, and no shape depended on one
+    calls   what a replay calls, once the tape is off
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.steady = True
+        self.steps: list[Step] = []
         self.calls: list[Callable[[], object]] = []
-        self.kept: list[object] = []
 
     def __enter__(self) -> "Tape":
         assert not torch.is_inference_mode_enabled(), "operations come whole there, some of them views at times"
-        self.before, _running.tape = running(), self
+        self.before = record_to(self)
         self.watch = _Watch(self)
         self.watch.__enter__()
         return super().__enter__()
@@ -46,22 +49,22 @@ class Tape(TorchDispatchMode):
         super().__exit__(*raised)
         self.watch.__exit__(*raised)
         del self.watch  # it holds the tape, which is to go as soon as nobody else does
-        _running.tape = self.before
+        record_to(self.before)
+        self.calls = _calls(fused(self.steps))
+        self.steps.clear()
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation of PyTorch's and take it down."""
         kwargs = kwargs or {}
         self.steady &= _is_steady(operation, args)
         result = operation(*args, **kwargs)
-        self.kept.append(result)
-        if (call := _again(operation, args, kwargs, result)) is not None:
-            self.calls.append(call)
+        if not _makes_a_view(operation):
+            self.steps.append(Operation(operation, args, kwargs, result))
         return result
 
-    def add(self, call: Callable[[], object], *kept: object) -> None:
-        """Take down a call that PyTorch knows nothing of, and keep the memory that it reads and writes."""
-        self.calls.append(call)
-        self.kept += [each.untyped_storage() if isinstance(each, Tensor) else each for each in kept]
+    def add(self, launch: Launch) -> None:
+        """Take down kernels of ours, which PyTorch knows nothing of."""
+        self.steps.append(launch)
 
     def replay(self) -> None:
         """Run all calls again, in their order."""
@@ -81,22 +84,33 @@ class _Watch(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-def running() -> Tape | None:
-    """Return the tape that this thread's operations go to."""
-    return getattr(_running, "tape", None)
-
-
 def _is_steady(operation: OpOverload, args: tuple[Any, ...]) -> bool:
     if operation is aten.index.Tensor:  # a mask's shape depends on what it holds, that of places does not
         return all(index is None or index.dtype not in (torch.bool, torch.uint8) for index in args[1])
     return not {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(operation.tags)
 
 
-def _again(operation: OpOverload, args: Any, kwargs: Any, result: Any) -> Callable[[], object] | None:
-    """Return what computes a result anew where it is, None where there is nothing to compute."""
+def _calls(steps: Sequence[Step]) -> list[Callable[[], object]]:
+    """Return the calls that do what steps did; kernels that follow each other are one."""
+    calls: list[Callable[[], object]] = []
+    for kernels, group in groupby(steps, lambda step: isinstance(step, Launch)):
+        if kernels:
+            calls.append(Launch.joined([step for step in group if isinstance(step, Launch)]))
+        else:
+            calls += [_again(*step) for step in group if isinstance(step, Operation)]
+    return calls
+
+
+def _makes_a_view(operation: OpOverload) -> bool:
+    """Tell whether an operation computes nothing: its result is memory that is there, or yet to be filled."""
     aliases = [returned.alias_info for returned in operation._schema.returns]
-    if operation in EMPTY or (aliases and all(alias is not None and not alias.is_write for alias in aliases)):
-        return None  # a view
+    views = aliases and all(alias is not None and not alias.is_write for alias in aliases)
+    return operation in EMPTY or bool(views)
+
+
+def _again(operation: OpOverload, args: Any, kwargs: Any, result: Any) -> Callable[[], object]:
+    """Return what computes a result anew where it is."""
+    aliases = [returned.alias_info for returned in operation._schema.returns]
     if any(alias is not None for alias in aliases) or not aliases:
         return partial(operation, *args, **kwargs)  # in place
     if operation is aten._to_copy.default:

@@ -5,6 +5,8 @@
 #include <cstring>
 #include <functional>
 #include <memory>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "rows.h"
@@ -101,32 +103,28 @@ void largest(const std::vector<uint32_t>& bits, int64_t k, int64_t* out) {
   }
 }
 
-}  // namespace
+// The kernels as they are called: products return -1, or without a product the place in the index of the first row that
+// the weight does not have. Rows of a weight [height, width] are `stride` elements apart.
+constexpr int64_t kFine = -1;
 
-extern "C" {
-
-const char* sirius_isa() { return chosen().name; }
-
-// Rows of a weight [height, width] are `stride` elements apart. Products return -1, or without a product the place in
-// the index of the first row that the weight does not have.
-int64_t sirius_linear(int dtype, const void* x, int64_t rows, int64_t width, const void* w, int64_t stride,
-                      int64_t height, int64_t count, const int64_t* index, const void* bias, void* y, int threads) {
+int64_t run_linear(int dtype, const void* x, int64_t rows, int64_t width, const void* w, int64_t stride,
+                   int64_t height, int64_t count, const int64_t* index, const void* bias, void* y, int threads) {
   int64_t outside = first_outside(index, count, height);
   if (outside < 0) chosen().linear({Dtype(dtype), x, rows, width, w, stride, count, index, bias, y, threads});
   return outside;
 }
 
-int64_t sirius_project(int dtype, const void* z, int64_t rows, int64_t count, const int64_t* index, const void* w,
-                       int64_t stride, int64_t height, int64_t width, const void* bias, void* y, int threads) {
+int64_t run_project(int dtype, const void* z, int64_t rows, int64_t count, const int64_t* index, const void* w,
+                    int64_t stride, int64_t height, int64_t width, const void* bias, void* y, int threads) {
   int64_t outside = first_outside(index, count, height);
   if (outside < 0) chosen().project({Dtype(dtype), z, rows, count, index, w, stride, width, bias, y, threads});
   return outside;
 }
 
 // act(gate(x)) * up(x) of the neurons at index; act(gate(x)) where up is null.
-int64_t sirius_glu(int dtype, int kind, const void* x, int64_t rows, int64_t width, const void* gate,
-                   int64_t gate_stride, const void* up, int64_t up_stride, int64_t height, int64_t count,
-                   const int64_t* index, const void* gate_bias, const void* up_bias, void* y, int threads) {
+int64_t run_glu(int dtype, int kind, const void* x, int64_t rows, int64_t width, const void* gate, int64_t gate_stride,
+                const void* up, int64_t up_stride, int64_t height, int64_t count, const int64_t* index,
+                const void* gate_bias, const void* up_bias, void* y, int threads) {
   int64_t outside = first_outside(index, count, height);
   if (outside >= 0) return outside;
   Dtype of = Dtype(dtype);
@@ -134,14 +132,13 @@ int64_t sirius_glu(int dtype, int kind, const void* x, int64_t rows, int64_t wid
   chosen().linear({of, x, rows, width, gate, gate_stride, count, index, gate_bias, y, threads});
   if (up) chosen().linear({of, x, rows, width, up, up_stride, count, index, up_bias, other.get(), threads});
   chosen().activate({of, ActivationKind(kind), y, up ? other.get() : nullptr, rows * count, y, threads});
-  return outside;
+  return kFine;
 }
 
 // See Finish; gated is [rows, count] if by_place, else [rows, height].
-int64_t sirius_finish(int dtype, const void* x, int64_t rows, int64_t width, const void* gated, int by_place,
-                      const void* up, int64_t up_stride, const void* down, int64_t down_stride, int64_t height,
-                      int64_t count, const int64_t* index, const void* up_bias, const void* bias, void* y,
-                      int threads) {
+int64_t run_finish(int dtype, const void* x, int64_t rows, int64_t width, const void* gated, int by_place,
+                   const void* up, int64_t up_stride, const void* down, int64_t down_stride, int64_t height,
+                   int64_t count, const int64_t* index, const void* up_bias, const void* bias, void* y, int threads) {
   int64_t outside = first_outside(index, count, height);
   if (outside < 0)
     chosen().finish({Dtype(dtype), x, rows, width, gated, by_place ? count : height, by_place != 0, up, up_stride, down,
@@ -149,26 +146,112 @@ int64_t sirius_finish(int dtype, const void* x, int64_t rows, int64_t width, con
   return outside;
 }
 
-void sirius_norm(int dtype, const void* x, int64_t rows, int64_t width, const void* weight, float eps, float offset,
+int64_t run_norm(int dtype, const void* x, int64_t rows, int64_t width, const void* weight, float eps, float offset,
                  int early, void* y, int threads) {
   chosen().norm({Dtype(dtype), x, rows, width, weight, eps, offset, early != 0, y, threads});
+  return kFine;
 }
 
-// at: the strides of query, keys and values, three each; sizes: rows, tokens, heads, kv_heads, slots, after, size
-void sirius_attend(int dtype, const void* query, const void* keys, const void* values, const int64_t* at,
-                   const int64_t* held, const void* seen, const int64_t* sizes, float scale, float softcap, void* y,
+// at: the strides of x, cos, sin and y, three each; n: rows, heads, tokens, size
+int64_t run_rotate(int dtype, const void* x, const void* cos, const void* sin, const int64_t* at, const int64_t* n,
+                   void* y, int threads) {
+  chosen().rotate({Dtype(dtype), x, cos, sin, at, at + 3, at + 6, at + 9, n[0], n[1], n[2], n[3], y, threads});
+  return kFine;
+}
+
+int64_t run_add(int dtype, const void* a, const void* b, int64_t count, void* y, int threads) {
+  chosen().add({Dtype(dtype), a, b, count, y, threads});
+  return kFine;
+}
+
+// store[rows[b][t]][slots[b][t]] = values[b][t], `heads` times `size` numbers each; returns the first place that the
+// store, of height x width such, does not have.
+// at: the strides of store (a row, a slot), rows and slots (b, t), values (b, t, a head); n: b, t, heads, size, height,
+// width
+int64_t run_put(int dtype, void* store, const int64_t* rows, const int64_t* slots, const void* values,
+                const int64_t* at, const int64_t* n, int) {
+  int64_t unit = size_of(dtype), size = n[3] * unit;
+  for (int64_t i = 0; i < n[0] * n[1]; i++) {
+    int64_t b = i / n[1], t = i % n[1], row = rows[b * at[2] + t * at[3]], slot = slots[b * at[4] + t * at[5]];
+    if (row < 0 || row >= n[4] || slot < 0 || slot >= n[5]) return i;
+    char* to = static_cast<char*>(store) + (row * at[0] + slot * at[1]) * unit;
+    const char* from = static_cast<const char*>(values) + (b * at[6] + t * at[7]) * unit;
+    for (int64_t h = 0; h < n[2]; h++) memcpy(to + h * size, from + h * at[8] * unit, size);
+  }
+  return kFine;
+}
+
+// at: the strides of query, keys and values, three each; n: rows, tokens, heads, kv_heads, slots, after, size
+int64_t run_attend(int dtype, const void* query, const void* keys, const void* values, const int64_t* at,
+                   const int64_t* held, const void* seen, const int64_t* n, float scale, float softcap, void* y,
                    int threads) {
-  const int64_t* n = sizes;
   chosen().attend({Dtype(dtype), query, keys, values, at, at + 3, at + 6, held, static_cast<const uint8_t*>(seen),
                    n[0], n[1], n[2], n[3], n[4], n[5], n[6], scale, softcap, y, threads});
+  return kFine;
 }
 
 // The places of the k largest of each row's n values, to out [rows, k].
-void sirius_largest(int dtype, const void* values, int64_t rows, int64_t n, int64_t k, int64_t* out, int threads) {
+int64_t run_largest(int dtype, const void* values, int64_t rows, int64_t n, int64_t k, int64_t* out, int threads) {
   const char* of = static_cast<const char*>(values);
   int64_t bytes = n * size_of(dtype);
 #pragma omp parallel for num_threads(threads) if (rows > 1)
   for (int64_t m = 0; m < rows; m++) largest(magnitudes(Dtype(dtype), of + m * bytes, n), k, out + m * k);
+  return kFine;
+}
+
+// A call is the number of a kernel and its arguments, in kSlots slots.
+union Slot {
+  int64_t number;
+  double real;
+  void* address;
+};
+constexpr int kSlots = 20;
+
+template <class A>
+A taken(const Slot& slot) {
+  if constexpr (std::is_pointer_v<A>) return static_cast<A>(slot.address);
+  else if constexpr (std::is_floating_point_v<A>) return A(slot.real);
+  else return A(slot.number);
+}
+
+template <class... A, size_t... I>
+int64_t apply(int64_t (*kernel)(A...), const Slot* given, std::index_sequence<I...>) {
+  static_assert(sizeof...(A) < kSlots);
+  return kernel(taken<A>(given[I])...);
+}
+
+template <class... A>
+int64_t apply(int64_t (*kernel)(A...), const Slot* given) {
+  return apply(kernel, given, std::index_sequence_for<A...>{});
+}
+
+int64_t run(int64_t kernel, const Slot* given) {
+  switch (kernel) {  // the order of cpu.KERNELS
+    case 0: return apply(run_linear, given);
+    case 1: return apply(run_project, given);
+    case 2: return apply(run_glu, given);
+    case 3: return apply(run_finish, given);
+    case 4: return apply(run_norm, given);
+    case 5: return apply(run_rotate, given);
+    case 6: return apply(run_add, given);
+    case 7: return apply(run_put, given);
+    case 8: return apply(run_attend, given);
+    default: return apply(run_largest, given);
+  }
+}
+
+}  // namespace
+
+extern "C" {
+
+const char* sirius_isa() { return chosen().name; }
+
+// Runs `count` calls one after the other. Returns -1, or the number of the first whose kernel found something outside
+// of what there is, with what it returned in `outside`; those after it are not run.
+int64_t sirius_run(const Slot* calls, int64_t count, int64_t* outside) {
+  for (int64_t i = 0; i < count; i++, calls += kSlots)
+    if ((*outside = run(calls->number, calls + 1)) != kFine) return i;
+  return -1;
 }
 
 }  // extern "C"

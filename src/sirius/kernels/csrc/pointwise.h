@@ -1,4 +1,4 @@
-// What is computed element by element: what gated neurons send on, and root-mean-square norms.
+// What is computed element by element: what gated neurons send on, norms, rotary positions, sums.
 
 #pragma once
 
@@ -110,6 +110,42 @@ void norm_of(const Norm& p) {
       store_some(v * (load_some(weight + i, count) + p.offset), count, y + i);
     });
   }
+}
+
+template <class T>
+void rotate_of(const Rotate& p) {
+  int64_t half = p.size / 2, lines = p.rows * p.heads * p.tokens;
+#pragma omp parallel for num_threads(p.threads) if (lines * p.size > kMany)
+  for (int64_t line = 0; line < lines; line++) {
+    int64_t t = line % p.tokens, h = line / p.tokens % p.heads, b = line / p.tokens / p.heads;
+    auto place = [&](const int64_t* at) { return b * at[0] + h * at[1] + t * at[2]; };
+    const T* x = static_cast<const T*>(p.x) + place(p.x_at);
+    const T *cos = static_cast<const T*>(p.cos) + place(p.cos_at), *sin = static_cast<const T*>(p.sin) + place(p.sin_at);
+    T* y = static_cast<T*>(p.y) + place(p.y_at);
+    each_vector(half, [&](int64_t i, int64_t count) {
+      int64_t j = half + i;
+      Floats first = load_some(x + i, count), second = load_some(x + j, count);
+      auto turned = [&](Floats own, Floats other, int64_t at) {
+        store_some(rounded<T>(own * load_some(cos + at, count)) + rounded<T>(other * load_some(sin + at, count)), count,
+                   y + at);
+      };
+      turned(first, -second, i);
+      turned(second, first, j);
+    });
+  }
+}
+
+template <class T>
+void add_of(const Add& p) {
+  const T *a = static_cast<const T*>(p.a), *b = static_cast<const T*>(p.b);
+  T* y = static_cast<T*>(p.y);
+  int64_t stretches = (p.count + kMany - 1) / kMany;
+#pragma omp parallel for num_threads(p.threads) if (stretches > 1)
+  for (int64_t s = 0; s < stretches; s++)
+    each_vector(std::min(kMany, p.count - s * kMany), [&](int64_t i, int64_t count) {
+      int64_t at = s * kMany + i;
+      store_some(load_some(a + at, count) + load_some(b + at, count), count, y + at);
+    });
 }
 
 }  // namespace

@@ -40,6 +40,12 @@ void activate(const Activate& p) {
 void norm(const Norm& p) {
   of_dtype(p.dtype, [&](auto number) { norm_of<decltype(number)>(p); });
 }
+void rotate(const Rotate& p) {
+  of_dtype(p.dtype, [&](auto number) { rotate_of<decltype(number)>(p); });
+}
+void add(const Add& p) {
+  of_dtype(p.dtype, [&](auto number) { add_of<decltype(number)>(p); });
+}
 void attend(const Attend& p) {
   of_dtype(p.dtype, [&](auto number) { attend_of<decltype(number)>(p); });
 }
@@ -51,4 +57,4 @@ void attend(const Attend& p) {
 #define QUOTED(isa) #isa
 #define STRING(isa) QUOTED(isa)
 
-extern const Kernels NAMED(SIRIUS_ISA) = {STRING(SIRIUS_ISA), linear, project, finish, activate, norm, attend};
+extern const Kernels NAMED(SIRIUS_ISA) = {STRING(SIRIUS_ISA), linear, project, finish, activate, norm, rotate, add, attend};

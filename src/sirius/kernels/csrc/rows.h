@@ -90,6 +90,26 @@ struct Norm {
   int threads;
 };
 
+// y[b][h][t] = x[b][h][t] * cos[b][h][t] + turned * sin[b][h][t], numbers of `size` each, where `turned` is the second half
+// of x, negated, and then the first. In 16 bits both products are rounded before the sum, as if kept in between.
+struct Rotate {
+  Dtype dtype;
+  const void *x, *cos, *sin;
+  const int64_t *x_at, *cos_at, *sin_at, *y_at;  // strides of a row, a head, a token; the last dimension lies together
+  int64_t rows, heads, tokens, size;
+  void* y;
+  int threads;
+};
+
+// y = a + b, of `count` elements
+struct Add {
+  Dtype dtype;
+  const void *a, *b;
+  int64_t count;
+  void* y;
+  int threads;
+};
+
 // y[b][t][h] = what token t of row b sees of the slots, in head h     y [rows, tokens, heads, size]
 // A row's first held[b] slots are seen by all of its tokens; of the `after` slots behind those, in all no more than
 // `slots`, token t sees slot held[b] + i where seen[b][t][i]. A strides' last dimension, of `size`, lies together.
@@ -114,6 +134,8 @@ struct Kernels {
   void (*finish)(const Finish&);
   void (*activate)(const Activate&);
   void (*norm)(const Norm&);
+  void (*rotate)(const Rotate&);
+  void (*add)(const Add&);
   void (*attend)(const Attend&);
 };
 

@@ -1,0 +1,135 @@
+"""What a tape holds of PyTorch's operations, and the kernels that do some of them in one, bit for bit the same.
+
+For a few tokens such operations cost their calls, not their arithmetic.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+from torch.utils._pytree import tree_leaves
+
+from sirius.kernels import cpu
+from sirius.kernels.launch import Launch
+
+aten = torch.ops.aten
+HALVES = torch.bfloat16, torch.float16
+ROTATION = [aten.mul.Tensor, aten.neg.default, aten.cat.default, aten.mul.Tensor, aten.add.Tensor]
+
+
+class Operation(NamedTuple):
+    """An operation of PyTorch's that ran."""
+
+    operation: OpOverload
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    result: Any
+
+
+Step = Operation | Launch
+
+
+def fused(steps: Sequence[Step]) -> list[Step]:
+    """Return the steps of a tape with kernels in the place of operations that they do."""
+    readers, done, at = _readers(steps), [], 0
+    while at < len(steps):
+        window = steps[at : at + len(ROTATION)]
+        if (launch := _rotation(window)) is not None and _within(window, readers, at):
+            done.append(launch)
+            at += len(window)
+            continue
+        step = steps[at]
+        done.append((isinstance(step, Operation) and (_addition(step) or _writing(step))) or step)
+        at += 1
+    return done
+
+
+def _rotation(window: Sequence[Step]) -> Launch | None:
+    """Return the kernel of x * cos + cat(-x2, x1) * sin, x1 and x2 being the halves of x: of rotary positions."""
+    found = [step for step in window if isinstance(step, Operation)]
+    if [step.operation for step in found] != ROTATION:
+        return None
+    straight, negated, joined, turned, added = found
+    (x, cos), (_, sin), y = straight.args, turned.args, added.result
+    if not all(isinstance(each, Tensor) and each.dtype in HALVES and each.ndim == 4 for each in (x, cos, sin)):
+        return None
+    half, (parts, *dim) = x.shape[3] // 2, joined.args
+    follows = (
+        len(parts) == 2
+        and dim in ([-1], [3])
+        and _same(negated.args[0], x[..., half:])
+        and parts[0] is negated.result
+        and _same(parts[1], x[..., :half])
+        and turned.args[0] is joined.result
+        and added.args == (straight.result, turned.result)
+        and not added.kwargs
+    )
+    if not follows or y.shape != x.shape:
+        return None
+    cos, sin = cos.expand(x.shape), sin.expand(x.shape)
+    fits = all(each.dtype == x.dtype and each.stride(3) == 1 and _ours(each) for each in (x, cos, sin, y))
+    return cpu.rotation(x, cos, sin, y) if fits else None
+
+
+def _addition(step: Operation) -> Launch | None:
+    """Return the kernel of a + b."""
+    if step.operation is not aten.add.Tensor or step.kwargs or not all(isinstance(a, Tensor) for a in step.args):
+        return None
+    (a, b), y = step.args, step.result
+    alike = a.shape == b.shape and a.dtype == b.dtype
+    return cpu.addition(a, b, y) if alike and all(t.is_contiguous() and _ours(t) for t in (a, b, y)) else None
+
+
+def _writing(step: Operation) -> Launch | None:
+    """Return the kernel of store[rows, slots] = values."""
+    if step.operation is not aten.index_put_.default or len(step.args) != 3 or step.kwargs:
+        return None
+    store, index, values = step.args
+    if len(index) != 2 or any(each is None or each.dtype is not torch.int64 for each in index) or store.ndim != 4:
+        return None
+    rows, slots = torch.broadcast_tensors(*index)
+    values = values.expand(*slots.shape, *store.shape[2:])
+    fits = (
+        values.dtype == store.dtype
+        and slots.ndim == 2
+        and store.stride()[2:] == (store.shape[3], 1)
+        and values.stride(3) == 1
+        and _ours(store)
+        and _ours(values)
+    )
+    return cpu.writing(store, rows, slots, values) if fits else None
+
+
+def _ours(tensor: Tensor) -> bool:
+    return cpu.runs_on(tensor.device, tensor.dtype)
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Tell whether two views are of the same numbers."""
+    alike = one.data_ptr() == other.data_ptr() and one.dtype == other.dtype
+    return alike and one.shape == other.shape and one.stride() == other.stride()
+
+
+def _within(window: Sequence[Step], readers: dict[int, list[int]], at: int) -> bool:
+    """Tell whether nobody but the steps of a window, the first of them at a place, uses what all but its last make."""
+    inside = range(at, at + len(window))
+    made = [step.result for step in window[:-1] if isinstance(step, Operation)]
+    return all(place in inside for result in made for place in readers[_memory(result)])
+
+
+def _readers(steps: Sequence[Step]) -> dict[int, list[int]]:
+    """Return the places of the steps that use a piece of memory, by its address."""
+    found: dict[int, list[int]] = defaultdict(list)
+    for place, step in enumerate(steps):
+        used = step.kept if isinstance(step, Launch) else tree_leaves((step.args, step.kwargs))
+        for each in used:
+            if isinstance(each, Tensor | torch.UntypedStorage):
+                found[_memory(each)].append(place)
+    return found
+
+
+def _memory(of: "Tensor | torch.UntypedStorage") -> int:
+    return (of.untyped_storage() if isinstance(of, Tensor) else of).data_ptr()
