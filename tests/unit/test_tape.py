@@ -110,6 +110,11 @@ def seen_in_between(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return turned * straight
 
 
+def added_to_another(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    straight = x * cos
+    return (torch.cat((-x[..., 3:], x[..., :3]), -1) * sin) + straight
+
+
 def twice_the_turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.add(x * cos, torch.cat((-x[..., 3:], x[..., :3]), -1) * sin, alpha=2)
 
@@ -131,10 +136,15 @@ def added_in_place(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     ("compute", "calls"),
     [
         (rotated, 1),
+        (lambda x, cos, sin: rotated(x[..., :5], cos[..., :5], sin[..., :5]), 5),
+        (lambda x, cos, sin: rotated(x[:, :, :, :4], cos[..., :4], sin[..., :4]), 1),
+        (lambda x, cos, sin: rotated(x[0], cos[0], sin[0]), 5),
+        (lambda x, cos, sin: rotated(cos, x, x), 5),
         (lambda x, cos, sin: rotated(x, cos, sin) + rotated(x * 2, sin, cos), 4),
         (turned_the_other_way, 5),
         (its_halves_elsewhere, 5),
         (seen_in_between, 6),
+        (added_to_another, 5),
         (twice_the_turned, 5),
         (written, 2),
         (added_in_place, 2),

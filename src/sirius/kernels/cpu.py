@@ -175,7 +175,8 @@ def addition(a: Tensor, b: Tensor, y: Tensor) -> Launch:
 def writing(store: Tensor, rows: Tensor, slots: Tensor, values: Tensor) -> Launch:
     """Return what writes values [B, T, heads, D] to the slots [B, T] int64 of rows [B, T] of a store [R, S, heads, D].
 
-    All may be views; heads of a store lie together. What it raises of a slot that there is not is an IndexError.
+    All may be views; heads of a store lie together. Below 0 counts from the end, as in PyTorch; what there is not is an
+    IndexError of the launch.
     """
     (height, width, heads, size), counts = store.shape, slots.shape
     assert values.shape == (*counts, heads, size) and rows.shape == counts and values.stride(3) == 1

@@ -59,12 +59,14 @@ def _rotation(window: Sequence[Step]) -> Launch | None:
     half, (parts, *dim) = x.shape[3] // 2, joined.args
     follows = (
         len(parts) == 2
+        and x.shape[3] % 2 == 0
         and dim in ([-1], [3])
         and _same(negated.args[0], x[..., half:])
         and parts[0] is negated.result
         and _same(parts[1], x[..., :half])
         and turned.args[0] is joined.result
-        and added.args == (straight.result, turned.result)
+        and added.args[0] is straight.result
+        and added.args[1] is turned.result
         and not added.kwargs
     )
     if not follows or y.shape != x.shape:

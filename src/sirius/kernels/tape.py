@@ -50,7 +50,8 @@ class Tape(TorchDispatchMode):
         self.watch.__exit__(*raised)
         del self.watch  # it holds the tape, which is to go as soon as nobody else does
         record_to(self.before)
-        self.calls = _calls(fused(self.steps))
+        if raised[0] is None:
+            self.calls = _calls(fused(self.steps))
         self.steps.clear()
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

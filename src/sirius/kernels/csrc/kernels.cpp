@@ -165,7 +165,7 @@ int64_t run_add(int dtype, const void* a, const void* b, int64_t count, void* y,
 }
 
 // store[rows[b][t]][slots[b][t]] = values[b][t], `heads` times `size` numbers each; returns the first place that the
-// store, of height x width such, does not have.
+// store, of height x width such, does not have. Places below 0 count from the end.
 // at: the strides of store (a row, a slot), rows and slots (b, t), values (b, t, a head); n: b, t, heads, size, height,
 // width
 int64_t run_put(int dtype, void* store, const int64_t* rows, const int64_t* slots, const void* values,
@@ -173,6 +173,8 @@ int64_t run_put(int dtype, void* store, const int64_t* rows, const int64_t* slot
   int64_t unit = size_of(dtype), size = n[3] * unit;
   for (int64_t i = 0; i < n[0] * n[1]; i++) {
     int64_t b = i / n[1], t = i % n[1], row = rows[b * at[2] + t * at[3]], slot = slots[b * at[4] + t * at[5]];
+    if (row < 0) row += n[4];
+    if (slot < 0) slot += n[5];
     if (row < 0 || row >= n[4] || slot < 0 || slot >= n[5]) return i;
     char* to = static_cast<char*>(store) + (row * at[0] + slot * at[1]) * unit;
     const char* from = static_cast<const char*>(values) + (b * at[6] + t * at[7]) * unit;
