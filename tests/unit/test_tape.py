@@ -110,6 +110,26 @@ def seen_in_between(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return turned * straight
 
 
+def turned_alone(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    _straight = x * cos
+    return x + (torch.cat((-x[..., 3:], x[..., :3]), -1) * sin)
+
+
+def turned_for_nothing(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    straight, _turned = x * cos, torch.cat((-x[..., 3:], x[..., :3]), -1) * sin
+    return straight + x
+
+
+def joined_for_nothing(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    straight, _joined = x * cos, torch.cat((-x[..., 3:], x[..., :3]), -1)
+    return straight + x * sin
+
+
+def negated_for_nothing(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    straight, _negated = x * cos, -x[..., 3:]
+    return straight + (torch.cat((x[..., 3:], x[..., :3]), -1) * sin)
+
+
 def added_to_another(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     straight = x * cos
     return (torch.cat((-x[..., 3:], x[..., :3]), -1) * sin) + straight
@@ -144,6 +164,10 @@ def added_in_place(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         (turned_the_other_way, 5),
         (its_halves_elsewhere, 5),
         (seen_in_between, 6),
+        (turned_alone, 5),
+        (turned_for_nothing, 5),
+        (joined_for_nothing, 5),
+        (negated_for_nothing, 5),
         (added_to_another, 5),
         (twice_the_turned, 5),
         (written, 2),
