@@ -147,6 +147,7 @@ class Batch:
         self.waiting: deque[_Entry] = deque()
         self.active: list[_Entry] = []  # by row of the session
         self.tickets = 0
+        self.midway = False  # in a step, or since one that was interrupted
 
     @property
     def busy(self) -> bool:
@@ -178,7 +179,18 @@ class Batch:
                 return
 
     def step(self) -> list[Update]:
-        """Read the prompts of texts for which there is a row, or bring every row on by a round."""
+        """Read the prompts of texts for which there is a row, or bring every row on by a round.
+
+        Raises RequestError after a step that ended midway (Ctrl-C, an error of the model): rows are half written then.
+        """
+        if self.midway:
+            raise RequestError("a step of this batch ended midway, so its texts cannot go on; open another batch")
+        self.midway = True
+        updates = self._step()
+        self.midway = False
+        return updates
+
+    def _step(self) -> list[Update]:
         free = self.rows - len(self.active)
         if self.waiting and free:
             return [self._admit(self.waiting.popleft()) for _ in range(min(free, len(self.waiting)))]

@@ -436,3 +436,22 @@ def test_a_rows_own_neurons_make_a_lossy_text_independent_of_its_neighbours(engi
 
     assert text(PROMPTS, per_row=True) == text(PROMPTS[:1], per_row=True) == text(PROMPTS[:1])
     assert text(PROMPTS) != text(PROMPTS[:1])
+
+
+def test_a_batch_whose_step_was_interrupted_goes_on_with_no_text(monkeypatch):
+    engine = Engine(tiny_model(eos_token_id=None))
+    batch = engine.batch(rows=1, correction=CorrectionConfig(4, "argmax"))
+    batch.add(engine.text([3, 1, 4], max_new_tokens=20))
+    batch.step(), batch.step()
+    with monkeypatch.context() as patch:
+        patch.setattr("sirius.decoding.loop.keep", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            batch.step()
+    with pytest.raises(RequestError, match=r"ended midway.*open another batch"):
+        batch.step()
+    done = engine.generate([3, 1, 4], max_new_tokens=20, correction=CorrectionConfig(4, "argmax"))
+    assert list(done.token_ids) == greedy(engine.model, [3, 1, 4], 20)
+
+
+def interrupt(*given: object) -> None:
+    raise KeyboardInterrupt

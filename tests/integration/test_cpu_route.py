@@ -199,6 +199,28 @@ def test_weights_that_lie_elsewhere_are_read_there(session):
     torch.testing.assert_close(one_token(session), 2 * want)
 
 
+CHANGES = {
+    "a layer": lambda model: setattr(model.model.layers[0].self_attn, "q_proj", nn.Linear(36, 36, bias=False)),
+    "the head": lambda model: setattr(model, "lm_head", nn.Linear(36, len(model.lm_head.weight), bias=False)),
+    "an activation": lambda model: setattr(model.model.layers[0].mlp, "act_fn", nn.Tanh()),
+    "an activation's forward": lambda model: setattr(model.model.layers[0].mlp.act_fn, "forward", torch.tanh),
+    "a buffer": lambda model: setattr(model.model.rotary_emb, "inv_freq", model.model.rotary_emb.inv_freq * 3),
+    "blocks": lambda model: setattr(model.model, "layers", model.model.layers[::-1]),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_takes_the_place_of_a_part_is_called(session, change):
+    before = one_token(session)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        CHANGES[change](session.model)
+    got = one_token(session)
+    session.space.passes.forget()
+    session.space.passes.record = None
+    assert torch.equal(got, one_token(session)) and not torch.equal(got, before)
+
+
 def test_a_cache_that_grew_is_read_where_it_is(session):
     want = one_token(session)
     session.reserve(2, 3000)

@@ -119,6 +119,10 @@ def swap_layer(model: PreTrainedModel) -> None:
     mlp.up_proj = Adapter(mlp.up_proj)
 
 
+def add_hook_to_the_activation(model: PreTrainedModel) -> None:
+    model.model.layers[1].mlp.act_fn.register_forward_hook(lambda module, given, result: 2 * result)
+
+
 CHANGES = {
     "a hook": (lambda model: add_hook(model.model.layers[1].mlp.up_proj), "has hooks, which would not be called"),
     "a forward": (lambda model: add_forward(model.model.layers[1].mlp.up_proj), "has a forward of its own"),
@@ -156,6 +160,69 @@ def test_a_layer_changed_in_a_prepared_model_is_honoured_refused_to_decode_and_k
     restore(models[1])
     assert torch.equal(models[1](ids).logits, want)
     assert all(weight.is_contiguous() for weight in models[1].parameters())
+
+
+def test_an_activation_that_is_more_than_itself_is_refused_and_honoured_between_calls():
+    models, ids = (tiny_model(), tiny_model()), torch.arange(1, 9)[None]
+    engine, words = Engine(models[1]), r"^model\.layers\.1\.mlp\.act_fn \(activation\) has hooks"
+    for model in models:
+        add_hook_to_the_activation(model)
+    with torch.no_grad():
+        torch.testing.assert_close(models[1](ids).logits, models[0](ids).logits)
+    for refused in (lambda: engine.generate([3], max_new_tokens=2), lambda: prepare(models[0])):
+        with pytest.raises(UnsupportedModelError, match=words):
+            refused()
+
+
+def test_a_forward_put_into_a_prepared_mlp_is_refused_by_all_until_it_is_taken_off():
+    model = tiny_model()
+    engine, mlp = Engine(model), model.model.layers[0].mlp
+    forward = mlp.forward
+    mlp.forward = lambda x: forward(x)
+    for refused in (lambda: engine.generate([3], max_new_tokens=2), lambda: restore(model)):
+        with pytest.raises(
+            UnsupportedModelError, match=r"^model\.layers\.0\.mlp has .*a forward of its own.*take it off"
+        ):
+            refused()
+    del mlp.forward
+    restore(model)
+    assert type(mlp) is LlamaMLP
+
+
+def test_an_mlp_of_two_blocks_is_prepared_and_restored_once():
+    models = [tiny_model(eos_token_id=None) for _ in range(2)]
+    for model in models:
+        model.model.layers[1].mlp = model.model.layers[0].mlp
+    done = Engine(models[1]).generate([3, 1, 4], max_new_tokens=20, correction=CorrectionConfig(accept="argmax"))
+    assert list(done.token_ids) == greedy(models[0], [3, 1, 4], 20)
+    restore(models[1])
+    assert type(models[1].model.layers[1].mlp) is LlamaMLP
+
+
+def test_a_model_restored_while_a_text_is_written_ends_it_with_a_reason():
+    for correction in None, CorrectionConfig(4):
+        engine = Engine(tiny_model(eos_token_id=None))
+        stream = engine.stream([3, 1, 4], max_new_tokens=40, correction=correction)
+        next(stream)
+        restore(engine.model)
+        with pytest.raises(UnsupportedModelError, match="restored in the midst of a text"):
+            list(stream)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_a_prepared_mlp_can_be_traced():
+    model, x = tiny_model(), torch.randn(1, 4, 36)
+    prepare(model.requires_grad_(False))
+    mlp = model.model.layers[0].mlp
+    torch.testing.assert_close(torch.jit.trace(mlp, x, check_trace=False)(2 * x), mlp(2 * x))
+
+
+def test_attention_of_ours_outside_of_a_session_is_told():
+    model = tiny_model()
+    prepare(model)
+    model.config._attn_implementation = "sirius"
+    with pytest.raises(UnsupportedModelError, match=r"must not share a config object.*'sdpa' again"):
+        model(torch.tensor([[3, 1, 4]]))
 
 
 def test_a_layer_changed_while_a_text_is_written_ends_it_with_a_reason():
@@ -339,10 +406,14 @@ def test_a_neurons_rows_of_up_and_down_stand_side_by_side_wherever_the_weights_g
     assert all(mlp.neurons.down.is_contiguous() for mlp in mlps), "in float64, without kernels, only neuron-major"
 
 
-def test_weights_shared_with_another_process_stay_where_they_are():
+@pytest.mark.parametrize("before", [False, True])
+def test_weights_shared_with_another_process_stay_where_they_are(before):
     model = tiny_model()
+    if before:
+        model.share_memory()
     prepare(model)
     model.share_memory()
+    assert not before or list(Engine(model).generate([3, 1], max_new_tokens=9).token_ids)
     assert all(weight.is_shared() for weight in model.parameters())
     model.eval()
     assert all(weight.is_shared() for weight in model.parameters())

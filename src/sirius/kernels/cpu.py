@@ -66,8 +66,9 @@ def fits(x: Tensor, weight: Tensor) -> bool:
 
 
 def runs_on(device: torch.device, dtype: torch.dtype) -> bool:
-    """Tell whether there are kernels for tensors of a dtype on a device; a compiler makes its own."""
-    return device.type == "cpu" and dtype in DTYPES and not torch.compiler.is_compiling() and library() is not None
+    """Tell whether there are kernels for tensors of a dtype on a device; compilers make their own, traces know none."""
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+    return device.type == "cpu" and dtype in DTYPES and not traced and library() is not None
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, index: Tensor | None = None) -> Tensor:

@@ -5,6 +5,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from sirius.errors import UnsupportedModelError
 from sirius.kernels.dispatch import attend
 
 NAME = "sirius"
@@ -24,6 +25,11 @@ def slot_attention(
     attention_mask  [B, 1, T, M] bool  which of the M slots after the held ones each token sees
     held            [B] int64, of kwargs: slots that each row holds; all of them are seen
     """
+    if "held" not in kwargs:
+        raise UnsupportedModelError(
+            f"attention {NAME!r} is that of a session's passes, and this is none: models in two threads must not share "
+            "a config object; set config._attn_implementation to 'sdpa' again"
+        )
     assert kwargs.get("s_aux") is None, "attention sinks are none of ours"
     held, softcap = kwargs["held"], kwargs.get("softcap")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling

@@ -2,7 +2,6 @@
 
 from torch import Tensor, nn
 
-from sirius.errors import UnsupportedModelError
 from sirius.kernels.dispatch import linear
 
 
@@ -16,19 +15,21 @@ class RowLinear(nn.Linear):
 
 def obstacle(layer: nn.Module) -> str | None:
     """Return what speaks against reading a layer's weights without calling it, None where nothing does."""
-    if type(layer) not in (nn.Linear, RowLinear):
-        return f"is a {type(layer).__name__}, not a plain linear layer; load the model unquantised and without adapters"
-    hooks = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
-    if hooks or "forward" in layer.__dict__:
+    kind = type(layer)
+    if kind not in (nn.Linear, RowLinear):
+        name = f"{kind.__module__}.Linear" if kind.__name__ == "Linear" else kind.__name__
+        return f"is a {name}, not a plain linear layer; load the model unquantised and without adapters"
+    return more_than_itself(layer)
+
+
+def more_than_itself(module: object) -> str | None:
+    """Return what a call of a module would do besides its class's forward, None where there is nothing."""
+    if not isinstance(module, nn.Module):
+        return None
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    if hooks or "forward" in module.__dict__:
         return f"has {'hooks' if hooks else 'a forward of its own'}, which would not be called; take it off"
     return None
-
-
-def check_layers(path: str, module: nn.Module, names: dict[str, str]) -> None:
-    """Raise UnsupportedModelError where a layer of a module, the model's `path`, cannot be; `names` are by role."""
-    for role, name in names.items():
-        if (reason := obstacle(getattr(module, name))) is not None:
-            raise UnsupportedModelError(f"{path}.{name} ({role}) {reason}")
 
 
 def take_over(model: nn.Module) -> None:

@@ -10,7 +10,7 @@ from sirius.errors import ConfigError, UnsupportedModelError
 from sirius.kernels import gated as kernel
 from sirius.kernels.dispatch import lie_together, places, reads_rows
 from sirius.kernels.gated import Neurons
-from sirius.model.linear import obstacle
+from sirius.model.linear import more_than_itself, obstacle
 from sirius.model.memory import moved, side_by_side
 from sirius.sparsity.base import PromptSparsity, Sparsity, TokenSparsity
 
@@ -66,7 +66,7 @@ class SparseMLP(nn.Module):
         return kernel.gated_mlp(x, self.neurons, self.activation)
 
     def restore(self) -> None:
-        """Make it what it was before, its memory laid out as before; what was changed about it since stays."""
+        """Make it what it was before, its memory laid out as before; what was changed about its layers since stays."""
         with torch.inference_mode(False):
             for weight in self.parameters():
                 weight.data = weight.data.contiguous()
@@ -112,7 +112,8 @@ class SparseMLP(nn.Module):
                 down.data = down.data.t().contiguous().t()
 
     def _is_plain(self) -> bool:
-        return all(obstacle(getattr(self, name)) is None for name in self.names.values())
+        layers = all(obstacle(getattr(self, name)) is None for name in self.names.values())
+        return layers and more_than_itself(self.activation) is None
 
     def _by_layers(self, x: Tensor) -> Tensor:
         """Return the MLP of x by calling its layers, whatever they are by now."""
@@ -136,8 +137,22 @@ def take_over(module: nn.Module, names: dict[str, str], act: str) -> SparseMLP:
     module.__class__ = SparseMLP
     mlp = cast("SparseMLP", module)
     mlp.original, mlp.names, mlp.act, mlp.route = before, names, act, None
-    mlp._lay_out()
+    mlp.settle()
     return mlp
+
+
+def check_layers(path: str, mlp: nn.Module, names: dict[str, str], act: str) -> None:
+    """Raise UnsupportedModelError where a gated MLP, the model's `path`, is more than its weights and its formula.
+
+    names, act  as `SparseMLP` has them
+    """
+    reasons = {f"{path}.{name} ({role})": obstacle(getattr(mlp, name)) for role, name in names.items()}
+    reasons[f"{path}.{act} (activation)"] = more_than_itself(getattr(mlp, act))
+    if "forward" in vars(mlp):
+        reasons[path] = "has a forward of its own, which would not be called; take it off"
+    for place, reason in reasons.items():
+        if reason is not None:
+            raise UnsupportedModelError(f"{place} {reason}")
 
 
 def _beside(neurons: Neurons) -> bool:

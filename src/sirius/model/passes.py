@@ -154,7 +154,7 @@ class TapeRecorder:
     """Takes down passes of a few tokens on the CPU.
 
     A replay calls no module. The pass itself is run where a hook waits for that, a module has got a forward of its
-    own, or a weight lies elsewhere by now.
+    own or has made way for another one, or a weight lies elsewhere by now.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -192,10 +192,17 @@ def _hooks(modules: Sequence[nn.Module]) -> Sequence[Mapping[int, object]]:
     return [_module._global_forward_hooks, _module._global_forward_pre_hooks, *own]
 
 
-def _places(modules: Sequence[nn.Module]) -> list[int]:
-    """Return where the weights of modules lie, and which have a forward of their own."""
-    weights = [each.data_ptr() for module in modules for each in module._parameters.values() if each is not None]
-    return weights + [id(module.__dict__["forward"]) for module in modules if "forward" in module.__dict__]
+def _places(modules: Sequence[nn.Module]) -> list[object]:
+    """Return where the weights of modules lie, which modules they hold, and which have a forward of their own."""
+    found: list[object] = []
+    for module in modules:
+        found.append(module.__class__)
+        found += map(id, module._modules.values())
+        for held in module._parameters, module._buffers:
+            found += [each.data_ptr() for each in held.values() if each is not None]
+        if "forward" in module.__dict__:
+            found.append(id(module.__dict__["forward"]))
+    return found
 
 
 def recorder(model: PreTrainedModel) -> Record | None:

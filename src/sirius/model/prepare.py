@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from sirius.errors import RequestError, UnsupportedModelError
 from sirius.model import linear, norm
-from sirius.model.mlp import SparseMLP, agrees, example, take_over
+from sirius.model.mlp import SparseMLP, agrees, check_layers, example, take_over
 from sirius.model.workspace import drop_idle
 from sirius.stats import Parameters
 
@@ -31,14 +31,14 @@ def prepare(model: PreTrainedModel) -> list[SparseMLP]:
     """
     if ready := dict(_sparse_mlps(model)):
         for path, mlp in ready.items():
-            linear.check_layers(path, mlp, mlp.names)
+            check_layers(path, mlp, mlp.names, mlp.act)
             mlp.settle()
         return list(ready.values())
     check_config(model.config)
     _check_weights(model)
-    found = [_gated_mlp(name, block) for name, block in _blocks(model)]
+    found = {module: path for path, module in (_gated_mlp(name, block) for name, block in _blocks(model))}
     with ExitStack() as undo:
-        mlps = [_take_over(path, module, undo) for path, module in found]
+        mlps = [_take_over(path, module, undo) for module, path in found.items()]
         undo.pop_all()
     linear.take_over(model)
     norm.take_over(model)
@@ -46,8 +46,15 @@ def prepare(model: PreTrainedModel) -> list[SparseMLP]:
 
 
 def restore(model: PreTrainedModel) -> None:
-    """Make the modules what they were before the model was prepared."""
-    for mlp in sparse_mlps(model):
+    """Make the modules what they were before the model was prepared.
+
+    Raises UnsupportedModelError, and changes nothing, where an MLP has got a forward of its own since.
+    """
+    mlps = dict(_sparse_mlps(model))
+    for path, mlp in mlps.items():
+        if "forward" in vars(mlp):
+            raise UnsupportedModelError(f"{path} has got a forward of its own since it was prepared; take it off first")
+    for mlp in mlps.values():
         mlp.restore()
     linear.give_back(model)
     norm.give_back(model)
@@ -213,9 +220,7 @@ def _gated_mlp(path: str, block: nn.Module) -> tuple[str, nn.Module]:
         names = ", ".join(name for name, _ in found[:3])
         raise UnsupportedModelError(f"{path} has {len(found)} gated MLPs ({names}, ...): experts do not fit yet")
     inside, module = found[0]
-    if "forward" in module.__dict__:
-        raise UnsupportedModelError(f"{inside} has a forward of its own, which would not be called; take it off")
-    linear.check_layers(inside, module, _roles(module))
+    check_layers(inside, module, _roles(module), _activation(inside, module))
     return inside, module
 
 

@@ -11,7 +11,7 @@ from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
 from sirius.core import Mode, Window
-from sirius.errors import RequestError
+from sirius.errors import RequestError, UnsupportedModelError
 from sirius.model import attention
 from sirius.model.cache import SlotCache
 from sirius.model.mask import chain_mask, tree_mask
@@ -44,8 +44,8 @@ def _ordinary(method: Method) -> Method:
 class Session:
     """One batch's cache and neurons; several sessions of a model may take turns, pass by pass.
 
-    A method per prompt is made for each row; one per token serves all rows. Not to be used from two threads at once: a
-    pass sets the routes of the model's MLPs and takes them back.
+    A method per prompt is made for each row; one per token serves all rows. Not to be used from two threads at once,
+    nor are models that share a config object: a pass sets the routes of MLPs and the attention, and takes them back.
     """
 
     @_ordinary
@@ -101,6 +101,7 @@ class Session:
         Returns the scores of its next token [V], float32, or float64 of a float64 model. Raises RequestError where it
         cannot be read beside the rows at work.
         """
+        self._check_prepared()
         row, length = len(self.methods), len(prompt)
         self._check_beside(row, length)
         self.space.reserve(row + 1, slots)
@@ -124,6 +125,7 @@ class Session:
         Scores are float32, or float64 of a float64 model; a later pass may write over them. What the rows hold stays as
         it is.
         """
+        self._check_prepared()
         rows, count = tokens.shape
         lengths = self.cache.lengths[:rows]
         self.cache.place(lengths[:, None] + window.first + torch.arange(count))
@@ -139,6 +141,11 @@ class Session:
         if window.fixed:
             self.cache.paste(window.fixed, before)
         return scores
+
+    def _check_prepared(self) -> None:
+        """Raise UnsupportedModelError where the model's MLPs are its own again."""
+        if not all(isinstance(mlp, SparseMLP) for mlp in self.mlps):
+            raise UnsupportedModelError("the model was restored in the midst of a text; begin the text anew")
 
     def _check_beside(self, row: int, length: int) -> None:
         """Raise RequestError where the rows at work are on the other side of where the model turns positions anew."""
@@ -263,9 +270,9 @@ class Session:
     @contextmanager
     def _routed(self, routes: list[Route | None]) -> Iterator[None]:
         """Set every MLP's route for one pass, so that between passes the model is the ordinary one."""
-        for mlp, route in zip(self.mlps, routes, strict=True):
-            mlp.route = route
         try:
+            for mlp, route in zip(self.mlps, routes, strict=True):
+                mlp.route = route
             yield
         finally:
             for mlp in self.mlps:
@@ -275,8 +282,9 @@ class Session:
     def _attending(self) -> Iterator[None]:
         """Have attention read the slots by our kernel for one pass."""
         config = self.model.config.get_text_config()
-        before, config._attn_implementation = config._attn_implementation, attention.NAME
+        before = config._attn_implementation
         try:
+            config._attn_implementation = attention.NAME
             yield
         finally:
             config._attn_implementation = before
