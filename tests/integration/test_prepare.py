@@ -209,7 +209,7 @@ def test_a_model_restored_while_a_text_is_written_ends_it_with_a_reason():
             list(stream)
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore")  # of the tracer
 def test_a_prepared_mlp_can_be_traced():
     model, x = tiny_model(), torch.randn(1, 4, 36)
     prepare(model.requires_grad_(False))
