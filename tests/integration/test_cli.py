@@ -340,7 +340,7 @@ def mistake(printed: Printed) -> str:
         (["--max-new-tokens", "0"], "max_new_tokens must be at least 1; got 0"),
         (["--max-new-tokens", "63"], "prompt 2 + max_new_tokens 63 = 65 tokens pass the limit of 64; set"),
         (["--stop", ""], "none of them empty"),
-        (["--dtype", "int3"], "dtype is one of float32, float64, bfloat16, float16; got 'int3'"),
+        (["--dtype", "int3"], "dtype is auto, float32, float64, bfloat16, float16; got 'int3'"),
         (["--device", "abacus"], "device 'abacus' cannot be used here"),
         (["--input", "in.jsonl"], "give one of a prompt and --input FILE.jsonl"),
         (["--output", "out.jsonl"], "--output goes with --input"),

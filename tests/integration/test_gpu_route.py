@@ -105,6 +105,28 @@ def test_a_second_prompt_records_nothing_anew(recorded, name):
     assert len(recorded) == first
 
 
+@pytest.mark.parametrize("part", ["activation", "forward", "buffer", "layer"])
+def test_what_takes_a_parts_place_between_calls_has_a_workspace_of_its_own(recorded, part):
+    model = tiny_model(eos_token_id=None)
+    engine = Engine(model)
+
+    def generate() -> int:
+        engine.generate(PROMPT, max_new_tokens=30, correction=argmax(4))
+        gc.collect()
+        return len(recorded)
+
+    first, attention = generate(), model.model.layers[0].self_attn
+    if part == "activation":
+        model.model.layers[0].mlp.act_fn = torch.nn.ReLU()
+    elif part == "forward":
+        attention.forward = attention.forward
+    elif part == "buffer":
+        model.model.rotary_emb.inv_freq = model.model.rotary_emb.inv_freq * 3
+    else:
+        attention.q_proj = torch.nn.Linear(36, 36, bias=False)
+    assert 0 < first < generate()
+
+
 def test_hooks_are_called_in_a_workspace_of_their_own(recorded):
     model, seen = tiny_model(eos_token_id=None), []
     engine = Engine(model)

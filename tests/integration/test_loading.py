@@ -292,7 +292,7 @@ def test_experts_in_some_layers_only_are_refused_too():
 
 
 def test_unknown_dtypes_and_devices_are_refused_with_a_way_out(saved):
-    assert refused(saved, ConfigError, dtype="int3").startswith("dtype is one of float32, float64, bfloat16, float16")
+    assert refused(saved, ConfigError, dtype="int3").startswith("dtype is auto, float32, float64, bfloat16, float16")
     for device in ("abacus", "cuda:99", ""):
         message = refused(saved, ConfigError, device=device)
         assert message.startswith(f"device {device!r} cannot be used here: ")

@@ -14,6 +14,7 @@ from sirius import CorrectionConfig, decode
 from sirius.engine import Engine
 from sirius.errors import RequestError, UnsupportedModelError
 from sirius.kernels import cpu
+from sirius.model import memory
 from sirius.model.prepare import prepare, restore, sparse_mlps
 
 pytestmark = pytest.mark.integration
@@ -57,6 +58,25 @@ class Doubled(LlamaMLP):
         return 2 * super().forward(x)
 
 
+class Named(LlamaMLP):
+    """An MLP with attributes that we would call the same."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.names, self.act = "its own", nn.Identity()
+
+
+class Joining(LlamaMLP):
+    """An MLP whose down layer takes both halves."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.down_proj = nn.Linear(2 * config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(torch.cat([self.act_fn(self.gate_proj(x)), self.up_proj(x)], -1))
+
+
 class Picky(LlamaMLP):
     """An MLP with the right parts that wants more than its input."""
 
@@ -81,12 +101,16 @@ def test_an_mlp_without_an_activation_is_refused():
         prepare(model)
 
 
-@pytest.mark.parametrize(("kind", "words"), [(Doubled, "computes something else"), (Picky, "cannot be called")])
-def test_an_mlp_of_another_formula_is_refused_and_the_model_left_as_it_was(kind, words):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [(Doubled, "computes something else"), (Joining, "computes something else"), (Picky, "cannot be called")],
+)
+def test_an_mlp_of_another_formula_is_refused_and_the_model_left_as_it_was(kind, words, dtype):
     model = tiny_model()
     odd = kind(model.config)
-    odd.load_state_dict(model.model.layers[1].mlp.state_dict())
     model.model.layers[1].mlp = odd
+    model.to(dtype)
     before, modules = snapshot(model), dict(model.named_modules())
     with pytest.raises(UnsupportedModelError, match=rf"model\.layers\.1\.mlp {words}.*down\(act\(gate\(x\)\) \* up"):
         prepare(model)
@@ -225,13 +249,52 @@ def test_attention_of_ours_outside_of_a_session_is_told():
         model(torch.tensor([[3, 1, 4]]))
 
 
+def test_names_that_are_taken_are_not_ours():
+    model = tiny_model()
+    model.model.layers[1].mlp = Named(model.config)
+    with pytest.raises(UnsupportedModelError, match="Named has names, act of its own"):
+        prepare(model)
+    assert sparse_mlps(model) == [] and model.model.layers[1].mlp.names == "its own"
+
+
+@pytest.mark.skipif(cpu.library() is None, reason="no compiled CPU kernels")
+def test_memory_that_runs_out_leaves_the_model_as_it_was(monkeypatch):
+    model, tried = tiny_model(), []
+
+    def side_by_side(*weights):
+        tried.append(1)
+        if len(tried) == 2:
+            raise MemoryError
+        return memory.side_by_side(*weights)
+
+    before = snapshot(model)
+    monkeypatch.setattr("sirius.model.mlp.side_by_side", side_by_side)
+    with pytest.raises(MemoryError):
+        prepare(model)
+    assert_as_before(model, before)
+    assert sparse_mlps(model) == []
+
+
+def test_an_activation_that_changes_while_a_text_is_written_ends_it_with_a_reason():
+    engine = Engine(tiny_model(eos_token_id=None))
+    stream = engine.stream([3, 1, 4], max_new_tokens=40, correction=None)
+    for _ in range(8):
+        next(stream)
+    add_hook_to_the_activation(engine.model)
+    with pytest.raises(UnsupportedModelError, match=r"^act_fn \(activation\) has hooks"):
+        list(stream)
+
+
 def test_a_layer_changed_while_a_text_is_written_ends_it_with_a_reason():
     engine = Engine(tiny_model(eos_token_id=None))
-    stream = engine.stream([3, 1, 4], max_new_tokens=40)
-    next(stream)
-    swap_layer(engine.model)
-    with pytest.raises(UnsupportedModelError, match=r"^up_proj \(up\) is a Adapter"):
-        list(stream)
+    for steps in 1, 12:
+        stream = engine.stream([3, 1, 4], max_new_tokens=40, correction=None)
+        for _ in range(steps):
+            next(stream)
+        swap_layer(engine.model)
+        with pytest.raises(UnsupportedModelError, match=r"^up_proj \(up\) is a Adapter"):
+            next(stream)
+        engine.model.model.layers[1].mlp.up_proj = engine.model.model.layers[1].mlp.up_proj.base
 
 
 def test_hooks_on_an_mlp_are_called_before_meanwhile_and_after_and_never_with_numbers_of_ours():

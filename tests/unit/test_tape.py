@@ -8,11 +8,12 @@ from torch import Tensor
 
 from sirius.errors import ConfigError
 from sirius.kernels import cpu
-from sirius.kernels.launch import running
+from sirius.kernels.launch import Launch, running
 from sirius.kernels.tape import Tape
 
 X, Y = torch.arange(12.0).square().view(3, 4) / 16, torch.tensor([2.0, -1.0, 0.5, 3.0])
 ROWS, PLACES = torch.tensor([[2], [0]]), torch.arange(5).flip(0)[None]
+WEIGHT = torch.randn(6, 6, generator=torch.Generator().manual_seed(2))
 
 
 def taken_down(compute, *inputs: Tensor) -> tuple[Tape, Tensor]:
@@ -130,6 +131,31 @@ def negated_for_nothing(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return straight + (torch.cat((x[..., 3:], x[..., :3]), -1) * sin)
 
 
+def its_first_half_twice(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return (x * cos) + (torch.cat((-x[..., :3], x[..., :3]), -1) * sin)
+
+
+def negated_is_used(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    straight, negated = x * cos, -x[..., 3:]
+    return (straight + (torch.cat((negated, x[..., :3]), -1) * sin))[..., 3:] * negated
+
+
+def joined_is_used(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    straight, joined = x * cos, torch.cat((-x[..., 3:], x[..., :3]), -1)
+    return (straight + (joined * sin)) * joined
+
+
+def turned_is_used(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    straight, turned = x * cos, torch.cat((-x[..., 3:], x[..., :3]), -1) * sin
+    return (straight + turned) * turned
+
+
+def a_kernel_of_ours_uses_it(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    straight = x * cos
+    turned = straight + (torch.cat((-x[..., 3:], x[..., :3]), -1) * sin)
+    return turned * cpu.linear(straight.transpose(1, 2), WEIGHT.to(x.dtype)).transpose(1, 2)
+
+
 def added_to_another(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     straight = x * cos
     return (torch.cat((-x[..., 3:], x[..., :3]), -1) * sin) + straight
@@ -164,7 +190,13 @@ def added_in_place(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         (turned_the_other_way, 5),
         (its_halves_elsewhere, 5),
         (seen_in_between, 6),
+        (its_first_half_twice, 5),
+        (negated_is_used, 6),
+        (joined_is_used, 6),
+        (turned_is_used, 6),
         (turned_alone, 5),
+        (lambda x, cos, sin: torch.add(cos, sin, alpha=2), 1),
+        (lambda x, cos, sin: cos + sin.float(), 2),
         (turned_for_nothing, 5),
         (joined_for_nothing, 5),
         (negated_for_nothing, 5),
@@ -189,6 +221,39 @@ def test_operations_that_a_kernel_does_are_left_to_it_bit_for_bit(dtype, compute
         assert torch.equal(got, want)
     if dtype is not torch.float32:
         assert len(tape.calls) == calls
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_what_a_kernel_of_ours_reads_is_computed(dtype):
+    inputs = positions(dtype)
+    tape, got = taken_down(a_kernel_of_ours_uses_it, *inputs)
+    inputs[0].mul_(1.5)
+    with torch.no_grad():
+        tape.replay()
+        assert torch.equal(got, a_kernel_of_ours_uses_it(*inputs))
+
+
+@needs_kernels
+def test_of_joined_kernels_the_one_that_failed_complains_and_later_ones_do_not_run():
+    x, weight = torch.ones(1, 4), torch.ones(3, 4)
+    places = [torch.tensor([0, place]) for place in (1, 2, 0)]
+    tape, got = taken_down(lambda x: [cpu.linear(x, weight, None, place) for place in places], x)
+    assert len(tape.calls) == 1
+    places[1][1] = 7
+    for each in got:
+        each.fill_(torch.nan)
+    with pytest.raises(ConfigError, match=r"neuron 7 .*in place 1,"):
+        tape.replay()
+    assert [bool(each.isnan().any()) for each in got] == [False, True, True]
+
+
+@needs_kernels
+def test_a_call_of_other_arguments_than_the_kernel_has_is_noticed():
+    given = 0, X, X, 12, X.clone(), 1
+    for wrong in given[:-1], (*given, 1), (0, X, 1.5, 12, X, 1), (0, X, X, 1.5, X, 1):
+        with pytest.raises((AssertionError, AttributeError, TypeError)):
+            Launch.of(cpu._library().sirius_run, 6, cpu.KERNELS["add"], wrong)
 
 
 @needs_kernels

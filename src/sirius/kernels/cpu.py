@@ -21,7 +21,18 @@ from sirius.kernels.reference import NormForm, Pair, Weight
 LIBRARY = Path(__file__).with_name("libsirius_cpu.so")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as in csrc/rows.h
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "relu": 2}  # likewise; the others are PyTorch's
-KERNELS = "linear", "project", "glu", "finish", "norm", "rotate", "add", "put", "attend", "largest"  # likewise
+KERNELS = {  # in the order of csrc/kernels.cpp, with their arguments as `Launch.of` has them
+    "linear": "ipiipiiipppi",
+    "project": "ipiippiiippi",
+    "glu": "iipiipipiiippppi",
+    "finish": "ipiipipipiiippppi",
+    "norm": "ipiipffipi",
+    "rotate": "ippppppi",
+    "add": "ippipi",
+    "put": "ippppppi",
+    "attend": "ipppppppffpi",
+    "largest": "ipiiipi",
+}
 _Size = ctypes.c_int64
 _Rows = tuple[Sequence[Tensor], Tensor | None]  # weights, and an index that may not fit them
 
@@ -106,7 +117,7 @@ def attend(
     at = (_Size * 9)(*query.stride()[:3], *keys.stride()[:3], *values.stride()[:3])
     sizes = (_Size * 7)(rows, tokens, heads, kv_heads, slots, seen.shape[2], size)
     tensors = query, keys, values, at, held.contiguous(), seen.contiguous()
-    _call("attend", DTYPES[query.dtype], *tensors, sizes, float(scale), float(softcap or 0), y)
+    _call("attend", DTYPES[query.dtype], *tensors, sizes, scale, softcap or 0, y)
     return y
 
 
@@ -114,7 +125,7 @@ def norm(x: Tensor, weight: Tensor, eps: float, form: NormForm) -> Tensor:
     """See `reference.norm`."""
     x = x.contiguous()
     y = x.new_empty(x.shape)
-    _call("norm", DTYPES[x.dtype], x, *_sizes(x), weight, float(eps), float(form.offset), form.early, y)
+    _call("norm", DTYPES[x.dtype], x, *_sizes(x), weight, eps, form.offset, form.early, y)
     return y
 
 
@@ -164,6 +175,7 @@ def rotation(x: Tensor, cos: Tensor, sin: Tensor, y: Tensor) -> Launch:
     """
     tensors = x, cos, sin, y
     assert all(each.shape == x.shape and each.stride(3) == 1 for each in tensors), "heads must lie together"
+    assert x.shape[3] % 2 == 0, f"halves of {x.shape[3]} numbers"
     at = (_Size * 12)(*(step for each in tensors for step in each.stride()[:3]))
     return _launch("rotate", DTYPES[x.dtype], x, cos, sin, at, (_Size * 4)(*x.shape), y)
 
@@ -214,7 +226,7 @@ def _call(kernel: str, *arguments: object, rows: _Rows | None = None) -> None:
 
 def _launch(kernel: str, *arguments: object, complaint: Complaint | None = None) -> Launch:
     given = *arguments, torch.get_num_threads()
-    return Launch.of(_library().sirius_run, KERNELS.index(kernel), given, complaint)
+    return Launch.of(_library().sirius_run, list(KERNELS).index(kernel), KERNELS[kernel], given, complaint)
 
 
 def _no_such_row(rows: _Rows, place: int) -> ConfigError:

@@ -33,7 +33,10 @@ Step = Operation | Launch
 
 
 def fused(steps: Sequence[Step]) -> list[Step]:
-    """Return the steps of a tape with kernels in the place of operations that they do."""
+    """Return the steps of a tape with kernels in the place of operations that they do.
+
+    What comes in between is not computed then: only the steps themselves may use it, no result of the whole.
+    """
     readers, done, at = _readers(steps), [], 0
     while at < len(steps):
         window = steps[at : at + len(ROTATION)]

@@ -5,7 +5,8 @@ import struct
 import threading
 from collections.abc import Callable, Sequence
 from itertools import chain
-from typing import Protocol
+from operator import index
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -29,13 +30,13 @@ class Launch:
         self.memory, self.outside = (ctypes.c_int64 * len(slots))(*slots), ctypes.c_int64()
 
     @staticmethod
-    def of(run: Run, kernel: int, arguments: Sequence[object], complaint: Complaint | None = None) -> "Launch":
+    def of(run: Run, kernel: int, kinds: str, arguments: Sequence[Any], complaint: Complaint | None = None) -> "Launch":
         """Return the call of a kernel, by its number; tensors and arrays go by address, None is no address.
 
-        The kernel takes a slot for what its argument is, so what is a float to it must be one.
+        kinds  a letter for each argument: p an address, i a whole number, f a real one
         """
-        slots = [kernel, *map(_slot, arguments)]
-        assert len(slots) <= SLOTS, f"{len(slots)} slots"
+        assert len(kinds) == len(arguments) < SLOTS, f"{len(arguments)} arguments for {kinds}"
+        slots = [kernel, *(SLOT_OF[kind](value) for kind, value in zip(kinds, arguments, strict=True))]
         kept = [each.untyped_storage() if isinstance(each, Tensor) else each for each in arguments]
         return Launch(run, slots + [0] * (SLOTS - len(slots)), [complaint], kept)
 
@@ -73,12 +74,14 @@ def record_to(recorder: Recorder | None) -> Recorder | None:
     return before
 
 
-def _slot(value: object) -> int:
-    if isinstance(value, Tensor):
-        return value.data_ptr()
-    if isinstance(value, float):
-        return struct.unpack("q", struct.pack("d", value))[0]
-    if isinstance(value, ctypes.Array):
-        return ctypes.addressof(value)
-    assert value is None or isinstance(value, int), value
-    return value or 0
+def _address(value: "Tensor | ctypes.Array[Any] | None") -> int:
+    if value is None:
+        return 0
+    return value.data_ptr() if isinstance(value, Tensor) else ctypes.addressof(value)
+
+
+def _real(value: float) -> int:
+    return struct.unpack("q", struct.pack("d", value))[0]
+
+
+SLOT_OF: dict[str, Callable[[Any], int]] = {"p": _address, "i": index, "f": _real}

@@ -50,9 +50,9 @@ class Tape(TorchDispatchMode):
         self.watch.__exit__(*raised)
         del self.watch  # it holds the tape, which is to go as soon as nobody else does
         record_to(self.before)
-        if raised[0] is None:
-            self.calls = _calls(fused(self.steps))
-        self.steps.clear()
+        steps, self.steps = self.steps, []
+        if raised[0] is None and self.steady:
+            self.calls = _calls(fused(steps))
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation of PyTorch's and take it down."""

@@ -27,9 +27,9 @@ def more_than_itself(module: object) -> str | None:
     if not isinstance(module, nn.Module):
         return None
     hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    if hooks or "forward" in module.__dict__:
-        return f"has {'hooks' if hooks else 'a forward of its own'}, which would not be called; take it off"
-    return None
+    if hooks:
+        return "has hooks, which would not be called; take them off"
+    return "has a forward of its own, which would not be called; take it off" if "forward" in vars(module) else None
 
 
 def take_over(model: nn.Module) -> None:

@@ -54,7 +54,7 @@ def load_model(source: Source, dtype: str | torch.dtype = "auto", device: str = 
     Raises ModelError where the checkpoint is missing, broken, incomplete or pickled, UnsupportedModelError where it is
     no causal language model that can be rolled back.
     """
-    wanted = dtype if dtype == "auto" else find_dtype(dtype)
+    wanted = dtype if dtype == "auto" else find_dtype(dtype, auto=True)
     place = find_device(device)
     _check_folder(source.place)
     config = _attempt(source, "config.json", AutoConfig.from_pretrained, **source.options)
@@ -86,12 +86,12 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase | None:
     return _attempt(source, "tokenizer", AutoTokenizer.from_pretrained, **source.options)
 
 
-def find_dtype(name: str | torch.dtype) -> torch.dtype:
-    """Return the dtype of a name, or raise ConfigError with the known ones."""
+def find_dtype(name: str | torch.dtype, auto: bool = False) -> torch.dtype:
+    """Return the dtype of a name, or raise ConfigError with the known ones, auto among them if that is one."""
     if name in DTYPES.values():
         return name  # type: ignore[return-value] - torch's own
     if name not in DTYPES:
-        raise ConfigError(f"dtype is one of {', '.join(DTYPES)}; got {name!r}")
+        raise ConfigError(f"dtype is {', '.join([*(['auto'] if auto else []), *DTYPES])}; got {name!r}")
     return DTYPES[str(name)]
 
 

@@ -37,7 +37,10 @@ class SparseMLP(nn.Module):
     @property
     def activation(self) -> Callable[[Tensor], Tensor]:
         """What the gate goes through."""
-        return getattr(self, self.act)
+        found = getattr(self, self.act)
+        if self.route is not None and (reason := more_than_itself(found)) is not None:
+            raise UnsupportedModelError(f"{self.act} (activation) {reason}")
+        return found
 
     @property
     def size(self) -> int:
@@ -132,12 +135,21 @@ class SparseMLP(nn.Module):
 
 
 def take_over(module: nn.Module, names: dict[str, str], act: str) -> SparseMLP:
-    """Make a gated MLP a `SparseMLP` where it stands; `names` and `act` are that class's."""
+    """Make a gated MLP a `SparseMLP` where it stands; `names` and `act` are that class's.
+
+    Raises UnsupportedModelError where it has attributes that we call the same.
+    """
     before = type(module)
+    if taken := [name for name in SparseMLP.__annotations__ if hasattr(module, name)]:
+        raise UnsupportedModelError(f"{before.__name__} has {', '.join(taken)} of its own, names that sirius needs")
     module.__class__ = SparseMLP
     mlp = cast("SparseMLP", module)
     mlp.original, mlp.names, mlp.act, mlp.route = before, names, act, None
-    mlp.settle()
+    try:
+        mlp.settle()
+    except BaseException:  # memory that ran out
+        mlp.restore()
+        raise
     return mlp
 
 

@@ -186,6 +186,11 @@ def hooked(model: nn.Module) -> bool:
     return any(_hooks(list(model.modules())))
 
 
+def state_of(model: nn.Module) -> list[object]:
+    """Return what a record of a model's passes depends on; it holds on to no module."""
+    return [hooked(model), *_places(list(model.modules())), *(weight.dtype for weight in model.parameters())]
+
+
 def _hooks(modules: Sequence[nn.Module]) -> Sequence[Mapping[int, object]]:
     """Return the hooks of modules and of all modules, which are kept in the same dictionaries for good."""
     own = [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
@@ -208,7 +213,10 @@ def _places(modules: Sequence[nn.Module]) -> list[object]:
 def recorder(model: PreTrainedModel) -> Record | None:
     """Return what records a model's passes where it is, None where nothing does."""
     if model.device.type == "cuda":
-        return None if hooked(model) else GraphRecorder(model.device)
+        if not hooked(model):
+            return GraphRecorder(model.device)
+        logging.getLogger("sirius").warning("this model has hooks, so that its passes are not recorded and run slower")
+        return None
     return TapeRecorder(model) if cpu.runs_on(model.device, model.dtype) and not gpu.runs_on(model.device) else None
 
 

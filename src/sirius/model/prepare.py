@@ -18,6 +18,7 @@ from sirius.stats import Parameters
 SEPARATE = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
 FUSED = {"gate_up": "gate_up_proj", "down": "down_proj"}
 ACTIVATIONS = ("act_fn", "activation_fn")
+FORMULA = "down(act(gate(x)) * up(x))"
 ATTENTION = ("sdpa", "eager")
 FULL, SLIDING = "full_attention", "sliding_attention"
 
@@ -187,11 +188,15 @@ def _take_over(path: str, module: nn.Module, undo: ExitStack) -> SparseMLP:
     try:
         want = module.forward(x)  # past its hooks, which are not to see this
     except (TypeError, RuntimeError) as error:
-        raise UnsupportedModelError(f"{path} cannot be called as down(act(gate(x)) * up(x)): {error}") from error
+        raise UnsupportedModelError(f"{path} cannot be called as {FORMULA}: {error}") from error
     mlp = take_over(module, names, act)
     undo.callback(mlp.restore)
-    if not agrees(mlp, x, want):
-        raise UnsupportedModelError(f"{path} computes something else than down(act(gate(x)) * up(x))")
+    try:
+        same = agrees(mlp, x, want)
+    except (TypeError, RuntimeError) as error:
+        raise UnsupportedModelError(f"{path} computes something else than {FORMULA}: {error}") from error
+    if not same:
+        raise UnsupportedModelError(f"{path} computes something else than {FORMULA}")
     return mlp
 
 
@@ -232,7 +237,8 @@ def _roles(module: nn.Module) -> dict[str, str]:
 
 def _activation(path: str, module: nn.Module) -> str:
     """Return what the activation of a gated MLP is called."""
-    found = next((name for name in ACTIVATIONS if callable(getattr(module, name, None))), None)
+    own = {**vars(module), **module._modules}  # a method would go with its class
+    found = next((name for name in ACTIVATIONS if callable(own.get(name))), None)
     if found is None:
         raise UnsupportedModelError(f"{path} names no activation ({' or '.join(ACTIVATIONS)})")
     return found

@@ -11,7 +11,7 @@ from sirius.kernels import gpu
 from sirius.kernels.dispatch import attends
 from sirius.model.cache import SlotCache
 from sirius.model.mlp import Route, Tally, renewed
-from sirius.model.passes import Passes, hooked, recorder
+from sirius.model.passes import Passes, recorder, state_of
 
 STEP = 1024  # slots are reserved in steps of so many where records outlive a session: they end where the slots move
 IDLE = 4  # workspaces kept of a model; each has memory for keys and values
@@ -66,11 +66,6 @@ class Workspace:
 
 
 _idle: "weakref.WeakKeyDictionary[PreTrainedModel, dict[Hashable, Workspace]]" = weakref.WeakKeyDictionary()
-
-
-def state_of(model: PreTrainedModel) -> tuple[bool, list[tuple[int, torch.dtype]]]:
-    """Return whether a model has hooks, and where each of its parameters lies, in which dtype."""
-    return hooked(model), [(parameter.data_ptr(), parameter.dtype) for parameter in model.parameters()]
 
 
 def attends_to(model: PreTrainedModel) -> bool:
