@@ -9,6 +9,7 @@ from torch import nn
 from sirius import sparsity
 from sirius.core import SparsityConfig
 from sirius.errors import ConfigError
+from sirius.model.linear import obstacle
 from sirius.model.mlp import Chosen, Observe, Route, SparseMLP, Tally, agrees, example, fixed_routes, take_over
 from sirius.sparsity import PromptSparsity, TokenSparsity
 from sirius.sparsity.coarse import CoarseSparsity
@@ -142,6 +143,24 @@ def test_restoring_gives_the_original_back(original):
     assert {name: value for name, value in vars(mlp).items() if not name.startswith("_")} == before
     assert mlp.down_proj.weight.is_contiguous()
     assert torch.equal(mlp(tokens()), original(tokens()))
+
+
+def test_layers_with_hooks_are_called(original):
+    mlp, x = sparse_mlp(original), tokens()
+    mlp.down_proj.register_forward_hook(lambda module, given, result: 2 * result)
+    close(mlp(x), 2 * original(x))
+
+
+@pytest.mark.parametrize(
+    "register", ["forward_hook", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook"]
+)
+def test_a_layer_with_any_hook_is_not_read_past_itself(register):
+    layer = nn.Linear(3, 3)
+    assert obstacle(layer) is None
+    hook = getattr(layer, f"register_{register}")(lambda *given: None)
+    assert "hooks, which would not be called" in str(obstacle(layer))
+    hook.remove()
+    assert obstacle(layer) is None
 
 
 def test_what_is_observed_is_each_neurons_output(original):
