@@ -13,6 +13,7 @@ from sirius.kernels.tape import Tape
 
 X, Y = torch.arange(12.0).square().view(3, 4) / 16, torch.tensor([2.0, -1.0, 0.5, 3.0])
 ROWS, PLACES = torch.tensor([[2], [0]]), torch.arange(5).flip(0)[None]
+OTHER = {torch.bfloat16: torch.float16, torch.float16: torch.bfloat16}
 WEIGHT = torch.randn(6, 6, generator=torch.Generator().manual_seed(2))
 
 
@@ -171,6 +172,30 @@ def written(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return store
 
 
+def written_by_one_index(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    store = cos.new_zeros(3, 3, 5, 6)
+    store[ROWS[:, 0]] = x
+    return store
+
+
+def written_to_flat_places(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    store = cos.new_zeros(3, 9, 3, 6)
+    store[ROWS[:, 0], PLACES[0, :2]] = x[:, :, 0]
+    return store
+
+
+def written_across(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    store = cos.new_zeros(3, 9, 6, 3).transpose(2, 3)
+    store[ROWS, PLACES] = x.transpose(1, 2)
+    return store
+
+
+def written_from_across(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    store = cos.new_zeros(3, 9, 6, 5)
+    store[ROWS, PLACES[:, :3]] = x.transpose(2, 3)
+    return store
+
+
 def added_in_place(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     store = cos.new_zeros(3, 9, 3, 6)
     return store.index_put_((ROWS, PLACES), x.transpose(1, 2), accumulate=True)
@@ -203,6 +228,12 @@ def added_in_place(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         (added_to_another, 5),
         (twice_the_turned, 5),
         (written, 2),
+        (written_by_one_index, 2),
+        (written_to_flat_places, 2),
+        (written_across, 2),
+        (written_from_across, 2),
+        (lambda x, cos, sin: rotated(*(each.transpose(2, 3)[..., :4] for each in (x, cos, sin))), 5),
+        (lambda x, cos, sin: rotated(x, cos, sin.to(OTHER.get(x.dtype, x.dtype))), 6),
         (added_in_place, 2),
         (lambda x, cos, sin: x.contiguous() + x.contiguous() + x.contiguous(), 5),
         (lambda x, cos, sin: x[:, :1] + cos, 1),

@@ -44,10 +44,14 @@ def fused(steps: Sequence[Step]) -> list[Step]:
             done.append(launch)
             at += len(window)
             continue
-        step = steps[at]
-        done.append((isinstance(step, Operation) and (_addition(step) or _writing(step))) or step)
+        done.append(_alone(steps[at]) or steps[at])
         at += 1
     return done
+
+
+def _alone(step: Step) -> Launch | None:
+    """Return the kernel of a single operation."""
+    return _addition(step) or _writing(step) if isinstance(step, Operation) else None
 
 
 def _rotation(window: Sequence[Step]) -> Launch | None:

@@ -27,8 +27,11 @@ def more_than_itself(module: object) -> str | None:
     if not isinstance(module, nn.Module):
         return None
     hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    if hooks:
-        return "has hooks, which would not be called; take them off"
+    return "has hooks, which would not be called; take them off" if hooks else own_forward(module)
+
+
+def own_forward(module: nn.Module) -> str | None:
+    """Return that a module has a forward besides its class's, None where it has none."""
     return "has a forward of its own, which would not be called; take it off" if "forward" in vars(module) else None
 
 

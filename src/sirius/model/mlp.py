@@ -10,7 +10,7 @@ from sirius.errors import ConfigError, UnsupportedModelError
 from sirius.kernels import gated as kernel
 from sirius.kernels.dispatch import lie_together, places, reads_rows
 from sirius.kernels.gated import Neurons
-from sirius.model.linear import more_than_itself, obstacle
+from sirius.model.linear import more_than_itself, obstacle, own_forward
 from sirius.model.memory import moved, side_by_side
 from sirius.sparsity.base import PromptSparsity, Sparsity, TokenSparsity
 
@@ -159,9 +159,7 @@ def check_layers(path: str, mlp: nn.Module, names: dict[str, str], act: str) -> 
     names, act  as `SparseMLP` has them
     """
     reasons = {f"{path}.{name} ({role})": obstacle(getattr(mlp, name)) for role, name in names.items()}
-    reasons[f"{path}.{act} (activation)"] = more_than_itself(getattr(mlp, act))
-    if "forward" in vars(mlp):
-        reasons[path] = "has a forward of its own, which would not be called; take it off"
+    reasons |= {f"{path}.{act} (activation)": more_than_itself(getattr(mlp, act)), path: own_forward(mlp)}
     for place, reason in reasons.items():
         if reason is not None:
             raise UnsupportedModelError(f"{place} {reason}")

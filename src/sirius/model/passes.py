@@ -166,14 +166,15 @@ class TapeRecorder:
         if model is None or buffers["input_ids"].numel() > TAPED:
             return call(**buffers), None
         modules = list(model.modules())
-        hooks, places = _hooks(modules), _places(modules)
+        hooks, parts = _hooks(modules), _Parts(modules)
+        before = parts.now()
         if any(hooks):
             return call(**buffers), None
         with Tape() as tape:
             output = call(**buffers)
 
         def replay(call: Call, buffers: Inputs) -> Tensor:
-            if any(hooks) or _places(modules) != places:
+            if any(hooks) or parts.now() != before:
                 return call(**buffers)
             tape.replay()
             return output
@@ -188,7 +189,7 @@ def hooked(model: nn.Module) -> bool:
 
 def state_of(model: nn.Module) -> list[object]:
     """Return what a record of a model's passes depends on; it holds on to no module."""
-    return [hooked(model), *_places(list(model.modules())), *(weight.dtype for weight in model.parameters())]
+    return [hooked(model), *_Parts(list(model.modules())).now(), *(weight.dtype for weight in model.parameters())]
 
 
 def _hooks(modules: Sequence[nn.Module]) -> Sequence[Mapping[int, object]]:
@@ -197,17 +198,21 @@ def _hooks(modules: Sequence[nn.Module]) -> Sequence[Mapping[int, object]]:
     return [_module._global_forward_hooks, _module._global_forward_pre_hooks, *own]
 
 
-def _places(modules: Sequence[nn.Module]) -> list[object]:
-    """Return where the weights of modules lie, which modules they hold, and which have a forward of their own."""
-    found: list[object] = []
-    for module in modules:
-        found.append(module.__class__)
-        found += map(id, module._modules.values())
-        for held in module._parameters, module._buffers:
-            found += [each.data_ptr() for each in held.values() if each is not None]
-        if "forward" in module.__dict__:
-            found.append(id(module.__dict__["forward"]))
-    return found
+class _Parts:
+    """The modules of a pass, and where to look for what it depends on; found once, as this is asked at every replay."""
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        self.modules, self.own = modules, [vars(module) for module in modules]
+        self.children = [module._modules for module in modules if module._modules]
+        held = [each for module in modules for each in (module._parameters, module._buffers)]
+        self.weights = [each for each in held if each]
+
+    def now(self) -> list[object]:
+        """Return where weights lie, which modules are held and of which class, and forwards of their own; no module."""
+        children = [id(child) for held in self.children for child in held.values()]
+        forwards = [id(own["forward"]) for own in self.own if "forward" in own]
+        weights = [each.data_ptr() for held in self.weights for each in held.values() if each is not None]
+        return [*map(type, self.modules), *children, *forwards, *weights]
 
 
 def recorder(model: PreTrainedModel) -> Record | None:

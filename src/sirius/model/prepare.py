@@ -53,8 +53,8 @@ def restore(model: PreTrainedModel) -> None:
     """
     mlps = dict(_sparse_mlps(model))
     for path, mlp in mlps.items():
-        if "forward" in vars(mlp):
-            raise UnsupportedModelError(f"{path} has got a forward of its own since it was prepared; take it off first")
+        if (reason := linear.own_forward(mlp)) is not None:
+            raise UnsupportedModelError(f"{path} {reason} before it is restored")
     for mlp in mlps.values():
         mlp.restore()
     linear.give_back(model)

@@ -1,0 +1,202 @@
+"""What others put into a model's MLPs: honoured, or refused by name, and kept."""
+
+import pytest
+import torch
+from snapshots import assert_as_before, snapshot
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaMLP
+
+from conftest import greedy, tiny_model
+from sirius import CorrectionConfig
+from sirius.engine import Engine
+from sirius.errors import UnsupportedModelError
+from sirius.model.prepare import prepare, restore, sparse_mlps
+
+pytestmark = pytest.mark.integration
+
+
+def add_hook(layer: nn.Module) -> None:
+    layer.register_forward_hook(lambda module, given, result: 2 * result)
+
+
+def add_forward(layer: nn.Module) -> None:
+    layer.forward = lambda x: 2 * nn.functional.linear(x, layer.weight)
+
+
+def swap_layer(model: PreTrainedModel) -> None:
+    class Adapter(nn.Module):
+        def __init__(self, base: nn.Linear) -> None:
+            super().__init__()
+            self.base = base
+
+        def forward(self, x):
+            return 2 * self.base(x)
+
+    mlp = model.model.layers[1].mlp
+    mlp.up_proj = Adapter(mlp.up_proj)
+
+
+def add_hook_to_the_activation(model: PreTrainedModel) -> None:
+    model.model.layers[1].mlp.act_fn.register_forward_hook(lambda module, given, result: 2 * result)
+
+
+CHANGES = {
+    "a hook": (lambda model: add_hook(model.model.layers[1].mlp.up_proj), "has hooks, which would not be called"),
+    "a forward": (lambda model: add_forward(model.model.layers[1].mlp.up_proj), "has a forward of its own"),
+    "an adapter": (swap_layer, "is a Adapter, not a plain linear layer"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_layer_that_is_more_than_its_weights_is_refused(change):
+    model = tiny_model()
+    alter, words = CHANGES[change]
+    alter(model)
+    before = snapshot(model)
+    with pytest.raises(UnsupportedModelError, match=rf"^model\.layers\.1\.mlp\.up_proj \(up\) {words}"):
+        prepare(model)
+    assert_as_before(model, before)
+    assert sparse_mlps(model) == []
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@torch.no_grad()
+def test_a_layer_changed_in_a_prepared_model_is_honoured_refused_to_decode_and_kept(change):
+    models, ids = (tiny_model(), tiny_model()), torch.arange(1, 9)[None]
+    alter, words = CHANGES[change]
+    engine = Engine(models[1])
+    engine.generate([3, 1, 4], max_new_tokens=8)
+    for model in models:
+        alter(model)
+    want = models[0](ids).logits
+    torch.testing.assert_close(models[1](ids).logits, want)
+    with pytest.raises(UnsupportedModelError, match=rf"^model\.layers\.1\.mlp\.up_proj \(up\) {words}"):
+        engine.generate([3, 1, 4], max_new_tokens=8)
+    models[1].train().eval().double().float()
+    torch.testing.assert_close(models[1](ids).logits, want)
+    restore(models[1])
+    assert torch.equal(models[1](ids).logits, want)
+    assert all(weight.is_contiguous() for weight in models[1].parameters())
+
+
+def test_an_activation_that_is_more_than_itself_is_refused_and_honoured_between_calls():
+    models, ids = (tiny_model(), tiny_model()), torch.arange(1, 9)[None]
+    engine, words = Engine(models[1]), r"^model\.layers\.1\.mlp\.act_fn \(activation\) has hooks"
+    for model in models:
+        add_hook_to_the_activation(model)
+    with torch.no_grad():
+        torch.testing.assert_close(models[1](ids).logits, models[0](ids).logits)
+    for refused in (lambda: engine.generate([3], max_new_tokens=2), lambda: prepare(models[0])):
+        with pytest.raises(UnsupportedModelError, match=words):
+            refused()
+
+
+def test_a_forward_put_into_a_prepared_mlp_is_refused_by_all_until_it_is_taken_off():
+    model = tiny_model()
+    engine, mlp = Engine(model), model.model.layers[0].mlp
+    forward = mlp.forward
+    mlp.forward = lambda x: forward(x)
+    for refused in (lambda: engine.generate([3], max_new_tokens=2), lambda: restore(model)):
+        with pytest.raises(
+            UnsupportedModelError, match=r"^model\.layers\.0\.mlp has .*a forward of its own.*take it off"
+        ):
+            refused()
+    del mlp.forward
+    restore(model)
+    assert type(mlp) is LlamaMLP
+
+
+def test_an_mlp_of_two_blocks_is_prepared_and_restored_once():
+    models = [tiny_model(eos_token_id=None) for _ in range(2)]
+    for model in models:
+        model.model.layers[1].mlp = model.model.layers[0].mlp
+    done = Engine(models[1]).generate([3, 1, 4], max_new_tokens=20, correction=CorrectionConfig(accept="argmax"))
+    assert list(done.token_ids) == greedy(models[0], [3, 1, 4], 20)
+    restore(models[1])
+    assert type(models[1].model.layers[1].mlp) is LlamaMLP
+
+
+def test_a_model_restored_while_a_text_is_written_ends_it_with_a_reason():
+    for correction in None, CorrectionConfig(4):
+        engine = Engine(tiny_model(eos_token_id=None))
+        stream = engine.stream([3, 1, 4], max_new_tokens=40, correction=correction)
+        next(stream)
+        restore(engine.model)
+        with pytest.raises(UnsupportedModelError, match="restored in the midst of a text"):
+            list(stream)
+
+
+@pytest.mark.filterwarnings("ignore")  # of the tracer
+def test_a_prepared_mlp_can_be_traced():
+    model, x = tiny_model(), torch.randn(1, 4, 36)
+    prepare(model.requires_grad_(False))
+    mlp = model.model.layers[0].mlp
+    torch.testing.assert_close(torch.jit.trace(mlp, x, check_trace=False)(2 * x), mlp(2 * x), rtol=1e-4, atol=1e-4)
+
+
+def test_attention_of_ours_outside_of_a_session_is_told():
+    model = tiny_model()
+    prepare(model)
+    model.config._attn_implementation = "sirius"
+    with pytest.raises(UnsupportedModelError, match=r"must not share a config object.*'sdpa' again"):
+        model(torch.tensor([[3, 1, 4]]))
+
+
+def test_an_activation_that_changes_while_a_text_is_written_ends_it_with_a_reason():
+    engine = Engine(tiny_model(eos_token_id=None))
+    stream = engine.stream([3, 1, 4], max_new_tokens=40, correction=None)
+    for _ in range(8):
+        next(stream)
+    add_hook_to_the_activation(engine.model)
+    with pytest.raises(UnsupportedModelError, match=r"^act_fn \(activation\) has hooks"):
+        list(stream)
+
+
+def test_a_layer_changed_while_a_text_is_written_ends_it_with_a_reason():
+    engine = Engine(tiny_model(eos_token_id=None))
+    for steps in 1, 12:
+        stream = engine.stream([3, 1, 4], max_new_tokens=40, correction=None)
+        for _ in range(steps):
+            next(stream)
+        swap_layer(engine.model)
+        with pytest.raises(UnsupportedModelError, match=r"^up_proj \(up\) is a Adapter"):
+            next(stream)
+        engine.model.model.layers[1].mlp.up_proj = engine.model.model.layers[1].mlp.up_proj.base
+
+
+def test_hooks_on_an_mlp_are_called_before_meanwhile_and_after_and_never_with_numbers_of_ours():
+    model, seen = tiny_model(), []
+    mlp = model.model.layers[1].mlp
+    handle = mlp.register_forward_hook(lambda module, given, result: seen.append(tuple(result.shape)))
+    engine = Engine(model)
+    assert seen == []
+    engine.generate([3, 1, 4], max_new_tokens=8, correction=None)
+    assert seen[0] == (1, 3, 36) and set(seen[1:]) == {(1, 1, 36)} and len(seen) == 8
+    late = []
+    mlp.register_forward_hook(lambda module, given, result: late.append(1))
+    restore(model)
+    handle.remove()
+    seen.clear()
+    model(torch.tensor([[3, 1, 4]]))
+    assert seen == [] and late == [1]
+
+
+def test_a_hook_on_an_mlp_changes_the_text_as_it_does_without_us():
+    models = tiny_model(eos_token_id=None), tiny_model(eos_token_id=None)
+    for model in models:
+        add_hook(model.model.layers[1].mlp)
+    want = greedy(models[0], [3, 1, 4], 20)
+    assert want != greedy(tiny_model(eos_token_id=None), [3, 1, 4], 20)
+    done = Engine(models[1]).generate([3, 1, 4], max_new_tokens=20, correction=CorrectionConfig(accept="argmax"))
+    assert list(done.token_ids) == want
+
+
+def test_a_replaced_activation_is_honoured():
+    models = tiny_model(eos_token_id=None), tiny_model(eos_token_id=None)
+    engine = Engine(models[1])
+    for model in models:
+        for layer in model.model.layers:
+            layer.mlp.act_fn = nn.ReLU()
+    done = engine.generate([3, 1, 4], max_new_tokens=20, correction=CorrectionConfig(accept="argmax"))
+    assert list(done.token_ids) == greedy(models[0], [3, 1, 4], 20)
