@@ -1,81 +1,70 @@
-"""What a round asks of its device. A stand-in is used: tensors that say when the host looks into them."""
-
-from collections.abc import Iterator
+"""What decoding asks of a GPU, and whether all that it uses is there; `standin` is the GPU."""
 
 import pytest
-import torch
-from torch import Tensor
-from torch.utils._pytree import tree_map
+from standin import StandIn, moved, standing_in
 
-from conftest import slow, tiny_model
-from sirius import CorrectionConfig, Engine, SparsityConfig
-from sirius.decoding import host, loop, tree
-from sirius.kernels import cpu
+from conftest import greedy, slow, tiny_model
+from sirius import CorrectionConfig, Engine, SamplingConfig, SparsityConfig
 
-ASKING = {"_local_scalar_dense", "nonzero", "is_nonzero", "equal", "unique", "_unique2", "unique_dim", "masked_select"}
-answers: list[str] = []
-
-
-class OnDevice(Tensor):
-    """A tensor of a device that runs behind the host; results of what is done with it are such tensors too."""
-
-    @staticmethod
-    def __new__(cls, held: Tensor) -> "OnDevice":
-        made = Tensor._make_wrapper_subclass(
-            cls, held.shape, held.stride(), held.storage_offset(), dtype=held.dtype, device=held.device
-        )
-        made.held = held
-        return made
-
-    @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        name = func.overloadpacket.__name__
-        if name in ASKING or (name == "index" and any(t is not None and t.dtype == torch.bool for t in args[1])):
-            answers.append(name)
-        args, kwargs = tree_map(inside, (args, kwargs or {}))
-        return tree_map(lambda each: OnDevice(each) if isinstance(each, Tensor) else each, func(*args, **kwargs))
-
-
-def inside(value: object) -> object:
-    return value.held if isinstance(value, OnDevice) else value
+PROMPT, OTHER = [5, 9, 2], [8, 8, 100, 3]
+SAMPLED = SamplingConfig(temperature=0.8, top_p=0.9, top_k=40, repetition_penalty=1.2, seed=3)
+METHODS = {
+    "coarse per row": SparsityConfig("coarse", 0.4, per_row=True),
+    "coarse refreshed": SparsityConfig("coarse", 0.4, refresh=0.2),
+    "fine with a threshold": SparsityConfig("fine", threshold=0.3),
+    "fine per branch": SparsityConfig("fine", 0.4, per_branch=True),
+}
 
 
 @pytest.fixture
-def engine(monkeypatch) -> Iterator[Engine]:
-    """An engine whose weights, and so all that comes of them, are on the stand-in."""
-
-    def fetch(*tensors: Tensor) -> list[Tensor]:
-        answers.append("fetch")
-        return [inside(tensor) for tensor in tensors]
-
-    monkeypatch.setattr(cpu, "library", lambda: None)
-    for module in (host, loop, tree):
-        monkeypatch.setattr(module, "answers_at_once", lambda tensor: not isinstance(tensor, OnDevice))
-    monkeypatch.setattr(loop, "fetch", fetch)
-    monkeypatch.setattr(loop, "send", lambda values, device: OnDevice(torch.tensor(values, dtype=torch.int64)))
-    engine = Engine(tiny_model(eos_token_id=7))
-    for module in engine.model.modules():
-        for name, each in [*module._parameters.items(), *module._buffers.items()]:
-            if each is not None:
-                made = OnDevice(each.data)
-                setattr(module, name, torch.nn.Parameter(made, False) if name in module._parameters else made)
-    answers.clear()
-    yield engine
+def standin(monkeypatch) -> StandIn:
+    with standing_in(monkeypatch) as standin:
+        yield standin
 
 
 @pytest.mark.parametrize(
     ("method", "width"),
-    [("coarse", 1), ("fine", 3), slow("coarse", 3), slow("fine", 1), slow("none", 1), slow("none", 3)],
+    [("coarse", 1), ("fine", 3), ("none", 1), slow("coarse", 3), slow("fine", 1), slow("none", 3)],
 )
-def test_a_round_asks_its_device_once(engine, method, width):
-    correction = CorrectionConfig(5, "argmax", tree_width=width)
+def test_a_round_asks_its_device_once_and_all_that_it_uses_is_there(standin, method, width):
+    model, correction = tiny_model(eos_token_id=7), CorrectionConfig(5, "argmax", tree_width=width)
+    moved(model)
+    engine = Engine(model)
     batch = engine.batch(rows=1, sparsity=SparsityConfig(method), correction=correction)
-    batch.add(engine.text([5, 9, 2], max_new_tokens=18))
+    batch.add(engine.text(PROMPT, max_new_tokens=18))
     asked = []
     while batch.busy:
-        answers.clear()
-        batch.step()
-        asked.append(list(answers))
+        standin.answers.clear()
+        [update] = batch.step()
+        asked.append(list(standin.answers))
     checked = ["_local_scalar_dense"] * (method == "coarse")  # whether all layers' sets are sets, with the first round
-    assert asked[1] == [*checked, "fetch"]
-    assert all(each == ["fetch"] for each in asked[2:]), asked
+    assert asked[1] == [*checked, "fetched"]
+    ended = ["_local_scalar_dense"] * (method == "fine")  # what the steps of a text have read
+    assert all(each == ["fetched"] for each in asked[2:-1]) and asked[-1] == ["fetched", *ended], asked
+    assert standin.records > 0
+    assert list(update.completion.token_ids) == greedy(tiny_model(eos_token_id=7), PROMPT, 18)
+
+
+@pytest.mark.parametrize(
+    ("name", "sampled"),
+    [
+        *((name, False) if "row" in name or "threshold" in name else slow(name, False) for name in METHODS),
+        *((name, True) if "branch" in name else slow(name, True) for name in METHODS),
+    ],
+)
+def test_a_batch_there_writes_what_it_does_here(monkeypatch, name, sampled):
+    options = {
+        "batch_size": 2,
+        "max_new_tokens": 14,
+        "sparsity": METHODS[name],
+        "correction": CorrectionConfig(4, "sampling" if sampled else "argmax", tree_width=2),
+        "sampling": SAMPLED if sampled else SamplingConfig(),
+    }
+    prompts, models = [PROMPT, OTHER, OTHER[:2]], [tiny_model("gemma2", eos_token_id=None) for _ in range(2)]
+    here = dict(Engine(models[0]).generate_many(prompts, **options))
+    with standing_in(monkeypatch) as standin:
+        moved(models[1])
+        there = dict(Engine(models[1]).generate_many(prompts, **options))
+    assert {n: text.token_ids for n, text in there.items()} == {n: text.token_ids for n, text in here.items()}
+    assert bool(standin.records) == ("refreshed" not in name)
+    assert standin.kernels >= {"project", "attend"}
