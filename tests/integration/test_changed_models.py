@@ -127,6 +127,49 @@ def test_a_model_restored_while_a_text_is_written_ends_it_with_a_reason():
             list(stream)
 
 
+@pytest.mark.parametrize("change", [torch.float64, torch.bfloat16, "meta"], ids=str)
+def test_a_model_moved_while_a_text_is_written_ends_it_with_a_reason(change):
+    for correction in None, CorrectionConfig(4):
+        engine = Engine(tiny_model(eos_token_id=None))
+        stream = engine.stream([3, 1, 4], max_new_tokens=40, correction=correction)
+        next(stream)
+        engine.model.to(change)
+        with pytest.raises(UnsupportedModelError, match=rf"float32 on cpu when .* {change}.* in the midst of it"):
+            list(stream)
+
+
+def test_dropout_is_refused_where_it_would_act():
+    engine, plain = Engine(tiny_model(attention_dropout=0.1)), Engine(tiny_model())
+    for model in engine.model, plain.model:
+        model.train()
+    assert plain.generate([3, 1, 4], max_new_tokens=2).token_ids
+    with pytest.raises(UnsupportedModelError, match=r"training mode and has dropout \(attention\); call model.eval"):
+        engine.generate([3, 1, 4], max_new_tokens=2)
+    engine.model.eval().model.norm = nn.Sequential(engine.model.model.norm, nn.Dropout(0.5))
+    assert engine.generate([3, 1, 4], max_new_tokens=2).token_ids
+    engine.model.train().config.attention_dropout = 0
+    with pytest.raises(UnsupportedModelError, match=r"dropout \(model\.norm\.1\)"):
+        engine.generate([3, 1, 4], max_new_tokens=2)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.5])
+def test_dropout_inside_an_mlp_is_refused_where_it_drops(p):
+    class Dropping(LlamaMLP):
+        def forward(self, x):
+            return self.dropout(super().forward(x))
+
+    model = tiny_model()
+    mlp = model.model.layers[1].mlp
+    mlp.dropout, mlp.__class__ = nn.Dropout(p), Dropping
+    before = snapshot(model)
+    if p:
+        with pytest.raises(UnsupportedModelError, match=r"^model\.layers\.1\.mlp\.dropout is a dropout"):
+            prepare(model.eval())
+        assert_as_before(model, before)
+    else:
+        prepare(model.eval())
+
+
 @pytest.mark.filterwarnings("ignore")  # of the tracer
 def test_a_prepared_mlp_can_be_traced():
     model, x = tiny_model(), torch.randn(1, 4, 36)

@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from sirius.errors import RequestError, UnsupportedModelError
@@ -147,6 +148,15 @@ def _check_rope(config: PreTrainedConfig, prompt: int, new: int) -> None:
         )
 
 
+def check_mode(model: PreTrainedModel) -> None:
+    """Raise UnsupportedModelError where a model drops part of what it computes at random, as it does to learn."""
+    if not model.training:
+        return
+    in_attention = bool(getattr(model.config.get_text_config(), "attention_dropout", 0))
+    if drops := _dropout(model) or "attention" * in_attention:
+        raise UnsupportedModelError(f"the model is in training mode and has dropout ({drops}); call model.eval() first")
+
+
 def check_config(config: PreTrainedConfig) -> None:
     """Raise UnsupportedModelError where a model's configuration already rules it out."""
     text: Any = config.get_text_config()
@@ -226,7 +236,16 @@ def _gated_mlp(path: str, block: nn.Module) -> tuple[str, nn.Module]:
         raise UnsupportedModelError(f"{path} has {len(found)} gated MLPs ({names}, ...): experts do not fit yet")
     inside, module = found[0]
     check_layers(inside, module, _roles(module), _activation(inside, module))
+    if (dropout := _dropout(module)) is not None:
+        raise UnsupportedModelError(
+            f"{inside}.{dropout} is a dropout, left out once the model is prepared; set its p to 0"
+        )
     return inside, module
+
+
+def _dropout(module: nn.Module) -> str | None:
+    """Return the path of the first dropout inside a module that drops anything."""
+    return next((path for path, each in module.named_modules() if isinstance(each, _DropoutNd) and each.p), None)
 
 
 def _roles(module: nn.Module) -> dict[str, str]:

@@ -17,7 +17,7 @@ from sirius.model.cache import SlotCache
 from sirius.model.mask import chain_mask, tree_mask
 from sirius.model.mlp import Chosen, Observe, Route, SparseMLP, fixed_routes
 from sirius.model.passes import compile_model
-from sirius.model.prepare import cache_argument, rope_turn
+from sirius.model.prepare import cache_argument, check_mode, rope_turn
 from sirius.model.workspace import borrow, drop_idle
 from sirius.sparsity.base import PromptSparsity, Sparsity, TokenSparsity
 from sirius.stats import DENSE, Touched
@@ -55,8 +55,12 @@ class Session:
         """Open an empty session; `make` gives a method for a prompt, or None to draft with every neuron.
 
         compiled  passes that are recorded are compiled first
+
+        Raises UnsupportedModelError of a model in training mode that has dropout.
         """
+        check_mode(model)
         self.model, self.mlps, self.make = model, mlps, make
+        self.kind = model.dtype, model.device  # of its weights, of the cache and of records
         self.forward = compile_model(model) if compiled else model
         self.cache_argument = cache_argument(model)
         self.shared = make()
@@ -101,7 +105,7 @@ class Session:
         Returns the scores of its next token [V], float32, or float64 of a float64 model. Raises RequestError where it
         cannot be read beside the rows at work.
         """
-        self._check_prepared()
+        self._check_model()
         row, length = len(self.methods), len(prompt)
         self._check_beside(row, length)
         self.space.reserve(row + 1, slots)
@@ -125,7 +129,7 @@ class Session:
         Scores are float32, or float64 of a float64 model; a later pass may write over them. What the rows hold stays as
         it is.
         """
-        self._check_prepared()
+        self._check_model()
         rows, count = tokens.shape
         lengths = self.cache.lengths[:rows]
         self.cache.place(lengths[:, None] + window.first + torch.arange(count))
@@ -142,10 +146,15 @@ class Session:
             self.cache.paste(window.fixed, before)
         return scores
 
-    def _check_prepared(self) -> None:
-        """Raise UnsupportedModelError where the model's MLPs are its own again."""
+    def _check_model(self) -> None:
+        """Raise UnsupportedModelError where the model's MLPs are its own again, or its weights of another kind."""
         if not all(isinstance(mlp, SparseMLP) for mlp in self.mlps):
             raise UnsupportedModelError("the model was restored in the midst of a text; begin the text anew")
+        if (now := (self.model.dtype, self.model.device)) != self.kind:
+            before, after = (f"{dtype} on {device}" for dtype, device in (self.kind, now))
+            raise UnsupportedModelError(
+                f"the model was {before} when the text began and is {after} in the midst of it; begin the text anew"
+            )
 
     def _check_beside(self, row: int, length: int) -> None:
         """Raise RequestError where the rows at work are on the other side of where the model turns positions anew."""
