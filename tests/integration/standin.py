@@ -19,6 +19,7 @@ from sirius.model import passes
 GPU = torch.device("cuda", 0)
 ASKING = {"_local_scalar_dense", "nonzero", "is_nonzero", "equal", "unique", "_unique2", "unique_dim", "masked_select"}
 TAKING_INDICES = {"index", "index_put", "index_put_"}
+OF_ONE_PLACE = TAKING_INDICES | {"cat", "stack", "mm", "bmm", "addmm", "embedding", "gather", "scatter", "index_select"}
 
 
 class OnGPU(Tensor):
@@ -50,7 +51,7 @@ class OnGPU(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        return current().run(func, args, kwargs or {})
+        raise RuntimeError(f"{func} of a tensor whose stand-in is gone")
 
 
 def inside(value: object) -> object:
@@ -89,17 +90,10 @@ def up_rows(gated: Tensor, x: Tensor, up: Tensor, up_bias: Tensor | None, index:
 KERNELS = [linear, project, gate, glu, up_rows, reference.largest]
 
 
-_standins: list["StandIn"] = []
-
-
-def current() -> "StandIn":
-    return _standins[-1]
-
-
 class StandIn(TorchDispatchMode):
     """Runs what is done with tensors on the GPU.
 
-    answers  what the host asked, and "sent" for what it copied there while a graph is recorded, in order
+    answers  what the host asked, in order
     kernels  which were called
     records  how many passes were recorded
     """
@@ -111,35 +105,42 @@ class StandIn(TorchDispatchMode):
         self.records, self.recording = 0, False
 
     def ask(self, what: str) -> None:
-        """Note that the host waits for the GPU, which it may not while a graph is recorded."""
-        if self.recording:
-            raise RuntimeError(f"{what} while a graph is recorded")
+        """Note that the host waits for the GPU."""
+        self.send(what)
         self.answers.append(what)
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        return self.run(func, args, kwargs or {})
+    def send(self, what: str) -> None:
+        """Refuse what goes between host and GPU while a graph is recorded."""
+        if self.recording:
+            raise RuntimeError(f"{what} while a graph is recorded")
 
-    def run(self, func, args, kwargs):
-        """Run an operation; of tensors there and here together only copies may be."""
-        name, device = func.overloadpacket.__name__, kwargs.get("device")
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs, name = kwargs or {}, func.overloadpacket.__name__
         tensors = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
         on_gpu = [isinstance(each, OnGPU) for each in tensors]
         if any(on_gpu):
-            bools = name in TAKING_INDICES and any(each.dtype == torch.bool for each in tree_leaves(args[1]))
-            if name in ASKING or bools:
-                self.ask(name)
-            strangers = [each.shape for each, on in zip(tensors, on_gpu, strict=True) if not on and each.ndim]
-            if name == "copy_" and strangers:
-                assert args[0] is tensors[0] and on_gpu[0], "a copy to the host is asked for by fetch alone"
-                self.ask("sent") if self.recording else None
-            else:
-                assert not strangers, f"{func} of tensors on a GPU and, of shapes {strangers}, on the host"
-        goes = any(on_gpu) if device is None else torch.device(device).type == "cuda"
-        kwargs = kwargs | ({"device": "cpu"} if device is not None else {})
+            self._check(func, args, tensors)
+        device = kwargs.get("device")
+        goes = any(on_gpu) if device is None or name.startswith("new_") else torch.device(device).type == "cuda"
+        kwargs = kwargs | ({} if device is None else {"device": "cpu"})
         result = func(*tree_map(inside, args), **tree_map(inside, kwargs))
         if func._schema.is_mutable and on_gpu[:1] == [True] and result is tensors[0].held:
             return tensors[0]
         return tree_map(there, result) if goes else result
+
+    def _check(self, func, args, tensors: list[Tensor]) -> None:
+        """Refuse what a GPU refuses: tensors of the host, but numbers after the first operand, and what is copied."""
+        name = func.overloadpacket.__name__
+        masks = name in TAKING_INDICES and any(getattr(each, "dtype", None) == torch.bool for each in args[1])
+        if masks or name in ASKING:
+            self.ask(name)
+        strangers = [each for each in tensors if not isinstance(each, OnGPU)]
+        if name == "copy_" and strangers:
+            assert isinstance(tensors[0], OnGPU), "copied to the host, where only fetch is to"
+            self.send("copied from the host")
+            return
+        numbers = len(args) > 1 and all(each.ndim == 0 and each is not args[0] for each in strangers)
+        assert not strangers or (numbers and name not in OF_ONE_PLACE), f"{func} of tensors on a GPU and on the host"
 
     def kernel(self, run: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """Return how a kernel is run here; all that it is given must be there."""
@@ -169,11 +170,16 @@ class StandIn(TorchDispatchMode):
 class Moves(TorchFunctionMode):
     """Copies tensors from there to here, which is a question, and from here to there."""
 
+    def __init__(self, standin: StandIn) -> None:
+        super().__init__()
+        self.standin = standin
+
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func is torch.tensor:
-            device = torch.device(kwargs.pop("device", "cpu"))
-            return self._to(func(*args, **kwargs), device)
+        if func in (torch.tensor, Tensor.new_tensor):
+            device = torch.device(kwargs.pop("device", args[0].device if func is Tensor.new_tensor else "cpu"))
+            dtype = {"dtype": args[0].dtype} if func is Tensor.new_tensor else {}
+            return self._to(torch.tensor(args[-1], **dtype | kwargs), device)
         if func is Tensor.cpu:
             return self._to(args[0], torch.device("cpu"))
         if func is not Tensor.to:
@@ -192,12 +198,13 @@ class Moves(TorchFunctionMode):
         if x.device.type == device.type:
             return x
         if device.type == "cuda":
+            self.standin.send("copied from the host")
             return OnGPU(x.clone())
-        current().ask("fetched")
+        self.standin.ask("fetched")
         return x.held.clone()
 
 
-def moved(model: nn.Module) -> None:
+def move(model: nn.Module) -> None:
     """Move a model to the stand-in."""
     for module in model.modules():
         for name, each in [*module._parameters.items(), *module._buffers.items()]:
@@ -219,7 +226,5 @@ def standing_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
     monkeypatch.setattr(torch.cuda, "Event", lambda **options: Mock(elapsed_time=lambda other: 1.0))
     monkeypatch.setattr(passes, "GraphRecorder", lambda device: standin.record)
-    _standins.append(standin)
-    with standin, Moves():
+    with standin, Moves(standin):
         yield standin
-    _standins.pop()

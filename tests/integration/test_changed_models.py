@@ -1,4 +1,6 @@
-"""What others put into a model's MLPs: honoured, or refused by name, and kept."""
+"""What others do to a model and its MLPs, before and after it is prepared: honoured, or refused by name, and kept."""
+
+import re
 
 import pytest
 import torch
@@ -97,11 +99,10 @@ def test_a_forward_put_into_a_prepared_mlp_is_refused_by_all_until_it_is_taken_o
     engine, mlp = Engine(model), model.model.layers[0].mlp
     forward = mlp.forward
     mlp.forward = lambda x: forward(x)
-    for refused in (lambda: engine.generate([3], max_new_tokens=2), lambda: restore(model)):
-        with pytest.raises(
-            UnsupportedModelError, match=r"^model\.layers\.0\.mlp has .*a forward of its own.*take it off"
-        ):
-            refused()
+    with pytest.raises(UnsupportedModelError, match=r"^model\.layers\.0\.mlp has a forward of its own, which may go"):
+        engine.generate([3], max_new_tokens=2)
+    with pytest.raises(UnsupportedModelError, match=r"^model\.layers\.0\.mlp has got a forward of its own since"):
+        restore(model)
     del mlp.forward
     restore(model)
     assert type(mlp) is LlamaMLP
@@ -138,22 +139,38 @@ def test_a_model_moved_while_a_text_is_written_ends_it_with_a_reason(change):
             list(stream)
 
 
-def test_dropout_is_refused_where_it_would_act():
-    engine, plain = Engine(tiny_model(attention_dropout=0.1)), Engine(tiny_model())
-    for model in engine.model, plain.model:
-        model.train()
-    assert plain.generate([3, 1, 4], max_new_tokens=2).token_ids
-    with pytest.raises(UnsupportedModelError, match=r"training mode and has dropout \(attention\); call model.eval"):
-        engine.generate([3, 1, 4], max_new_tokens=2)
-    engine.model.eval().model.norm = nn.Sequential(engine.model.model.norm, nn.Dropout(0.5))
-    assert engine.generate([3, 1, 4], max_new_tokens=2).token_ids
-    engine.model.train().config.attention_dropout = 0
-    with pytest.raises(UnsupportedModelError, match=r"dropout \(model\.norm\.1\)"):
-        engine.generate([3, 1, 4], max_new_tokens=2)
+DROPOUTS = {
+    "of attention": lambda model: setattr(model.model.layers[1].self_attn, "attention_dropout", 0.5),
+    "a module": lambda model: setattr(model.model, "norm", nn.Sequential(model.model.norm, nn.Dropout(0.5))),
+}
+WHERE = {"of attention": "model.layers.1.self_attn", "a module": "model.norm.1"}
+
+
+@pytest.mark.parametrize("dropout", DROPOUTS)
+@pytest.mark.parametrize("correction", [None, CorrectionConfig(4, "argmax")], ids=["plain", "corrected"])
+def test_dropout_is_refused_as_soon_as_it_would_act(dropout, correction):
+    model = tiny_model(eos_token_id=None)
+    DROPOUTS[dropout](model)
+    engine, options = Engine(model), {"max_new_tokens": 12, "correction": correction}
+    stream, path = engine.stream([3, 1, 4], **options), WHERE[dropout]
+    next(stream)
+    dict(model.named_modules())[path].train()
+    words = rf"^{re.escape(path)} is in training mode and has a dropout of 0\.5; call model\.eval\(\) first"
+    for refused in (lambda: list(stream), lambda: engine.generate([3, 1, 4], **options)):
+        with pytest.raises(UnsupportedModelError, match=words):
+            refused()
+    assert len(Engine(model).generate([3, 1, 4], **options).token_ids) == 12
+
+
+def test_training_mode_without_dropout_changes_no_text():
+    engine, options = Engine(tiny_model(eos_token_id=None)), {"max_new_tokens": 12}
+    want = engine.generate([3, 1, 4], **options).token_ids
+    engine.model.train()
+    assert engine.generate([3, 1, 4], **options).token_ids == want
 
 
 @pytest.mark.parametrize("p", [0.0, 0.5])
-def test_dropout_inside_an_mlp_is_refused_where_it_drops(p):
+def test_dropout_inside_an_mlp_is_refused_if_it_would_drop(p):
     class Dropping(LlamaMLP):
         def forward(self, x):
             return self.dropout(super().forward(x))
@@ -161,13 +178,13 @@ def test_dropout_inside_an_mlp_is_refused_where_it_drops(p):
     model = tiny_model()
     mlp = model.model.layers[1].mlp
     mlp.dropout, mlp.__class__ = nn.Dropout(p), Dropping
-    before = snapshot(model)
+    before, model = snapshot(model), model.eval()
     if p:
-        with pytest.raises(UnsupportedModelError, match=r"^model\.layers\.1\.mlp\.dropout is a dropout"):
-            prepare(model.eval())
+        with pytest.raises(UnsupportedModelError, match=r"^model\.layers\.1\.mlp\.dropout would not be called when"):
+            prepare(model)
         assert_as_before(model, before)
     else:
-        prepare(model.eval())
+        assert len(prepare(model)) == 2
 
 
 @pytest.mark.filterwarnings("ignore")  # of the tracer

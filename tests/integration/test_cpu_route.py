@@ -3,11 +3,13 @@
 import ctypes
 import gc
 import weakref
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
+from transformers import PreTrainedModel
 
 from conftest import FAMILIES, greedy, tiny_model
 from sirius import CorrectionConfig, Engine, SparsityConfig, restore
@@ -169,15 +171,19 @@ def one_token(session: Session) -> torch.Tensor:
     return session.read(one, Mode.DENSE, Window(0, one - 1, one[None] > 0, torch.ones(1, 1))).clone()
 
 
-@pytest.fixture
-def session() -> Session:
-    """A session whose pass of one token is recorded."""
-    session = Engine(tiny_model(eos_token_id=None)).batch(rows=2, sparsity="none").session
+def recorded(model: PreTrainedModel) -> Session:
+    """Return a session whose pass of one token is recorded."""
+    session = Engine(model).batch(rows=2, sparsity="none").session
     session.open(torch.tensor(PROMPT), 60)
     for _ in range(3):
         one_token(session)
     assert session.space.passes.recorded
     return session
+
+
+@pytest.fixture
+def session() -> Session:
+    return recorded(tiny_model(eos_token_id=None))
 
 
 @pytest.mark.parametrize("everywhere", [False, True], ids=["of a module", "of all"])
@@ -209,16 +215,46 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("change", CHANGES)
-def test_what_takes_the_place_of_a_part_is_called(session, change):
+def is_noticed(session: Session, change: Callable[[], object]) -> bool:
+    """Tell whether a pass gives what it would without records after a change, and something else than before."""
     before = one_token(session)
     torch.manual_seed(0)
     with torch.no_grad():
-        CHANGES[change](session.model)
+        change()
     got = one_token(session)
     session.space.passes.forget()
     session.space.passes.record = None
-    assert torch.equal(got, one_token(session)) and not torch.equal(got, before)
+    return torch.equal(got, one_token(session)) and not torch.equal(got, before)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_takes_the_place_of_a_part_is_called(session, change):
+    assert is_noticed(session, lambda: CHANGES[change](session.model))
+
+
+class Open(nn.Module):
+    """Adds to x what weights it has, and calls what modules, which may be none yet."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for weight in [*self.parameters(recurse=False), *self.buffers(recurse=False)]:
+            x = x + weight
+        for module in self.children():
+            x = module(x)
+        return x
+
+
+ARRIVALS = {
+    "a module": lambda part: part.add_module("late", nn.Tanh()),
+    "a buffer": lambda part: part.register_buffer("late", torch.ones(36)),
+    "a parameter": lambda part: part.register_parameter("late", nn.Parameter(torch.ones(36))),
+}
+
+
+@pytest.mark.parametrize("arrival", ARRIVALS)
+def test_what_comes_to_a_part_that_had_nothing_is_used(arrival):
+    model, part = tiny_model(eos_token_id=None), Open()
+    model.model.norm = nn.Sequential(model.model.norm, part)
+    assert is_noticed(recorded(model), lambda: ARRIVALS[arrival](part))
 
 
 def test_a_cache_that_grew_is_read_where_it_is(session):

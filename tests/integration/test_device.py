@@ -1,10 +1,12 @@
 """What decoding asks of a GPU, and whether all that it uses is there; `standin` is the GPU."""
 
 import pytest
-from standin import StandIn, moved, standing_in
+from standin import StandIn, move, standing_in
 
 from conftest import greedy, slow, tiny_model
 from sirius import CorrectionConfig, Engine, SamplingConfig, SparsityConfig
+
+pytestmark = pytest.mark.integration
 
 PROMPT, OTHER = [5, 9, 2], [8, 8, 100, 3]
 SAMPLED = SamplingConfig(temperature=0.8, top_p=0.9, top_k=40, repetition_penalty=1.2, seed=3)
@@ -28,7 +30,7 @@ def standin(monkeypatch) -> StandIn:
 )
 def test_a_round_asks_its_device_once_and_all_that_it_uses_is_there(standin, method, width):
     model, correction = tiny_model(eos_token_id=7), CorrectionConfig(5, "argmax", tree_width=width)
-    moved(model)
+    move(model)
     engine = Engine(model)
     batch = engine.batch(rows=1, sparsity=SparsityConfig(method), correction=correction)
     batch.add(engine.text(PROMPT, max_new_tokens=18))
@@ -63,7 +65,7 @@ def test_a_batch_there_writes_what_it_does_here(monkeypatch, name, sampled):
     prompts, models = [PROMPT, OTHER, OTHER[:2]], [tiny_model("gemma2", eos_token_id=None) for _ in range(2)]
     here = dict(Engine(models[0]).generate_many(prompts, **options))
     with standing_in(monkeypatch) as standin:
-        moved(models[1])
+        move(models[1])
         there = dict(Engine(models[1]).generate_many(prompts, **options))
     assert {n: text.token_ids for n, text in there.items()} == {n: text.token_ids for n, text in here.items()}
     assert bool(standin.records) == ("refreshed" not in name)

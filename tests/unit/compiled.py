@@ -15,7 +15,7 @@ from sirius.kernels import attention, gpu
 from sirius.kernels.activations import ACTIVATIONS
 
 NEURONS, SIZE = 8192, 2048  # of llama-3.2-1b
-HEADS = [(64, 32, 8), (128, 32, 32), (256, 8, 1)]  # their size, how many of queries, of keys
+HEADS = [(64, 32, 8), (128, 32, 8), (256, 8, 1)]  # their size, how many of queries, of keys
 
 
 class Absent:

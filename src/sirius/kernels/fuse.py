@@ -102,8 +102,7 @@ def _writing(step: Operation) -> Launch | None:
     rows, slots = torch.broadcast_tensors(*index)
     values = values.expand(*slots.shape, *store.shape[2:])
     fits = (
-        values.dtype == store.dtype
-        and slots.ndim == 2
+        slots.ndim == 2
         and store.stride()[2:] == (store.shape[3], 1)
         and values.stride(3) == 1
         and _ours(store)

@@ -27,12 +27,14 @@ def more_than_itself(module: object) -> str | None:
     if not isinstance(module, nn.Module):
         return None
     hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return "has hooks, which would not be called; take them off" if hooks else own_forward(module)
+    if hooks:
+        return "has hooks, which would not be called; take them off"
+    return "has a forward of its own, which would not be called; take it off" if own_forward(module) else None
 
 
-def own_forward(module: nn.Module) -> str | None:
-    """Return that a module has a forward besides its class's, None where it has none."""
-    return "has a forward of its own, which would not be called; take it off" if "forward" in vars(module) else None
+def own_forward(module: nn.Module) -> bool:
+    """Tell whether a module has a forward besides its class's."""
+    return "forward" in vars(module)
 
 
 def take_over(model: nn.Module) -> None:

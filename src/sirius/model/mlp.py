@@ -159,7 +159,9 @@ def check_layers(path: str, mlp: nn.Module, names: dict[str, str], act: str) -> 
     names, act  as `SparseMLP` has them
     """
     reasons = {f"{path}.{name} ({role})": obstacle(getattr(mlp, name)) for role, name in names.items()}
-    reasons |= {f"{path}.{act} (activation)": more_than_itself(getattr(mlp, act)), path: own_forward(mlp)}
+    reasons[f"{path}.{act} (activation)"] = more_than_itself(getattr(mlp, act))
+    if own_forward(mlp):
+        reasons[path] = "has a forward of its own, which may go past the chosen neurons; take it off"
     for place, reason in reasons.items():
         if reason is not None:
             raise UnsupportedModelError(f"{place} {reason}")

@@ -54,8 +54,8 @@ def restore(model: PreTrainedModel) -> None:
     """
     mlps = dict(_sparse_mlps(model))
     for path, mlp in mlps.items():
-        if (reason := linear.own_forward(mlp)) is not None:
-            raise UnsupportedModelError(f"{path} {reason} before it is restored")
+        if linear.own_forward(mlp):
+            raise UnsupportedModelError(f"{path} has got a forward of its own since it was prepared; take it off first")
     for mlp in mlps.values():
         mlp.restore()
     linear.give_back(model)
@@ -148,13 +148,22 @@ def _check_rope(config: PreTrainedConfig, prompt: int, new: int) -> None:
         )
 
 
-def check_mode(model: PreTrainedModel) -> None:
-    """Raise UnsupportedModelError where a model drops part of what it computes at random, as it does to learn."""
-    if not model.training:
-        return
-    in_attention = bool(getattr(model.config.get_text_config(), "attention_dropout", 0))
-    if drops := _dropout(model) or "attention" * in_attention:
-        raise UnsupportedModelError(f"the model is in training mode and has dropout ({drops}); call model.eval() first")
+def dropouts(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Return the modules of a model that may drop part of what they compute at random, each with its path."""
+    return [
+        (path, module)
+        for path, module in model.named_modules()
+        if isinstance(module, _DropoutNd) or hasattr(module, "attention_dropout")
+    ]
+
+
+def check_mode(found: list[tuple[str, nn.Module]]) -> None:
+    """Raise UnsupportedModelError where one of a model's `dropouts` drops something, as it does in training."""
+    for path, module in found:
+        if module.training and (share := getattr(module, "p", 0) or getattr(module, "attention_dropout", 0)):
+            raise UnsupportedModelError(
+                f"{path} is in training mode and has a dropout of {share}; call model.eval() first"
+            )
 
 
 def check_config(config: PreTrainedConfig) -> None:
@@ -236,16 +245,9 @@ def _gated_mlp(path: str, block: nn.Module) -> tuple[str, nn.Module]:
         raise UnsupportedModelError(f"{path} has {len(found)} gated MLPs ({names}, ...): experts do not fit yet")
     inside, module = found[0]
     check_layers(inside, module, _roles(module), _activation(inside, module))
-    if (dropout := _dropout(module)) is not None:
-        raise UnsupportedModelError(
-            f"{inside}.{dropout} is a dropout, left out once the model is prepared; set its p to 0"
-        )
+    if dropped := [path for path, each in dropouts(module) if getattr(each, "p", 0)]:
+        raise UnsupportedModelError(f"{inside}.{dropped[0]} would not be called when the model learns; set its p to 0")
     return inside, module
-
-
-def _dropout(module: nn.Module) -> str | None:
-    """Return the path of the first dropout inside a module that drops anything."""
-    return next((path for path, each in module.named_modules() if isinstance(each, _DropoutNd) and each.p), None)
 
 
 def _roles(module: nn.Module) -> dict[str, str]:

@@ -17,7 +17,7 @@ from sirius.model.cache import SlotCache
 from sirius.model.mask import chain_mask, tree_mask
 from sirius.model.mlp import Chosen, Observe, Route, SparseMLP, fixed_routes
 from sirius.model.passes import compile_model
-from sirius.model.prepare import cache_argument, check_mode, rope_turn
+from sirius.model.prepare import cache_argument, check_mode, dropouts, rope_turn
 from sirius.model.workspace import borrow, drop_idle
 from sirius.sparsity.base import PromptSparsity, Sparsity, TokenSparsity
 from sirius.stats import DENSE, Touched
@@ -55,12 +55,10 @@ class Session:
         """Open an empty session; `make` gives a method for a prompt, or None to draft with every neuron.
 
         compiled  passes that are recorded are compiled first
-
-        Raises UnsupportedModelError of a model in training mode that has dropout.
         """
-        check_mode(model)
         self.model, self.mlps, self.make = model, mlps, make
-        self.kind = model.dtype, model.device  # of its weights, of the cache and of records
+        self.place = model.dtype, model.device  # of its weights, of the cache and of records
+        self.dropouts = dropouts(model)
         self.forward = compile_model(model) if compiled else model
         self.cache_argument = cache_argument(model)
         self.shared = make()
@@ -147,11 +145,12 @@ class Session:
         return scores
 
     def _check_model(self) -> None:
-        """Raise UnsupportedModelError where the model's MLPs are its own again, or its weights of another kind."""
+        """Raise UnsupportedModelError where the model is no longer what it was, or drops something at random."""
         if not all(isinstance(mlp, SparseMLP) for mlp in self.mlps):
             raise UnsupportedModelError("the model was restored in the midst of a text; begin the text anew")
-        if (now := (self.model.dtype, self.model.device)) != self.kind:
-            before, after = (f"{dtype} on {device}" for dtype, device in (self.kind, now))
+        check_mode(self.dropouts)
+        if (now := (self.model.dtype, self.model.device)) != self.place:
+            before, after = (f"{dtype} on {device}" for dtype, device in (self.place, now))
             raise UnsupportedModelError(
                 f"the model was {before} when the text began and is {after} in the midst of it; begin the text anew"
             )
