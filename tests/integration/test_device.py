@@ -48,19 +48,20 @@ def test_a_round_asks_its_device_once_and_all_that_it_uses_is_there(standin, met
 
 
 @pytest.mark.parametrize(
-    ("name", "sampled"),
+    ("name", "rule"),
     [
-        *((name, False) if "row" in name or "threshold" in name else slow(name, False) for name in METHODS),
-        *((name, True) if "branch" in name else slow(name, True) for name in METHODS),
+        *(("coarse per row", "threshold"), ("coarse refreshed", "threshold"), ("fine with a threshold", "argmax")),
+        *(("fine per branch", "sampling"), slow("coarse per row", "sampling"), slow("coarse refreshed", "argmax")),
+        *(slow("fine with a threshold", "sampling"), slow("fine per branch", "argmax")),
     ],
 )
-def test_a_batch_there_writes_what_it_does_here(monkeypatch, name, sampled):
+def test_a_batch_there_writes_what_it_does_here(monkeypatch, name, rule):
     options = {
         "batch_size": 2,
         "max_new_tokens": 14,
         "sparsity": METHODS[name],
-        "correction": CorrectionConfig(4, "sampling" if sampled else "argmax", tree_width=2),
-        "sampling": SAMPLED if sampled else SamplingConfig(),
+        "correction": CorrectionConfig(4, rule, tree_width=2),
+        "sampling": SAMPLED if rule == "sampling" else SamplingConfig(),
     }
     prompts, models = [PROMPT, OTHER, OTHER[:2]], [tiny_model("gemma2", eos_token_id=None) for _ in range(2)]
     here = dict(Engine(models[0]).generate_many(prompts, **options))
