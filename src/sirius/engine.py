@@ -61,7 +61,7 @@ class Engine:
     def __init__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None, *, compile: bool = False
     ) -> None:
-        """Prepare a transformers model that is already loaded; its MLPs are replaced (`sirius.restore` undoes it).
+        """Prepare a transformers model that is already loaded; its MLPs become ours (`sirius.restore` undoes it).
 
         compile  compile the passes of a GPU: minutes at the first text, then less time at each token
 
@@ -270,9 +270,8 @@ def _request(prompt: tuple[int, ...], options: TextOptions, budget: int) -> Requ
     """Return a prompt with its options, checked but for the model; `budget` is the one where none is asked for."""
     asked, stop = options.get("max_new_tokens"), options.get("stop") or ()
     sampling = as_config(SamplingConfig, options.get("sampling", SamplingConfig()))
-    return Request(
-        prompt, budget if asked is None else asked, (stop,) if isinstance(stop, str) else tuple(stop), sampling
-    )
+    texts = tuple(stop) if isinstance(stop, Iterable) and not isinstance(stop, str) else (stop,)
+    return Request(prompt, budget if asked is None else asked, texts, sampling)
 
 
 def _sorted_out(options: Options) -> tuple[BatchOptions, TextOptions]:

@@ -126,6 +126,7 @@ def test_a_histogram_may_be_played_back(bench, shape, tmp_path, within):
     ("options", "says"),
     [
         (("--shape", "llama-9"), "--shape is one of llama-3.2-1b"),
+        (("--layers", 3), "--layers is at most 2, all that"),
         (("--tokens", 8), "need 21 tokens a turn; got 8"),
         (("--aal", 9), "from 1 to 4 on average; got 9"),
         (("--replay", "none.json"), "give one of them"),

@@ -323,6 +323,20 @@ def test_norms_compute_what_they_did_and_are_given_back(family, dtype):
     assert not any("forward" in norm.__dict__ for norm in found.values())
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma"])
+@torch.no_grad()
+def test_an_epsilon_that_changes_counts(family):
+    models, ids = (tiny_model(family), tiny_model(family)), torch.tensor([PROMPT])
+    prepare(models[1])
+    before = models[1](ids).logits
+    for model in models:
+        for norm in norms(model).values():
+            setattr(norm, "eps" if hasattr(norm, "eps") else "variance_epsilon", 0.5)
+    got = models[1](ids).logits
+    torch.testing.assert_close(got, models[0](ids).logits)
+    assert not torch.allclose(got, before, rtol=0.01)
+
+
 def test_norms_that_learn_are_their_own():
     model = tiny_model()
     prepare(model)

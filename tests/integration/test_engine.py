@@ -71,6 +71,7 @@ def test_the_room_is_exact_by_one_token(engine):
     [
         ({"max_new_tokens": 0}, "at least 1; got 0"),
         ({"stop": ["w1", ""]}, "none of them empty"),
+        ({"stop": 5}, r"stop takes strings.*got \[5\]"),
         ({"sparsity": "dense"}, "known are cats, coarse, fine, griffin, none"),
         ({"sparsity": SparsityConfig("coarse", keep=0.001)}, "keeps none"),
     ],

@@ -161,6 +161,7 @@ def test_without_matplotlib_the_way_to_install_it_is_told_before_measuring(bench
     [
         (("--axis", "depth"), "--axis is one of context, batch, period, tree_width, keep; got depth"),
         (("--context", 600), "pass the model's limit of 512; lower --context to at most"),
+        (("--cycles", 400), "pass the model's limit of 512; lower --cycles"),
         (("--keep", 1.5), "keep is the fraction"),
         (("--sparsity", "none"), "--sparsity none drafts nothing"),
         (("--plot", "growth.pdf"), "--plot writes .svg or .png; got growth.pdf"),

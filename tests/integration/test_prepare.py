@@ -35,6 +35,14 @@ def test_a_model_that_is_not_whole_on_one_device_is_refused():
         prepare(model)
 
 
+def test_what_is_no_model_or_has_no_weights_is_refused():
+    for refused in (lambda: Engine(None), lambda: restore("a-folder")):
+        with pytest.raises(UnsupportedModelError, match=r"^a model is needed.*; got a (NoneType|str)"):
+            refused()
+    with pytest.raises(UnsupportedModelError, match=r"^the model is on meta, where it has no weights"):
+        prepare(tiny_model().to("meta"))
+
+
 class AdaptedLinear(nn.Linear):
     """What adapters put in the place of a linear layer."""
 

@@ -123,7 +123,7 @@ def check_points(points: Iterable[Point], workload: Workload, config: PreTrained
         if limit is not None and point.context + new > limit:
             raise ConfigError(
                 f"--context {point.context} and {new} tokens decoded after it pass the model's limit of {limit}; "
-                f"lower --context to at most {limit - new}, or --cycles"
+                + (f"lower --context to at most {limit - new}, or --cycles" if new < limit else "lower --cycles")
             )
 
 

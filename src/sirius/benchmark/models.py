@@ -55,6 +55,9 @@ def make_config(shape: str, layers: int | None = None) -> PreTrainedConfig:
             ) from error
     if not isinstance(fields, dict) or "model_type" not in fields:
         raise ConfigError(f"{shape} names no model_type, so it is no config.json of transformers")
+    own = fields.get("num_hidden_layers")
+    if layers is not None and isinstance(own, int) and layers > own:
+        raise ConfigError(f"--layers is at most {own}, all that {shape} has; got {layers}")
     changed = {**fields, **({} if layers is None else {"num_hidden_layers": layers})}
     changed = {name: value for name, value in changed.items() if name not in ("eos_token_id", "quantization_config")}
     try:

@@ -18,13 +18,13 @@ class FastNorm:
     """The forward of a norm by our kernel; the norm's own where that cannot take it."""
 
     def __init__(self, norm: nn.Module, form: NormForm) -> None:
-        self.norm, self.form, self.epsilon = norm, form, _epsilon(norm)
+        self.norm, self.form = norm, form
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the norm of x [..., H]; what else a norm may take is its own affair."""
         weight = cast("Tensor", self.norm.weight)
         if not args and not kwargs and dispatch.norms(x, weight):
-            return dispatch.norm(x, weight, self.epsilon, self.form)
+            return dispatch.norm(x, weight, _epsilon(self.norm), self.form)
         return type(self.norm).forward(self.norm, x, *args, **kwargs)
 
 

@@ -31,6 +31,7 @@ def prepare(model: PreTrainedModel) -> list[SparseMLP]:
     Raises UnsupportedModelError, naming the module and the reason, and leaves the model as it was where anything does
     not fit.
     """
+    _check_kind(model)
     if ready := dict(_sparse_mlps(model)):
         for path, mlp in ready.items():
             check_layers(path, mlp, mlp.names, mlp.act)
@@ -52,6 +53,7 @@ def restore(model: PreTrainedModel) -> None:
 
     Raises UnsupportedModelError, and changes nothing, where an MLP has got a forward of its own since.
     """
+    _check_kind(model)
     mlps = dict(_sparse_mlps(model))
     for path, mlp in mlps.items():
         if linear.own_forward(mlp):
@@ -61,6 +63,13 @@ def restore(model: PreTrainedModel) -> None:
     linear.give_back(model)
     norm.give_back(model)
     drop_idle(model)
+
+
+def _check_kind(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise UnsupportedModelError(
+            f"a model is needed, such as AutoModelForCausalLM.from_pretrained gives; got a {type(model).__name__}"
+        )
 
 
 def sparse_mlps(model: nn.Module) -> list[SparseMLP]:
@@ -194,7 +203,9 @@ def _check_weights(model: PreTrainedModel) -> None:
             "make or load it outside"
         )
     devices = {p.device for p in model.parameters()}
-    if len(devices) > 1 or any(d.type == "meta" for d in devices):
+    if devices == {torch.device("meta")}:
+        raise UnsupportedModelError("the model is on meta, where it has no weights; load it on cpu or cuda")
+    if len(devices) > 1:
         names = ", ".join(sorted(str(d) for d in devices))
         raise UnsupportedModelError(f"the model is spread over {names}; load it whole on one device")
 
