@@ -5,6 +5,7 @@ Where the tests may take no GPU the kernels are run by Triton's interpreter, and
 
 import gc
 import weakref
+from functools import partial
 
 import pytest
 import torch
@@ -105,16 +106,17 @@ def test_a_second_prompt_records_nothing_anew(recorded, name):
     assert len(recorded) == first
 
 
+def records_after(engine: Engine, recorded: list[int]) -> int:
+    """Return how many records there are after a further text."""
+    engine.generate(PROMPT, max_new_tokens=30, correction=argmax(4))
+    gc.collect()
+    return len(recorded)
+
+
 @pytest.mark.parametrize("part", ["activation", "forward", "buffer", "layer"])
 def test_what_takes_a_parts_place_between_calls_has_a_workspace_of_its_own(recorded, part):
     model = tiny_model(eos_token_id=None)
-    engine = Engine(model)
-
-    def generate() -> int:
-        engine.generate(PROMPT, max_new_tokens=30, correction=argmax(4))
-        gc.collect()
-        return len(recorded)
-
+    generate = partial(records_after, Engine(model), recorded)
     first, attention = generate(), model.model.layers[0].self_attn
     if part == "activation":
         model.model.layers[0].mlp.act_fn = torch.nn.ReLU()
@@ -129,13 +131,7 @@ def test_what_takes_a_parts_place_between_calls_has_a_workspace_of_its_own(recor
 
 def test_a_model_with_hooks_has_a_workspace_of_its_own(recorded):
     model = tiny_model(eos_token_id=None)
-    engine = Engine(model)
-
-    def generate() -> int:
-        engine.generate(PROMPT, max_new_tokens=30, correction=argmax(4))
-        gc.collect()
-        return len(recorded)
-
+    generate = partial(records_after, Engine(model), recorded)
     first = generate()
     assert 0 < first == generate()
     hook = model.model.layers[0].mlp.register_forward_hook(lambda *given: None)

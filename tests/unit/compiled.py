@@ -5,11 +5,14 @@ A process of its own, as Triton is either its interpreter or its compiler: pytho
 
 import json
 import sys
+from collections.abc import Callable
+from functools import partial
 from itertools import product
 
 import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
 
 from sirius.kernels import attention, gpu
 from sirius.kernels.activations import ACTIVATIONS
@@ -32,6 +35,22 @@ class Absent:
 
     def get_current_stream(self, device: int) -> int:
         return 0
+
+
+class Compiling:
+    """A kernel that is compiled where it would be run; `taken` has the bytes of shared memory, by name and sizes."""
+
+    def __init__(self, kernel: JITFunction, taken: dict[str, int]) -> None:
+        self.kernel, self.taken = kernel, taken
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return partial(self.compile, grid)
+
+    def compile(self, grid: tuple[int, ...], *arguments: object, **options: object) -> None:
+        made = self.kernel.warmup(*arguments, **options, grid=grid)
+        assert {"cubin", "hsaco"} & set(made.asm), list(made.asm)
+        name = f"{self.kernel.__name__} {options}"
+        self.taken[name] = max(made.metadata.shared, self.taken.get(name, 0))
 
 
 def products(dtype: torch.dtype) -> None:
@@ -58,15 +77,8 @@ def attended(dtype: torch.dtype) -> None:
 
 def main(backend: str, arch: str, lanes: str, dtype: str) -> None:
     taken: dict[str, int] = {}
-
-    def launch(kernel, grid, *arguments, warps, stages=1, **sizes):
-        options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
-        made = kernel.warmup(*arguments, **sizes, **options, grid=grid)
-        assert {"cubin", "hsaco"} & set(made.asm), list(made.asm)
-        name = f"{kernel.__name__} {sizes}"
-        taken[name] = max(made.metadata.shared, taken.get(name, 0))
-
-    gpu.launch = attention.launch = launch
+    launch = gpu.launch
+    gpu.launch = attention.launch = lambda kernel, *rest, **sizes: launch(Compiling(kernel, taken), *rest, **sizes)
     driver.set_active(Absent(GPUTarget(backend, int(arch) if arch.isdigit() else arch, int(lanes))))
     products(getattr(torch, dtype))
     attended(getattr(torch, dtype))

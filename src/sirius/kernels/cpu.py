@@ -193,7 +193,7 @@ def writing(store: Tensor, rows: Tensor, slots: Tensor, values: Tensor) -> Launc
     """
     (height, width, heads, size), counts = store.shape, slots.shape
     assert values.shape == (*counts, heads, size) and rows.shape == counts and values.stride(3) == 1
-    assert store.stride()[2:] == (size, 1) and rows.dtype is slots.dtype is torch.int64
+    assert store.stride()[2:] == (size, 1) and rows.dtype is slots.dtype is torch.int64 and values.dtype is store.dtype
     at = (_Size * 9)(*store.stride()[:2], *rows.stride(), *slots.stride(), *values.stride()[:3])
     sizes = (_Size * 6)(*counts, heads, size, height, width)
 
