@@ -97,7 +97,7 @@ def coarse(keep: float, **options: object) -> SparsityConfig:
 def trees() -> Iterator[Setting]:
     fine = SparsityConfig("fine", 0.01)
     methods = {
-        "coarse": (coarse(0.4, per_row=True), ("argmax", "threshold")),
+        "coarse": (coarse(0.4), ("argmax", "threshold")),
         "fine": (fine, ("argmax",)),
         "fine, per branch": (replace(fine, per_branch=True), ("argmax",)),
     }
@@ -105,24 +105,24 @@ def trees() -> Iterator[Setting]:
         for accept in accepts:
             for width in (1, 4, 8):
                 facts = {"sparsity": name, "keep": sparsity.keep, "accept": accept, "tree_width": width, "period": 16}
-                yield Setting(facts, sparsity, CorrectionConfig(accept=accept, tree_width=width))
+                yield Setting(facts, sparsity, CorrectionConfig(16, accept, tree_width=width))
 
 
 def batches() -> Iterator[Setting]:
     for name, sparsity in (("coarse", coarse(0.4)), ("none", SparsityConfig("none"))):
         for batch in (1, 2, 4, 8, 16):
             facts = {"sparsity": name, "accept": "argmax", "batch": batch}
-            yield Setting(facts, sparsity, CorrectionConfig(accept="argmax"), batch=batch, timed=True)
+            yield Setting(facts, sparsity, CorrectionConfig(16), batch=batch, timed=True)
 
 
 def rows() -> Iterator[Setting]:
     for tasks in (("reasoning",), ("reasoning", "understanding")):
         for keep in (0.3, 0.4, 0.5):
-            for correction in (CorrectionConfig(accept="argmax"), None):
-                for per_row in (False, True):
-                    facts = {"tasks": " + ".join(tasks), "keep": keep, "per_row": per_row, "batch": 8}
+            for correction in (CorrectionConfig(16), None):
+                for shared_set in (True, False):
+                    facts = {"tasks": " + ".join(tasks), "keep": keep, "shared_set": shared_set, "batch": 8}
                     facts["accept"] = correction.accept if correction else None
-                    yield Setting(facts, coarse(keep, per_row=per_row), correction, tasks=tasks, timed=True)
+                    yield Setting(facts, coarse(keep, shared_set=shared_set), correction, tasks=tasks, timed=True)
 
 
 def refresh() -> Iterator[Setting]:
@@ -130,33 +130,33 @@ def refresh() -> Iterator[Setting]:
         for threshold in (1e-8, 0.1):
             for share in (0.0, 0.05, 0.2, 0.5):
                 facts = {"keep": keep, "threshold": threshold, "refresh": share}
-                rule = CorrectionConfig(threshold=threshold)
-                yield Setting(facts, coarse(keep, per_row=True, refresh=share), rule)
+                rule = CorrectionConfig.paper(threshold=threshold)
+                yield Setting(facts, coarse(keep, refresh=share), rule)
 
 
 def sampling() -> Iterator[Setting]:
     for temperature in (0.5, 1.0):
         for width in (1, 4):
             facts = {"temperature": temperature, "accept": "sampling", "keep": 0.3, "tree_width": width}
-            rule = CorrectionConfig(accept="sampling", tree_width=width)
-            yield Setting(facts, coarse(0.3, per_row=True), rule, SamplingConfig(temperature, seed=0))
+            rule = CorrectionConfig(16, tree_width=width)
+            yield Setting(facts, coarse(0.3), rule, SamplingConfig(temperature, seed=0))
 
 
 def rules() -> Iterator[Setting]:
     settings: list[dict[str, object]] = [
         {"accept": accept} for accept in ("argmax", "threshold", "relative", "typical")
     ]
-    settings += [{"ablate": (what,)} for what in ("rewrite", "interleave", "rollback")]
+    settings += [{"accept": "threshold", "ablate": (what,)} for what in ("rewrite", "interleave", "rollback")]
     for options in settings:
         facts = {"keep": 0.3, **options}
-        yield Setting(facts, coarse(0.3, per_row=True), CorrectionConfig(**options))  # type: ignore[arg-type] - it checks
+        yield Setting(facts, coarse(0.3), CorrectionConfig(16, **options))  # type: ignore[arg-type] - it checks
 
 
 def auto() -> Iterator[Setting]:
     for keep in (0.2, 0.4):
         for period in (1, 4, 8, 16, 32, "auto"):
             facts = {"keep": keep, "period": period, "batch": 1}
-            rule = CorrectionConfig(period, accept="argmax")  # type: ignore[arg-type] - it checks
+            rule = CorrectionConfig(period)  # type: ignore[arg-type] - it checks
             yield Setting(facts, coarse(keep), rule, batch=1, timed=True)
 
 

@@ -174,6 +174,11 @@ class Toy:
             self.held[b] += [self.places[b][place] for place in path[b, :count].tolist()]
             self.places[b] = {}
 
+    def rewind(self, count: int) -> None:
+        for held, places in zip(self.held, self.places, strict=True):
+            places.update(enumerate(held[-count:]))
+            del held[-count:]
+
     def close(self, row: int) -> None:
         for each in (self.held, self.places, self.slots):
             each[row] = each[-1]

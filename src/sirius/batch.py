@@ -1,17 +1,19 @@
 """Texts decoded side by side: they join and leave between rounds, and none disturbs another."""
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from time import perf_counter
 from typing import Protocol
+from weakref import WeakKeyDictionary
 
 import torch
 from transformers import PreTrainedModel
 
 from sirius import sparsity
 from sirius.core import (
+    AUTO,
     SEEDS,
     CorrectionConfig,
     FinishReason,
@@ -25,14 +27,16 @@ from sirius.core import (
 )
 from sirius.decoding.accept import make_rule
 from sirius.decoding.loop import Plan, Row, next_round, start
-from sirius.decoding.period import Period, make_period
+from sirius.decoding.period import AutoPeriod, Period
+from sirius.decoding.probe import probe_if_due
 from sirius.decoding.sampling import Noise
 from sirius.errors import ConfigError, RequestError, SiriusError
 from sirius.model.prepare import count_parameters, prepare
 from sirius.model.session import Session
-from sirius.stats import Setting, Stats, summarise
+from sirius.stats import Setting, Stats, density, summarise
 
-PLAIN = CorrectionConfig(period=1, accept="sampling")  # every round is one dense pass of the whole model
+_learnt: "WeakKeyDictionary[PreTrainedModel, dict[Hashable, AutoPeriod]]" = WeakKeyDictionary()  # of each setting
+PLAIN = CorrectionConfig(period=1)  # every round is one dense pass of the whole model
 
 
 class Ending(Protocol):
@@ -143,7 +147,7 @@ class Batch:
         self.session = Session(model, mlps, lambda: sparsity.create(chosen, neurons), compiled)
         self.asked = correction
         self.correction = PLAIN if self.session.shared is None else correction
-        self.plan = _make_plan(self.correction, ends)
+        self.plan = _make_plan(self.correction, self._period(), ends)
         self.waiting: deque[_Entry] = deque()
         self.active: list[_Entry] = []  # by row of the session
         self.tickets = 0
@@ -221,9 +225,10 @@ class Batch:
         return start(self.session, entry.row)
 
     def _round(self) -> list[Update]:
-        began = perf_counter()
+        began, rows = perf_counter(), [entry.row for entry in self.active]
         try:
-            rounds = next_round(self.session, [entry.row for entry in self.active], self.plan)
+            probe_if_due(self.session, rows, self.plan)
+            rounds = next_round(self.session, rows, self.plan)
         except torch.OutOfMemoryError as error:
             failed = [self._failed(e, _out_of_memory(e.row.slots, error)) for e in self.active]
             while self.active:
@@ -270,7 +275,21 @@ class Batch:
             summarise(rounds, setting, entry.seconds),
         )
 
+    def _period(self) -> Period:
+        """Return the period of this batch; an automatic one knows what earlier texts of the setting taught."""
+        asked = 1 if self.correction is None else self.correction.period
+        if asked != AUTO:
+            return Period(asked)
+        learnt, setting = _learnt.setdefault(self.model, {}), (self.sparsity, self.correction)
+        if setting not in learnt:
+            touched = self.session.least_touched()
+            learnt[setting] = AutoPeriod(density(count_parameters(self.model), touched, "streamed"))
+        learnt[setting].begin()
+        return learnt[setting]
+
     def _lossless(self, sampled: bool) -> bool:
+        if not self.session.alike and not (self.rows == 1 and self.correction == PLAIN):
+            return False
         whole = self.sparsity.keep == 1 and self.sparsity.threshold is None
         if self.correction is None:
             return whole
@@ -286,11 +305,11 @@ class Batch:
         self.active.pop()
 
 
-def _make_plan(correction: CorrectionConfig | None, ends: frozenset[int]) -> Plan:
+def _make_plan(correction: CorrectionConfig | None, period: Period, ends: frozenset[int]) -> Plan:
     if correction is None:
-        return Plan(Period(1), judge=Mode.SPARSE, ends=ends)
+        return Plan(period, judge=Mode.SPARSE, ends=ends)
     return Plan(
-        make_period(correction),
+        period,
         make_rule(correction),
         ends=ends,
         width=correction.tree_width,

@@ -10,20 +10,23 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from enum import Enum
 from math import isfinite
-from typing import Any, Literal, Protocol, TypeVar, get_args
+from typing import Any, Literal, Protocol, TypeVar, cast, get_args
 
 import torch
 from torch import Tensor
 
 from sirius.errors import ConfigError
 
-AcceptName = Literal["threshold", "argmax", "sampling", "relative", "typical"]
+AcceptName = Literal["lossless", "argmax", "sampling", "threshold", "relative", "typical"]
 Ablation = Literal["rewrite", "interleave", "rollback"]
 Origin = Literal["full", "draft", "correction", "bonus"]
 FinishReason = Literal["stop", "length"]
 Config = TypeVar("Config", "SparsityConfig", "CorrectionConfig", "SamplingConfig")
 
 AUTO = "auto"
+PAPER = "paper"
+OWN = ("lossless", "argmax", "sampling")  # rules under which nothing but the full model's own choice passes
+THRESHOLD = 0.1  # of the other rules, where none is given
 LONGEST = 32  # the longest window that period "auto" chooses
 COLDEST = 1e-5  # the lowest temperature above 0: scores divided by less overflow
 SEEDS = 2**32  # as many as torch's generator on the CPU tells apart
@@ -48,7 +51,8 @@ class SparsityConfig:
     keep        the fraction of neurons kept, 0 < keep <= 1 (the papers' `spr`)
     threshold   for methods that know one: keep the neurons with |act(gate)| above it, instead of a fixed fraction
     per_branch  methods per token: a set for each branch of a tree, instead of one that a step's branches share
-    per_row     methods per prompt: a set for each row of a batch, instead of one by the rows' mean score
+    shared_set  methods per prompt: one set for all rows of a batch, by their mean score, instead of one for each row.
+                Fewer weights are read, and a lossy text depends on what is decoded beside it
     refresh     methods per prompt: the share that a checked window gets in the prompt's statistic, 0 (off) to 1
     """
 
@@ -56,12 +60,12 @@ class SparsityConfig:
     keep: float = 0.5
     threshold: float | None = None
     per_branch: bool = False
-    per_row: bool = False
+    shared_set: bool = False
     refresh: float = 0.0
 
     def __post_init__(self) -> None:
         _check_kinds(self, method=str, keep=float, threshold=float | None, refresh=float)
-        _check_kinds(self, per_branch=bool, per_row=bool)
+        _check_kinds(self, per_branch=bool, shared_set=bool)
         if not 0 < self.keep <= 1:
             raise ConfigError(f"keep is the fraction of neurons kept, above 0 and at most 1; got {self.keep}")
         if self.threshold is not None and not self.threshold >= 0:
@@ -72,16 +76,17 @@ class SparsityConfig:
 
 @dataclass(frozen=True)
 class CorrectionConfig:
-    """How the full model checks the draft.
+    """How the full model checks the draft. As it stands: lossless, and drafting only where that is faster.
 
     period              K, tokens that a branch of a check has: the newest one and K-1 drafted ones; 1 drafts nothing,
                         "auto" chooses it round by round from measured cost and acceptance
     accept              which guesses pass; the full model's own choice does under every rule:
-                        "argmax" and "sampling"  no other (lossless; greedy, or with a temperature)
-                        "threshold"  probability at least `threshold` (the paper's rule)
-                        "relative"   probability at least `threshold` times the largest
-                        "typical"    probability at least min(threshold, sqrt(threshold) exp(-entropy))
-    threshold           see `accept`
+                        "lossless"   no other guess: the full model's greedy text, or its sample with a temperature
+                        "argmax", "sampling"  the same by the names of its two cases; "argmax" refuses a temperature
+                        "threshold"  probability at least `threshold` (the paper's rule; lossy)
+                        "relative"   probability at least `threshold` times the largest (lossy)
+                        "typical"    probability at least min(threshold, sqrt(threshold) exp(-entropy)) (lossy)
+    threshold           see `accept`; None is 0.1. Refused beside a lossless rule, which has none
     accept_temperature  the temperature of those probabilities, and of the scores by which branches are ranked
     tree_width          w, branches drafted side by side
     prune               drop branches less likely than this share of the best one's probability; 0 keeps all
@@ -89,9 +94,9 @@ class CorrectionConfig:
                         full model after a window that passed whole), "rollback" (keep every guess)
     """
 
-    period: int | Literal["auto"] = 16
-    accept: AcceptName = "threshold"
-    threshold: float = 0.1
+    period: int | Literal["auto"] = AUTO
+    accept: AcceptName = "lossless"
+    threshold: float | None = None
     accept_temperature: float = 0.6
     tree_width: int = 1
     prune: float = 0.0
@@ -100,13 +105,19 @@ class CorrectionConfig:
     def __post_init__(self) -> None:
         if self.period != AUTO:
             _check_kinds(self, period=int)
-        _check_kinds(self, accept=str, threshold=float, accept_temperature=float, tree_width=int, prune=float)
+        _check_kinds(self, accept=str, threshold=float | None, accept_temperature=float, tree_width=int, prune=float)
         if self.period != AUTO and self.period < 1:
             raise ConfigError(f"period counts the tokens of a check, at least 1 (plain decoding); got {self.period}")
         if self.accept not in get_args(AcceptName):
             raise ConfigError(f"accept is one of {', '.join(get_args(AcceptName))}; got {self.accept!r}")
-        if not 0 <= self.threshold <= 1:
-            raise ConfigError(f"threshold is a probability, from 0 to 1; got {self.threshold}")
+        if self.threshold is not None:
+            if not 0 <= self.threshold <= 1:
+                raise ConfigError(f"threshold is a probability, from 0 to 1; got {self.threshold}")
+            if self.accept in OWN:
+                raise ConfigError(
+                    f"threshold {self.threshold} would change nothing: accept {self.accept!r} passes only the full "
+                    "model's own choice; leave threshold out, or set accept to 'threshold' (lossy)"
+                )
         if not 0 < self.accept_temperature < float("inf"):
             raise ConfigError(f"accept_temperature must be a positive number; got {self.accept_temperature}")
         if self.tree_width < 1:
@@ -116,6 +127,19 @@ class CorrectionConfig:
         if not isinstance(self.ablate, tuple | list) or any(part not in get_args(Ablation) for part in self.ablate):
             raise ConfigError(f"ablate takes some of {', '.join(get_args(Ablation))}; got {self.ablate!r}")
         object.__setattr__(self, "ablate", tuple(self.ablate))
+
+    @classmethod
+    def paper(cls, **changes: Any) -> "CorrectionConfig":
+        """Return the paper's setting, lossy: 16 tokens, guesses of probability 0.1 at temperature 0.6 pass.
+
+        changes  fields to be set otherwise. Source: Sirius (arXiv 2409.03856), section 5.
+        """
+        return cls(**{"period": 16, "accept": "threshold", "threshold": 0.1, "accept_temperature": 0.6, **changes})
+
+    @property
+    def bar(self) -> float:
+        """The threshold of a rule that has one."""
+        return THRESHOLD if self.threshold is None else self.threshold
 
     @property
     def longest(self) -> int:
@@ -129,9 +153,7 @@ class CorrectionConfig:
         """
         if self.period == 1:
             return True
-        own = self.accept in ("argmax", "sampling") or (
-            self.accept == "threshold" and self.threshold > 0.5 and not sampled
-        )
+        own = self.accept in OWN or (self.accept == "threshold" and self.bar > 0.5 and not sampled)
         return own and not self.ablate
 
 
@@ -175,10 +197,13 @@ class SamplingConfig:
 def as_config(kind: type[Config], value: Any) -> Config:
     """Return a configuration given as itself, as a mapping of its fields, or as its first field.
 
-    So `{"method": "fine", "keep": 0.3}` and "fine" are sparsities; raises ConfigError of anything else.
+    So `{"method": "fine", "keep": 0.3}` and "fine" are sparsities, and "paper" is the paper's correction; raises
+    ConfigError of anything else.
     """
     if isinstance(value, kind):
         return value
+    if kind is CorrectionConfig and value == PAPER:
+        return cast("Config", CorrectionConfig.paper())
     try:
         return kind(**value) if isinstance(value, Mapping) else kind(value)
     except TypeError as error:
@@ -200,7 +225,7 @@ def check_together(sampling: SamplingConfig, correction: CorrectionConfig | None
     if sampling.temperature > 0 and correction is not None and correction.accept == "argmax":
         raise ConfigError(
             f"accept 'argmax' is for greedy text, and temperature is {sampling.temperature}; "
-            "use accept 'sampling' (lossless), or temperature 0"
+            "use accept 'lossless', or temperature 0"
         )
 
 
@@ -300,7 +325,8 @@ class Window:
     depths  [B, T] int64     positions, counted from the first after the held ones
     seen    [B, T, M] bool   which of the places 0 .. M-1 each token looks at, its own among them
     weights [B, T] float     how likely each token's branch is, 0 of a dead one; each row's sum is 1, or 0
-    fixed   the pass leaves the K/V of that many first places as they are (a study: no rewrite)
+    fixed   the pass leaves the K/V of that many first places as they are
+    apart   the tokens are no branches of one step: where sets of neurons are chosen per token, each has its own
     """
 
     first: int
@@ -308,6 +334,7 @@ class Window:
     seen: Tensor
     weights: Tensor
     fixed: int = 0
+    apart: bool = False
 
 
 class LanguageModel(Protocol):
@@ -333,6 +360,10 @@ class LanguageModel(Protocol):
 
     def keep(self, path: Tensor, counts: Tensor) -> None:
         """Let each row hold the first counts[b] [B] of the places path[b] [B, n] int64 after what it holds already."""
+        ...
+
+    def rewind(self, count: int) -> None:
+        """Let each row hold `count` tokens less, which stand at places 0 .. count - 1 then, for `keep` to take back."""
         ...
 
     def close(self, row: int) -> None:

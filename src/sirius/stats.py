@@ -85,7 +85,8 @@ class Stats:
                          between rounds is not. In a batch the rows' passes are the same ones
     tokens_per_second    tokens / seconds
     lossless             whether the text is by construction what the full model alone writes: its greedy text, or with
-                         a temperature the sample that its seed gives
+                         a temperature the sample that its seed gives. False where rounding may differ with the number
+                         of tokens in a pass: on a GPU, and in 16 bits on a CPU without the compiled kernels
     """
 
     rounds: int

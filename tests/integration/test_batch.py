@@ -382,7 +382,7 @@ def test_a_tree_takes_its_width_in_slots_for_each_level_and_no_more(engine, widt
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"per_row": True}, {"refresh": 0.3}, {"per_row": True, "refresh": 0.3}], ids=str
+    "options", [{}, {"shared_set": True}, {"refresh": 0.3}, {"shared_set": True, "refresh": 0.3}], ids=str
 )
 def test_neurons_are_chosen_anew_when_rows_come_or_go_and_not_otherwise(engine, options, monkeypatch):
     from sirius.model import session as module
@@ -434,8 +434,8 @@ def test_a_rows_own_neurons_make_a_lossy_text_independent_of_its_neighbours(engi
         done = dict(engine.generate_many(prompts, max_new_tokens=NEW, sparsity=sparsity, correction=None))
         return done[0].token_ids
 
-    assert text(PROMPTS, per_row=True) == text(PROMPTS[:1], per_row=True) == text(PROMPTS[:1])
-    assert text(PROMPTS) != text(PROMPTS[:1])
+    assert text(PROMPTS) == text(PROMPTS[:1]) == text(PROMPTS[:1], shared_set=True)
+    assert text(PROMPTS, shared_set=True) != text(PROMPTS[:1])
 
 
 def test_a_batch_whose_step_was_interrupted_goes_on_with_no_text(monkeypatch):

@@ -131,9 +131,7 @@ def test_a_recorded_pass_gives_the_scores_of_the_pass_itself_bit_for_bit(family,
     assert torch.equal(got, want)
 
 
-@pytest.mark.parametrize(
-    "sparsity", [SparsityConfig("fine", threshold=0.3), SparsityConfig("coarse", 0.4, per_row=True)], ids=str
-)
+@pytest.mark.parametrize("sparsity", [SparsityConfig("fine", threshold=0.3), SparsityConfig("coarse", 0.4)], ids=str)
 def test_rows_of_several_sets_give_theirs(sparsity):
     model = tiny_model()
     want, _ = read_all(model, sparsity, recording=False, rows=3)

@@ -11,7 +11,7 @@ pytestmark = pytest.mark.integration
 PROMPT, OTHER = [5, 9, 2], [8, 8, 100, 3]
 SAMPLED = SamplingConfig(temperature=0.8, top_p=0.9, top_k=40, repetition_penalty=1.2, seed=3)
 METHODS = {
-    "coarse per row": SparsityConfig("coarse", 0.4, per_row=True),
+    "coarse per row": SparsityConfig("coarse", 0.4),
     "coarse refreshed": SparsityConfig("coarse", 0.4, refresh=0.2),
     "fine with a threshold": SparsityConfig("fine", threshold=0.3),
     "fine per branch": SparsityConfig("fine", 0.4, per_branch=True),

@@ -84,7 +84,13 @@ def test_options_out_of_range_are_refused_before_anything_is_decoded(engine, opt
 
 @pytest.mark.parametrize(
     "change",
-    [{"period": 0}, {"threshold": -0.1}, {"threshold": 1.1}, {"accept_temperature": 0.0}, {"accept": "sampled"}],
+    [
+        {"period": 0},
+        {"accept": "threshold", "threshold": -0.1},
+        {"accept": "threshold", "threshold": 1.1},
+        {"accept_temperature": 0.0},
+        {"accept": "sampled"},
+    ],
     ids=str,
 )
 def test_a_correction_out_of_range_is_refused(change):
@@ -135,7 +141,7 @@ def test_figures_name_what_is_lossy(engine):
 
     assert lossless(sparsity="none") and lossless(sparsity="none", correction=None)
     assert lossless(correction=CorrectionConfig(accept="argmax")) and lossless(
-        correction=CorrectionConfig(threshold=0.51)
+        correction=CorrectionConfig(accept="threshold", threshold=0.51)
     )
     assert not lossless() and not lossless(correction=None)
 

@@ -109,7 +109,7 @@ def test_end_of_text_falls_on_the_exact_token(family, corrections):
 KEEPS = st.floats(0.05, 1.0)
 SPARSITIES = st.one_of(
     st.builds(
-        SparsityConfig, st.just("coarse"), KEEPS, per_row=st.booleans(), refresh=st.sampled_from([0.0, 0.3, 1.0])
+        SparsityConfig, st.just("coarse"), KEEPS, shared_set=st.booleans(), refresh=st.sampled_from([0.0, 0.3, 1.0])
     ),
     st.builds(SparsityConfig, st.just("fine"), KEEPS, per_branch=st.booleans()),
     st.builds(SparsityConfig, st.just("fine"), threshold=st.floats(0, 2), per_branch=st.booleans()),
@@ -176,7 +176,7 @@ def cut(tokens: list[int], ends: frozenset[int], stop: str, tokenizer: PreTraine
 
 FRESH = {
     "chain": argmax(5),
-    "lossy chain": CorrectionConfig(period=5, threshold=0.05),
+    "lossy chain": CorrectionConfig(5, "threshold", 0.05),
     "tree": argmax(4, 4),
     "lossy tree": CorrectionConfig(period=5, accept="relative", threshold=0.3, tree_width=3, prune=0.01),
 }
@@ -291,7 +291,7 @@ def test_a_lossy_rule_keeps_more_guesses_and_is_called_lossy(accept, width):
 
 def test_a_threshold_above_one_half_is_exact_on_trees_too():
     model = tiny_model(eos_token_id=None)
-    correction = CorrectionConfig(6, threshold=0.51, accept_temperature=2.0, tree_width=4)
+    correction = CorrectionConfig(6, "threshold", 0.51, accept_temperature=2.0, tree_width=4)
     got = Engine(model).generate(PROMPT, max_new_tokens=NEW, sparsity="fine", correction=correction)
     assert list(got.token_ids) == greedy(model, PROMPT, NEW) and got.stats.lossless
 
@@ -300,7 +300,7 @@ def test_a_threshold_above_one_half_is_exact_on_trees_too():
 def test_keep_one_reproduces_the_full_model_for_any_rule(method):
     model = tiny_model(eos_token_id=None)
     want = greedy(model, PROMPT, NEW)
-    for correction in (None, argmax(7), CorrectionConfig(period=7, threshold=0.0), CorrectionConfig(threshold=0.9)):
+    for correction in (None, argmax(7), CorrectionConfig(7, "threshold", 0.0), CorrectionConfig(16, "threshold", 0.9)):
         got = Engine(model).generate(
             PROMPT, max_new_tokens=NEW, sparsity=SparsityConfig(method, keep=1.0), correction=correction
         )
@@ -311,7 +311,7 @@ def test_keep_one_reproduces_the_full_model_for_any_rule(method):
 @pytest.mark.parametrize("method", ["coarse", "fine"])
 def test_threshold_zero_accepts_everything(method):
     engine = Engine(tiny_model(eos_token_id=None))
-    correction = CorrectionConfig(period=6, threshold=0.0)
+    correction = CorrectionConfig(6, "threshold", 0.0)
     got = engine.generate(PROMPT, max_new_tokens=NEW, sparsity=SparsityConfig(method, 0.2), correction=correction)
     assert got.stats.accepted == got.stats.drafted > 0
     assert not got.stats.lossless
@@ -320,7 +320,7 @@ def test_threshold_zero_accepts_everything(method):
 def test_period_one_is_plain_decoding():
     model = tiny_model(eos_token_id=None)
     want = greedy(model, PROMPT, NEW)
-    got = Engine(model).generate(PROMPT, max_new_tokens=NEW, correction=CorrectionConfig(period=1, threshold=0.0))
+    got = Engine(model).generate(PROMPT, max_new_tokens=NEW, correction=CorrectionConfig(1, "threshold", 0.0))
     assert list(got.token_ids) == want
     assert got.stats.drafted == 0 and got.stats.effective_density == 1.0 and got.stats.lossless
 
@@ -373,7 +373,7 @@ def test_a_drafted_end_of_text_that_is_rejected_changes_nothing():
 
 def test_a_lossy_text_ends_at_its_first_end_of_text():
     model = tiny_model(eos_token_id=None)
-    lossy = CorrectionConfig(period=7, threshold=0.0)
+    lossy = CorrectionConfig(7, "threshold", 0.0)
     free = Engine(model).generate(PROMPT, max_new_tokens=NEW, correction=lossy).token_ids
     for place in (0, 3, 6, 7, 8, 20):
         model.generation_config.eos_token_id = free[place]

@@ -20,8 +20,8 @@ from sirius.model.workspace import IDLE, Workspace
 
 PROMPT, OTHER = [5, 9, 2, 77, 31], [8, 8, 100]
 METHODS = {
-    "coarse": SparsityConfig("coarse", 0.4),
-    "coarse per row": SparsityConfig("coarse", 0.4, per_row=True),
+    "coarse": SparsityConfig("coarse", 0.4, shared_set=True),
+    "coarse per row": SparsityConfig("coarse", 0.4),
     "coarse refreshed": SparsityConfig("coarse", 0.4, refresh=0.2),
     "fine": SparsityConfig("fine", 0.4),
     "fine with a threshold": SparsityConfig("fine", threshold=0.3),

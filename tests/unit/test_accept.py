@@ -229,7 +229,9 @@ def test_a_configuration_names_its_rule():
     }
     for (accept, threshold), passes in names.items():
         assert judged(scores, 1, make_rule(CorrectionConfig(accept=accept, threshold=threshold))) is passes
-    assert not judged(scores, 1, make_rule(CorrectionConfig(threshold=0.35, accept_temperature=1e-2)))
+    assert not judged(
+        scores, 1, make_rule(CorrectionConfig(accept="threshold", threshold=0.35, accept_temperature=1e-2))
+    )
     assert judged(scores, 4, make_rule(CorrectionConfig(accept="argmax", ablate=("rollback",))))
 
 

@@ -23,7 +23,7 @@ BAD: list[tuple[type, dict[str, list]]] = [
             "keep": [0, -0.1, 1.01, NAN, "half", None, True],
             "threshold": [-0.1, NAN, "low", False],
             "per_branch": [1, "yes", None],
-            "per_row": [0, "no"],
+            "shared_set": [0, "no"],
             "refresh": [-0.1, 1.1, NAN, "some", True],
         },
     ),
@@ -32,7 +32,7 @@ BAD: list[tuple[type, dict[str, list]]] = [
         {
             "period": [0, -1, 2.0, "often", True, None],
             "accept": ["greedy", "", 3, None],
-            "threshold": [-0.1, 1.1, NAN, "0.1", None],
+            "threshold": [-0.1, 0.1, 1.1, NAN, "0.1"],  # 0.1 beside the rule that has none
             "accept_temperature": [0, -1.0, INF, NAN, "warm"],
             "tree_width": [0, -2, 1.5, True],
             "prune": [-0.1, 1.1, NAN, None],
@@ -64,9 +64,15 @@ def test_a_bad_value_is_refused_by_name(kind, name, value):
     "kind_and_fields",
     [
         (SparsityConfig, {"keep": 1, "threshold": 0, "refresh": 1}),
-        (SparsityConfig, {"keep": 1e-9, "threshold": 1e9, "refresh": 0.0, "per_branch": True, "per_row": True}),
-        (CorrectionConfig, {"period": 1, "threshold": 0, "accept_temperature": 1e-3, "tree_width": 1, "prune": 1}),
-        (CorrectionConfig, {"period": "auto", "threshold": 1, "prune": 0, "ablate": ("rewrite", "rollback")}),
+        (SparsityConfig, {"keep": 1e-9, "threshold": 1e9, "refresh": 0.0, "per_branch": True, "shared_set": True}),
+        (
+            CorrectionConfig,
+            {"period": 1, "accept": "typical", "threshold": 0, "accept_temperature": 1e-3, "tree_width": 1, "prune": 1},
+        ),
+        (
+            CorrectionConfig,
+            {"period": "auto", "accept": "threshold", "threshold": 1, "prune": 0, "ablate": ("rewrite", "rollback")},
+        ),
         (SamplingConfig, {"temperature": 0, "top_p": 1, "top_k": 0, "min_p": 1, "seed": 0}),
         (SamplingConfig, {"temperature": 5, "top_p": 1e-9, "repetition_penalty": 2, "seed": 2**32 - 1}),
     ],
@@ -89,6 +95,8 @@ def test_an_ablation_is_the_same_however_it_is_listed():
 
 
 LOSSLESS = [
+    ({}, True, True),
+    ({"accept": "lossless", "tree_width": 4}, True, True),
     ({"accept": "argmax"}, True, True),
     ({"accept": "sampling"}, True, True),
     ({"accept": "sampling", "tree_width": 4, "prune": 0.1, "period": "auto"}, True, True),
@@ -115,10 +123,11 @@ def test_the_longest_window_is_the_period_or_what_auto_may_choose():
 
 def test_the_argmax_rule_is_for_greedy_text_alone():
     hot, argmax = SamplingConfig(temperature=0.7), CorrectionConfig(accept="argmax")
-    with pytest.raises(ConfigError, match=r"'argmax'.*0\.7.*'sampling'"):
+    with pytest.raises(ConfigError, match=r"'argmax'.*0\.7.*'lossless'"):
         check_together(hot, argmax)
     check_together(SamplingConfig(), argmax)
     check_together(hot, CorrectionConfig(accept="sampling"))
+    check_together(hot, CorrectionConfig())
     check_together(hot, None)
 
 
@@ -129,6 +138,7 @@ def test_the_argmax_rule_is_for_greedy_text_alone():
         (SparsityConfig, {"method": "fine", "keep": 0.3}, SparsityConfig("fine", 0.3)),
         (CorrectionConfig, 7, CorrectionConfig(period=7)),
         (CorrectionConfig, "auto", CorrectionConfig(period="auto")),
+        (CorrectionConfig, "paper", CorrectionConfig(16, "threshold", 0.1, accept_temperature=0.6)),
         (SamplingConfig, 0.5, SamplingConfig(temperature=0.5)),
         (SamplingConfig, {}, SamplingConfig()),
     ],
@@ -155,3 +165,15 @@ def test_a_configuration_is_taken_as_it_is():
 def test_what_is_no_configuration_is_refused(value, named):
     with pytest.raises(ConfigError, match=named):
         as_config(SparsityConfig, value)
+
+
+def test_the_papers_setting_may_be_changed_in_a_field_and_is_lossy():
+    assert CorrectionConfig.paper(threshold=0.05) == CorrectionConfig(16, "threshold", 0.05, accept_temperature=0.6)
+    assert not CorrectionConfig.paper().lossless(sampled=False)
+    assert CorrectionConfig(accept="typical").bar == CorrectionConfig.paper().threshold == 0.1
+
+
+@pytest.mark.parametrize("rule", ["lossless", "argmax", "sampling"])
+def test_a_threshold_beside_a_rule_that_has_none_is_refused_with_both(rule):
+    with pytest.raises(ConfigError, match=rf"0\.3.*'{rule}'.*'threshold' \(lossy\)"):
+        CorrectionConfig(accept=rule, threshold=0.3)

@@ -181,21 +181,21 @@ def test_the_coarse_route_is_the_mlp_of_its_neurons(original, keep):
         close(routed(mlp, fixed_routes([method], [mlp])[0], x), masked(mlp, x, marked(method.select(0))))
 
 
-@pytest.mark.parametrize("per_row", [False, True], ids=["one set", "a set for each row"])
-def test_rows_of_prompts_share_a_set_or_have_their_own(original, per_row):
+@pytest.mark.parametrize("shared_set", [True, False], ids=["one set", "a set for each row"])
+def test_rows_of_prompts_share_a_set_or_have_their_own(original, shared_set):
     mlp, x = sparse_mlp(original), tokens(2, rows=3)
-    methods = [coarse(tokens(9)[:, 3 * row : 3 * row + 3], mlp, keep=0.4, per_row=per_row) for row in range(3)]
+    methods = [coarse(tokens(9)[:, 3 * row : 3 * row + 3], mlp, keep=0.4, shared_set=shared_set) for row in range(3)]
     own, together = [each.select(0) for each in methods], methods[0].select(0, methods[1:])
     assert len({tuple(index.tolist()) for index in (*own, together)}) == 4
     got = routed(mlp, fixed_routes(methods, [mlp])[0], x)
     for row in range(3):
-        close(got[row], masked(mlp, x[row], marked(own[row] if per_row else together)))
+        close(got[row], masked(mlp, x[row], marked(together if shared_set else own[row])))
 
 
-@pytest.mark.parametrize("per_row", [False, True])
-def test_a_method_that_keeps_every_neuron_is_the_dense_route(original, per_row):
+@pytest.mark.parametrize("shared_set", [False, True])
+def test_a_method_that_keeps_every_neuron_is_the_dense_route(original, shared_set):
     mlp = sparse_mlp(original)
-    assert fixed_routes([coarse(tokens(), mlp, keep=1.0, per_row=per_row)] * 2, [mlp]) == [None]
+    assert fixed_routes([coarse(tokens(), mlp, keep=1.0, shared_set=shared_set)] * 2, [mlp]) == [None]
 
 
 @pytest.mark.parametrize("rows", [1, 3], ids=["rows gathered", "mask"])
@@ -255,9 +255,9 @@ def test_a_difference_is_noticed(original):
     [torch.ones(F, dtype=torch.bool), torch.tensor([1, 1]), torch.tensor([F]), torch.tensor([-1]), torch.tensor([[1]])],
     ids=["mask", "repeated", "too large", "negative", "not flat"],
 )
-@pytest.mark.parametrize("per_row", [False, True])
-def test_what_is_no_set_of_neurons_is_refused(original, answer, per_row, monkeypatch):
+@pytest.mark.parametrize("shared_set", [False, True])
+def test_what_is_no_set_of_neurons_is_refused(original, answer, shared_set, monkeypatch):
     monkeypatch.setattr(CoarseSparsity, "select", lambda self, layer, others=(): answer)
     mlp = sparse_mlp(original)
     with pytest.raises(ConfigError, match=r"CoarseSparsity.select must give distinct neurons of 45"):
-        fixed_routes([coarse(tokens(), mlp, per_row=per_row)], [mlp])
+        fixed_routes([coarse(tokens(), mlp, shared_set=shared_set)], [mlp])

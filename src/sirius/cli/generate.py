@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 CORRECTING = ("period", "accept", "threshold", "accept_temperature", "tree_width", "prune", "ablate")
 SAMPLING = ("top_p", "top_k", "min_p")
+PRESETS = ("paper",)
 
 
 def generate(
@@ -40,16 +41,26 @@ def generate(
     correct: Annotated[
         bool, typer.Option("--correct/--no-correct", help="Let the full model correct the draft.")
     ] = True,
-    period: Annotated[str, typer.Option(help="Tokens of a branch that one check reads, or auto.")] = "16",
+    preset: Annotated[
+        str | None,
+        typer.Option(help="paper: coarse, keep 0.5, period 16, accept threshold 0.1 (lossy). Other options go before."),
+    ] = None,
+    period: Annotated[
+        str, typer.Option(help="Tokens of a branch that one check reads; auto drafts where that is faster.")
+    ] = "auto",
     accept: Annotated[
-        str, typer.Option(help="threshold (the paper's), relative, typical: lossy; argmax, sampling: lossless.")
-    ] = "threshold",
-    threshold: Annotated[float, typer.Option(help="Least probability of an accepted token.")] = 0.1,
+        str, typer.Option(help="lossless (or argmax, sampling); threshold (the paper's), relative, typical are lossy.")
+    ] = "lossless",
+    threshold: Annotated[
+        float | None, typer.Option(help="Least probability of an accepted token, for a lossy rule. [default: 0.1]")
+    ] = None,
     accept_temperature: Annotated[float, typer.Option(help="Temperature of that probability.")] = 0.6,
     tree_width: Annotated[int, typer.Option(help="Branches drafted side by side.")] = 1,
     prune: Annotated[float, typer.Option(help="Drop branches under this share of the best one's probability.")] = 0.0,
     per_branch: Annotated[bool, typer.Option(help="For fine: a set of neurons for each branch of a tree.")] = False,
-    per_row: Annotated[bool, typer.Option(help="For coarse: a set of neurons for each prompt of a batch.")] = False,
+    shared_set: Annotated[
+        bool, typer.Option("--shared-set", help="For coarse: one set of neurons for all prompts of a batch.")
+    ] = False,
     refresh: Annotated[float, typer.Option(help="For coarse: share of a checked window in its statistic.")] = 0.0,
     ablate: Annotated[
         list[str] | None, typer.Option(help="For studies, lossy: leave out rewrite, interleave or rollback.")
@@ -88,25 +99,30 @@ def generate(
         raise ConfigError("--output goes with --input; print one completion with --json")
     sources = {name: context.get_parameter_source(name) for name in context.params}
     given = {name for name, at in sources.items() if at and at.name == "COMMANDLINE"}
+    _check_preset(preset)
     _check_effect(given, correct, greedy=temperature == 0 and input is None)  # a file's lines may have temperatures
     from sirius.core import CorrectionConfig, SamplingConfig, SparsityConfig, check_together
     from sirius.sparsity import find
 
     find(sparsity)  # a wrong name is told before a large model is loaded
     rules = (_period(period), accept, threshold, accept_temperature, tree_width, prune, tuple(ablate or ()))
-    corrected = CorrectionConfig(*rules) if correct else None  # type: ignore[arg-type] - it checks
+    asked: dict[str, Any] = dict(zip(CORRECTING, rules, strict=True))
+    if preset is not None:
+        asked = {name: value for name, value in asked.items() if name in given}
+    make = CorrectionConfig if preset is None else CorrectionConfig.paper
+    corrected = make(**asked) if correct else None
     sampling = SamplingConfig(temperature, top_p, top_k, min_p, repetition_penalty, seed)
     check_together(sampling, corrected)
     options = {
         "max_new_tokens": max_new_tokens,
         "stop": tuple(stop or ()),
-        "sparsity": SparsityConfig(sparsity, keep, sparsity_threshold, per_branch, per_row, refresh),
+        "sparsity": SparsityConfig(sparsity, keep, sparsity_threshold, per_branch, shared_set, refresh),
         "correction": corrected,
         "sampling": sampling,
     }
     source = {"model": model or "embedded", "revision": revision, "dtype": dtype}
     lossless = corrected is not None and corrected.lossless(temperature > 0)
-    shared = None if lossless or per_row else batch_size  # the company that a text may depend on
+    shared = batch_size if shared_set and not lossless else None  # the company that a text may depend on
     settings = {**source, "chat": _chats(chat, model), **_flat(options), "batch_size": shared, "logprobs": logprobs}
 
     @cache  # a file of which nothing is left to do loads no model
@@ -126,11 +142,16 @@ def generate(
 def _check_effect(given: set[str], correct: bool, greedy: bool) -> None:
     """Refuse options that were given and would change nothing."""
     for idle, names, way in (
-        (not correct, CORRECTING, "without correction; leave out --no-correct"),
+        (not correct, ("preset", *CORRECTING), "without correction; leave out --no-correct"),
         (greedy, SAMPLING, "at temperature 0, which is greedy; give --temperature"),
     ):
         if idle and (found := [f"--{name.replace('_', '-')}" for name in names if name in given]):
             raise ConfigError(f"{', '.join(found)} would change nothing {way}")
+
+
+def _check_preset(preset: str | None) -> None:
+    if preset is not None and preset not in PRESETS:
+        raise ConfigError(f"--preset is {', '.join(PRESETS)}; got {preset!r}")
 
 
 def _period(text: str) -> int | str:
@@ -169,8 +190,7 @@ def _stream(engine: "Engine", prompt: "Prompt", options: dict[str, Any]) -> None
 def _tell_lossy(done: "Completion") -> None:
     if not done.stats.lossless:
         err.print(
-            "lossy: with correction, --accept argmax gives the full model's own greedy text, and --accept sampling its "
-            "own samples",
+            "lossy: this need not be the full model's text; --accept lossless, the default, gives that",
             style="dim",
             highlight=False,
         )

@@ -85,6 +85,7 @@ def accept_all(check: Check) -> Tensor:
 
 
 RULES = {
+    "lossless": accept_own,
     "argmax": accept_own,
     "sampling": accept_own,
     "threshold": accept_threshold,
@@ -100,7 +101,7 @@ def make_rule(config: CorrectionConfig) -> Rule:
     rule = RULES[config.accept]
     if rule is accept_own:
         return accept_own
-    return partial(rule, threshold=config.threshold, temperature=config.accept_temperature)
+    return partial(rule, threshold=config.bar, temperature=config.accept_temperature)
 
 
 class Branches(NamedTuple):

@@ -27,7 +27,7 @@ from sirius.decoding.accept import (
     without_interleave,
 )
 from sirius.decoding.host import Stopwatch, answers_at_once, fetch, send
-from sirius.decoding.period import Measured, Period
+from sirius.decoding.period import PROBED, Measured, Period
 from sirius.decoding.sampling import Noise
 from sirius.decoding.tree import Tree
 from sirius.errors import ModelError, RequestError, SiriusError
@@ -103,7 +103,7 @@ def start(model: LanguageModel, row: Row) -> Round | None:
     prompt = send(row.tokens, model.device)
     raw = model.open(prompt, row.slots)[None]
     scores = _row_processed(row, prompt[None], raw)
-    token = _noisy([row], scores[None], 0)[0].argmax(-1)
+    token = noisy([row], scores[None], 0)[0].argmax(-1)
     [token, logprob] = fetch(token, raw.log_softmax(-1)[0, token])
     verdict = Verdict((), int(token), "full", ())
     return _advanced(row, (int(token),), (float(logprob),), verdict, (raw, scores))
@@ -112,27 +112,28 @@ def start(model: LanguageModel, row: Row) -> Round | None:
 def next_round(model: LanguageModel, rows: Sequence[Row], plan: Plan) -> list[Round | None]:
     """Run one round: guess, check, keep what passed and add one token of the judge; None for a row with an error."""
     watch = Stopwatch(model.device)
-    tree = draft(model, rows, plan)
+    period = plan.period.choose(len(rows))
+    tree = draft(model, rows, plan, period)
     watch.mark()
     raw, check = verify(model, rows, tree, plan)
     judged = accept(check, raw, plan)
     watch.mark()
-    rounds = keep(model, rows, judged, (raw, check.scores), plan)
+    rounds = keep(model, rows, judged, (raw, check.scores), period)
     verdicts = judged.verdicts
     kept, rejected = sum(v.accepted for v in verdicts), sum(v.origin == "correction" for v in verdicts)
     drafted, checked = watch.laps()
-    plan.period.learn(Measured(drafted, checked, len(tree.levels) - 2, kept, rejected))
+    plan.period.learn(Measured(len(rows), drafted, checked, len(tree.levels) - 2, kept, rejected))
     return rounds
 
 
-def draft(model: LanguageModel, rows: Sequence[Row], plan: Plan) -> Tree:
-    """Guess up to K-1 tokens on every branch, one sparse pass a level, as far as budget and ends of text allow.
+def draft(model: LanguageModel, rows: Sequence[Row], plan: Plan, period: int) -> Tree:
+    """Guess up to period-1 tokens on every branch, one sparse pass a level, as far as budget and ends of text allow.
 
     A branch that ends the text goes no further, and none does where branches of one length have likelier ended than
     not. On a GPU the guesses stay there, and so do passes that nothing came of: asking would cost more.
     """
     tree = Tree.root(send([row.tokens[-1] for row in rows], model.device))
-    depths = [min(plan.period.now, row.room) - 1 for row in rows]
+    depths = [min(period, row.room) - 1 for row in rows]
     depth, ends = send(depths, model.device), send(sorted(plan.ends), model.device)
     for level in range(max(depths)):
         here = tree.last
@@ -142,7 +143,7 @@ def draft(model: LanguageModel, rows: Sequence[Row], plan: Plan) -> Tree:
         if answers_at_once(going) and not bool(going.any()):
             break
         scores = model.read(tree.tokens[:, here], Mode.SPARSE, tree.window(here))
-        scores = _noisy(rows, _processed(rows, tree, here, scores), level)
+        scores = noisy(rows, processed(rows, tree, here, scores), level)
         likely = torch.log_softmax(scores / plan.temperature, dim=-1)
         tree = tree.grow(likely.masked_fill(~going[..., None], -torch.inf), plan.width, plan.prune)
     return tree
@@ -158,8 +159,8 @@ def verify(model: LanguageModel, rows: Sequence[Row], tree: Tree, plan: Plan) ->
     levels = [slice(a, b) for a, b in zip(tree.levels, tree.levels[1:], strict=False)]
     scores = raw
     if any(row.process for row in rows):
-        scores = torch.cat([_processed(rows, tree, here, raw[:, here]) for here in levels], 1)
-    choice = [_noisy(rows, scores[:, here], depth).argmax(-1) for depth, here in enumerate(levels)]
+        scores = torch.cat([processed(rows, tree, here, raw[:, here]) for here in levels], 1)
+    choice = [noisy(rows, scores[:, here], depth).argmax(-1) for depth, here in enumerate(levels)]
     return raw, Check(tree, scores, torch.cat(choice, 1))
 
 
@@ -184,7 +185,7 @@ def accept(check: Check, raw: Tensor, plan: Plan) -> Judged:
 
 
 def keep(
-    model: LanguageModel, rows: Sequence[Row], judged: Judged, scores: tuple[Tensor, Tensor], plan: Plan
+    model: LanguageModel, rows: Sequence[Row], judged: Judged, scores: tuple[Tensor, Tensor], period: int
 ) -> list[Round | None]:
     """Gather each row's accepted branch into place in the cache, and add its tokens to the text.
 
@@ -201,7 +202,7 @@ def keep(
         seen = (scores[0][b, places], scores[1][b, places]) if row.keep_scores else scores
         done = _advanced(row, taken, tuple(logprobs), verdict, seen)
         branch = tuple(tokens[place] for place in verdict.tip)
-        rounds.append(done and replace(done, draft=branch, steps=judged.depth[b], period=plan.period.now))
+        rounds.append(done and replace(done, draft=branch, steps=judged.depth[b], period=period))
     counts = [0 if row.error else 1 + len(v.path) for row, v in zip(rows, verdicts, strict=True)]
     paths = [([0, *v.path] + [0] * max(counts))[: max(counts)] for v in verdicts]
     model.keep(torch.tensor(paths, dtype=torch.int64), torch.tensor(counts))
@@ -226,13 +227,13 @@ def _advanced(
     row.room -= len(tokens)
     row.new += len(tokens)
     if row.noise is not None:
-        row.noise.forget(row.new)
+        row.noise.forget(max(0, row.new - PROBED))  # a probe looks back so far
     raw, processed = (each.clone() for each in scores) if row.keep_scores else (None, None)
     origins = ("draft",) * len(verdict.path) + (verdict.origin,)
     return Round(tokens, origins, logprobs, accepted=verdict.accepted, scores=processed, logits=raw)
 
 
-def _processed(rows: Sequence[Row], tree: Tree, level: slice, scores: Tensor) -> Tensor:
+def processed(rows: Sequence[Row], tree: Tree, level: slice, scores: Tensor) -> Tensor:
     """Apply each row's processor to the scores [B, m, V] after the nodes of a level."""
     if not any(row.process for row in rows):
         return scores
@@ -262,7 +263,7 @@ def _row_processed(row: Row, tokens: Tensor, scores: Tensor) -> Tensor:
         return scores
 
 
-def _noisy(rows: Sequence[Row], scores: Tensor, depth: int) -> Tensor:
+def noisy(rows: Sequence[Row], scores: Tensor, depth: int) -> Tensor:
     """Add to scores [B, m, V] the noise of the new token that follows the nodes of a depth, in rows that sample."""
     if not any(row.noise for row in rows):
         return scores

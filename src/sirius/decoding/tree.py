@@ -46,6 +46,15 @@ class Tree:
         seen = torch.ones(len(newest), 1, 1, dtype=torch.bool, device=newest.device)
         return cls(tokens, zeros, zeros, zeros.float(), seen, (0, 1))
 
+    @classmethod
+    def chain(cls, tokens: Tensor) -> "Tree":
+        """Return the chains of known tokens [B, N] int64, their roots first."""
+        rows, count = tokens.shape
+        places = torch.arange(count, device=tokens.device).expand(rows, -1)
+        seen = torch.ones(count, count, dtype=torch.bool, device=tokens.device).tril().expand(rows, -1, -1)
+        scores = torch.zeros(rows, count, device=tokens.device)
+        return cls(tokens, (places - 1).clamp_min(0), places, scores, seen, tuple(range(count + 1)))
+
     @property
     def alive(self) -> Tensor:
         """Which places hold a guess (or the root), [B, N] bool."""
@@ -56,11 +65,11 @@ class Tree:
         """The places of the deepest level."""
         return slice(self.levels[-2], self.levels[-1])
 
-    def window(self, level: slice | None = None, fixed: int = 0) -> Window:
-        """Return where the nodes of a level stand for a pass, or all of them."""
+    def window(self, level: slice | None = None, fixed: int = 0, apart: bool = False) -> Window:
+        """Return where the nodes of a level stand for a pass, or all of them; `fixed` and `apart` as in `Window`."""
         level = level or slice(0, self.levels[-1])
         weights = self.scores[:, level].softmax(-1).nan_to_num()
-        return Window(level.start, self.depths[:, level], self.seen[:, level, : level.stop], weights, fixed)
+        return Window(level.start, self.depths[:, level], self.seen[:, level, : level.stop], weights, fixed, apart)
 
     def grow(self, likely: Tensor, width: int, prune: float) -> "Tree":
         """Add a level: the best `width` continuations of the deepest one, ranked by cumulative score.

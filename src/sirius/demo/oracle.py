@@ -6,7 +6,7 @@ token, and the K/V are the full model's. Source: Sirius (arXiv 2409.03856), sect
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import sqrt
 
 from sirius.batch import Completion
@@ -44,11 +44,10 @@ def run(
     messages = [message for message, _ in asked]
     budget = min(NEW_TOKENS, *(engine.room(message) for message in messages))
     points = []
-    alone = replace(sparsity, per_row=True)  # each text by neurons of its own, whatever its neighbours
     for bar in bars:
-        rule = CorrectionConfig(period=2, threshold=bar, accept_temperature=1.0, ablate=("interleave",))
+        rule = CorrectionConfig(2, "threshold", bar, accept_temperature=1.0, ablate=("interleave",))
         right, stats = 0, []
-        options = {"max_new_tokens": budget, "sparsity": alone, "correction": rule}
+        options = {"max_new_tokens": budget, "sparsity": sparsity, "correction": rule}
         for index, done in engine.generate_many(messages, **options):
             assert isinstance(done, Completion)
             right += final_answer(done.text) == asked[index][1].final

@@ -15,6 +15,7 @@ from sirius.demo.showcase import NEW_TOKENS, Row, Setting
 from sirius.engine import Engine
 
 LEGEND = """\
+Correction has the paper's setting: windows of 16 tokens, guesses of probability 0.1 or more stay (lossy).
 keep: share of the neurons the draft keeps (fine reads its whole gate besides). AAL: tokens per check, at most 16.
 density: share of the weights a draft token reads; effective: share read per token, checks included.
 tok/s is of this tiny model, where Python takes the time, not memory; density is what counts at size.

@@ -28,8 +28,8 @@ def make_settings(coarse_keep: float = 0.4, fine_keep: float = 0.01) -> tuple[Se
         Setting("full", SparsityConfig("none"), None),
         Setting("coarse", coarse, None),
         Setting("fine", fine, None),
-        Setting("coarse + correction", coarse, CorrectionConfig()),
-        Setting("fine + correction", fine, CorrectionConfig()),
+        Setting("coarse + correction", coarse, CorrectionConfig.paper()),
+        Setting("fine + correction", fine, CorrectionConfig.paper()),
     )
 
 

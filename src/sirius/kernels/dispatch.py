@@ -1,6 +1,8 @@
 """Which implementation an operation takes, decided here alone: a kernel where there is one, else plain PyTorch."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from math import prod
 from types import ModuleType
 
@@ -13,6 +15,20 @@ from sirius.kernels.reference import NormForm, Weight
 
 MANY = 64  # tokens from which on a matrix product of PyTorch's is the faster one, where the CPU has instructions for it
 FEW = 16  # tokens up to which a GPU reads weights in a kernel of ours as fast as it can
+_alike: ContextVar[bool] = ContextVar("alike", default=False)
+
+
+@contextmanager
+def alike() -> Iterator[None]:
+    """Have passes within give a token the same bits, however many tokens they hold, where there are kernels of ours.
+
+    PyTorch's products of many tokens are faster, and round in another order. Prompts are read alone and may take them.
+    """
+    before = _alike.set(True)
+    try:
+        yield
+    finally:
+        _alike.reset(before)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, index: Tensor | None = None) -> Tensor:
@@ -136,7 +152,8 @@ def _backend(index: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor | Non
     if _on_gpu(x, weight, bias):
         return gpu if index is not None else reference
     few = prod(x.shape[:-1]) < MANY or (weight.dtype is not torch.float32 and not cpu.multiplies_halves())
-    return cpu if (few or index is not None) and cpu.fits(x, weight) and not _learns(x, weight, bias) else reference
+    ours = few or index is not None or _alike.get()
+    return cpu if ours and cpu.fits(x, weight) and not _learns(x, weight, bias) else reference
 
 
 def _on_gpu(x: Tensor, weight: Tensor, *others: Tensor | None) -> bool:

@@ -256,23 +256,26 @@ class Chosen:
     A row's tokens are branches of one tree, and share a set unless `per_branch`, so that a step reads no more than one
     token's neurons. It is chosen by their mean |act(gate)|, each weighed by how likely its branch is. Source: Sirius
     (arXiv 2409.03856), its repository's option `patternstrict`; the weights are ours (LOG.md has what they bring).
+
+    tally  None: the tokens are no branches of a tree, each has a set of its own, and nothing is counted
     """
 
-    def __init__(self, method: TokenSparsity, layer: int, tally: Tally) -> None:
+    def __init__(self, method: TokenSparsity, layer: int, tally: Tally | None) -> None:
         self.method, self.layer, self.tally = method, layer, tally
 
     def __call__(self, mlp: SparseMLP, x: Tensor) -> Tensor:
         neurons = mlp.neurons
         gated = kernel.gate(x, neurons, mlp.activation)
-        size = gated.abs()
-        if x.shape[1] > 1 and not self.method.config.per_branch:
-            size = (size * self.tally.weights.to(size)[..., None]).sum(1, keepdim=True)
+        size, tally = gated.abs(), self.tally
+        if x.shape[1] > 1 and tally is not None and not self.method.config.per_branch:
+            size = (size * tally.weights.to(size)[..., None]).sum(1, keepdim=True)
         if size.shape[:-1].numel() == 1 and self.method.fixed(self.layer) is not None:
             return kernel.gated_mlp_rows(gated, x, neurons, self.method.select(self.layer, size.flatten()))
         kept = self.method.choose(self.layer, size)
-        if kept.shape[1] > 1:
-            kept = kept & (self.tally.weights > 0)[..., None]
-        self.tally.add(kept)
+        if tally is not None:
+            if kept.shape[1] > 1:
+                kept = kept & (tally.weights > 0)[..., None]
+            tally.add(kept)
         if kept.shape[:-1].numel() > 1:  # several sets
             gated = gated * kept
         return kernel.gated_mlp_rows(gated, x, neurons, places(kept.flatten(0, 1).any(0), x, neurons.up))
@@ -281,21 +284,21 @@ class Chosen:
 def fixed_routes(methods: Sequence[PromptSparsity], mlps: Sequence[SparseMLP]) -> list[Route | None]:
     """Return the draft's route in each MLP for rows of prompts, each with its method; None is the dense one."""
     first, others = methods[0], methods[1:]
-    if first.config.per_row:
-        sets = [[method.select(layer) for method in methods] for layer in range(len(mlps))]
-    else:
+    if first.config.shared_set:
         sets = [[first.select(layer, others)] for layer in range(len(mlps))]
+    else:
+        sets = [[method.select(layer) for method in methods] for layer in range(len(mlps))]
     _check(first, sets, mlps)
-    return [_fixed_route(each, mlp, first.config.per_row) for each, mlp in zip(sets, mlps, strict=True)]
+    return [_fixed_route(each, mlp) for each, mlp in zip(sets, mlps, strict=True)]
 
 
-def _fixed_route(sets: list[Tensor], mlp: SparseMLP, per_row: bool) -> Route | None:
+def _fixed_route(sets: list[Tensor], mlp: SparseMLP) -> Route | None:
     if all(len(index) == mlp.size for index in sets):
         return None
     if reads_rows(mlp.neurons.gate):
         return Indexed(*sets)
     copies = [mlp.neurons.rows(index) for index in sets]
-    return Packed(Neurons.stack(copies) if per_row else copies[0])
+    return Packed(Neurons.stack(copies) if len(copies) > 1 else copies[0])
 
 
 def renewed(old: Route | None, new: Route | None) -> bool:

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from sirius.core import Mode, Window
 from sirius.errors import RequestError, UnsupportedModelError
+from sirius.kernels.dispatch import alike
 from sirius.model import attention
 from sirius.model.cache import SlotCache
 from sirius.model.mask import chain_mask, tree_mask
@@ -81,6 +82,17 @@ class Session:
         """Where the model is."""
         return self.model.device
 
+    @property
+    def alike(self) -> bool:
+        """Whether what a token is given does not depend on how many tokens share its pass.
+
+        On the CPU our kernels give the same bits. Without them PyTorch's products round in another order, which shows
+        in 16 bits, and a GPU's do so in any dtype.
+        """
+        if self.device.type != "cpu":
+            return False
+        return self.model.dtype in (torch.float32, torch.float64) or self.space.attends
+
     @_ordinary
     def reserve(self, rows: int, slots: int) -> None:
         """Make room for rows and slots to come, so that the cache is not moved when they do."""
@@ -132,13 +144,13 @@ class Session:
         lengths = self.cache.lengths[:rows]
         self.cache.place(lengths[:, None] + window.first + torch.arange(count))
         before = self.cache.copy(window.fixed) if window.fixed else []
-        routes, inputs = self._routes(mode), self._inputs(tokens, lengths, window)
+        routes, inputs = self._routes(mode, window.apart), self._inputs(tokens, lengths, window)
         call = partial(self._read, self.model, routes)
         if self.refreshing:
             scores = call(**inputs)
         else:
             calls = call, call if self.forward is self.model else partial(self._read, self.forward, routes)
-            key = mode, inputs["looks"].shape, torch.get_num_threads()
+            key = mode, inputs["looks"].shape, window.apart, torch.get_num_threads()
             scores = self.space.passes.run(key, calls, inputs, alive=routes)
         if window.fixed:
             self.cache.paste(window.fixed, before)
@@ -192,10 +204,10 @@ class Session:
         table.placed, self.space.tally.weights = placed, weights
         held, mask = looked.pop("held"), looked.pop("looks")
         if not self.space.attends:
-            with self._routed(routes):
+            with self._routed(routes), alike():
                 return self._scores(forward, mask, looked)
         table.visible = table.slots
-        with self._routed(routes), self._attending():
+        with self._routed(routes), self._attending(), alike():
             return self._scores(forward, mask[:, None], {**looked, "held": held})
 
     @_ordinary
@@ -211,6 +223,11 @@ class Session:
                     method.refresh(layer, z[row, kept.to(z.device)])
         self.seen, self.drafts = {}, None
 
+    def rewind(self, count: int) -> None:
+        """Let each row hold `count` tokens less, which stand at places 0 .. count - 1 then, for `keep` to take back."""
+        for row, length in enumerate(self.cache.lengths[: len(self.methods)].tolist()):
+            self.cache.truncate(row, length - count)
+
     @_ordinary
     def close(self, row: int) -> None:
         """Drop a row and free its slots; the last row takes its number."""
@@ -219,6 +236,12 @@ class Session:
         self.methods.pop()
         self.space.tally.move(len(self.methods), row)
         self._rows_changed()
+
+    def least_touched(self) -> Touched:
+        """Return which share of its neurons a draft token reads at least."""
+        if isinstance(self.shared, TokenSparsity):
+            return self.shared.touched(0.0)
+        return self.shared.touched() if isinstance(self.shared, PromptSparsity) else DENSE
 
     def touched(self, row: int) -> Touched:
         """Return which share of its neurons a draft token of a row reads."""
@@ -253,9 +276,11 @@ class Session:
 
         return [Observe(partial(show, layer)) for layer in range(len(self.mlps))]
 
-    def _routes(self, mode: Mode) -> list[Route | None]:
+    def _routes(self, mode: Mode, apart: bool = False) -> list[Route | None]:
         if mode is Mode.DENSE:
             return self._watching() if self.refreshing else self.dense
+        if apart and isinstance(self.shared, TokenSparsity):
+            return [Chosen(self.shared, layer, None) for layer in range(len(self.mlps))]
         if self.drafts is None:
             prompts = [method for method in self.methods if isinstance(method, PromptSparsity)]
             chosen = fixed_routes(prompts, self.mlps)

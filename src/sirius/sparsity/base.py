@@ -30,8 +30,8 @@ class Sparsity:
 class PromptSparsity(Sparsity, ABC):
     """One set of neurons per prompt: it looks at the prompt's activations and scores each layer's neurons.
 
-    The int(keep * F) neurons of highest score stay. Where the rows of a batch share a set, each row's method has its
-    say: scores are scaled to unit length, and the neurons of highest mean square stay.
+    The int(keep * F) neurons of highest score stay. With `shared_set` the rows of a batch have one set, in which each
+    row's method has its say: scores are scaled to unit length, and the neurons of highest mean square stay.
     """
 
     def __init__(self, config: SparsityConfig, neurons: tuple[int, ...]) -> None:
@@ -86,8 +86,8 @@ class TokenSparsity(Sparsity, ABC):
         super().__init__(config, neurons)
         if config.refresh:
             raise ConfigError(f"{config.method} chooses anew for each token and has nothing to refresh; leave it at 0")
-        if config.per_row:
-            raise ConfigError(f"{config.method} has a set for each row in any case; leave per_row out")
+        if config.shared_set:
+            raise ConfigError(f"{config.method} has a set for each token, so none for all rows; leave shared_set out")
 
     @abstractmethod
     def choose(self, layer: int, size: Tensor) -> Tensor:
@@ -159,7 +159,7 @@ def create(config: SparsityConfig, neurons: tuple[int, ...]) -> Sparsity | None:
     """Return a fresh method for one generation of a model with `neurons` F in each layer, None of "none"."""
     factory = find(config.method)
     if factory is None:
-        if config.threshold is not None or config.refresh or config.per_row or config.per_branch:
+        if config.threshold is not None or config.refresh or config.shared_set or config.per_branch:
             raise ConfigError("sparsity 'none' keeps every neuron and takes no further option; name a method, or none")
         return None
     method = factory(config, neurons)
