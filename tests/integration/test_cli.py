@@ -114,7 +114,7 @@ def test_json_holds_the_fields_that_are_promised(generate, folder):
 def test_argmax_gives_the_text_of_the_full_model(generate, method):
     full = generate("w5 w6", "--max-new-tokens", "24", "--sparsity", "none", "--json").records[0]
     corrected = generate(
-        "w5 w6", "--max-new-tokens", "24", "--sparsity", method, "--keep", "0.2", "--accept", "argmax", "--json"
+        "w5 w6", "--max-new-tokens", "24", "--sparsity", method, "--keep", "0.2", "--period", "6", "--json"
     ).records[0]
     assert corrected["token_ids"] == full["token_ids"]
     assert corrected["stats"]["lossless"] and full["stats"]["lossless"]
@@ -202,7 +202,7 @@ def test_a_second_run_adds_nothing_and_a_longer_input_only_what_is_new(generate,
 def test_an_interrupted_run_keeps_what_is_finished_and_is_gone_on_with(generate, tmp_path, monkeypatch):
     jobs = write_jobs(tmp_path / "in.jsonl", {"prompt": "w5"}, {"prompt": "w6"}, {"prompt": "w7"})
     out, whole, write = tmp_path / "out.jsonl", tmp_path / "whole.jsonl", Output.write
-    alone = (*SHORT, "--per-row")  # a lossy text of a shared set of neurons depends on who else is there
+    alone = (*SHORT, "--preset", "paper")  # lossy, and yet the same in any company
     generate("--input", jobs, "--output", whole, *alone)
 
     def interrupted(self, job, done):
@@ -269,7 +269,6 @@ def test_other_settings_do_not_go_on_with_an_output(generate, tmp_path):
     generate("--input", jobs, "--output", out, *SHORT)
     before = out.read_bytes()
     for changed in (
-        ("--batch-size", "3"),
         ("--logprobs",),
         ("--keep", "0.4"),
         ("--period", "3"),
@@ -280,6 +279,17 @@ def test_other_settings_do_not_go_on_with_an_output(generate, tmp_path):
         message = mistake(generate("--input", jobs, "--output", out, *SHORT, *changed))
         assert "was made with other settings (" in message
     assert out.read_bytes() == before
+
+
+def test_the_size_of_a_batch_counts_as_a_setting_where_a_text_depends_on_its_company(generate, tmp_path):
+    jobs = write_jobs(tmp_path / "in.jsonl", {"prompt": "w5"})
+    for number, (options, counts) in enumerate(
+        (((), False), (("--preset", "paper"), False), (("--preset", "paper", "--shared-set"), True))
+    ):
+        out = tmp_path / f"out{number}.jsonl"
+        generate("--input", jobs, "--output", out, *SHORT, *options)
+        printed = generate("--input", jobs, "--output", out, *SHORT, *options, "--batch-size", "3")
+        assert ("was made with other settings (" in printed.err) is counts
 
 
 def test_broken_lines_are_named_and_the_others_decoded(generate, tmp_path):
@@ -335,7 +345,10 @@ def mistake(printed: Printed) -> str:
         (["--threshold", "2"], "threshold is a probability, from 0 to 1; got 2.0"),
         (["--accept-temperature", "0"], "accept_temperature must be a positive number; got 0.0"),
         (["--period", "0"], "period counts the tokens of a check, at least 1 (plain decoding); got 0"),
-        (["--accept", "anything"], "accept is one of threshold, argmax, sampling, relative, typical; got 'anything'"),
+        (
+            ["--accept", "anything"],
+            "accept is one of lossless, argmax, sampling, threshold, relative, typical; got 'anything'",
+        ),
         (["--max-new-tokens", "-3"], "max_new_tokens must be at least 1; got -3"),
         (["--max-new-tokens", "0"], "max_new_tokens must be at least 1; got 0"),
         (["--max-new-tokens", "63"], "prompt 2 + max_new_tokens 63 = 65 tokens pass the limit of 64; set"),
@@ -347,7 +360,10 @@ def mistake(printed: Printed) -> str:
         (["--no-correct", "--tree-width", "4"], "--tree-width would change nothing without correction"),
         (["--top-p", "0.5", "--top-k", "3"], "--top-p, --top-k would change nothing at temperature 0"),
         (["--per-branch"], "coarse has one set for all tokens"),
-        (["--sparsity", "fine", "--per-row"], "fine has a set for each row in any case"),
+        (["--sparsity", "fine", "--shared-set"], "fine has a set for each token, so none for all rows"),
+        (["--threshold", "0.3"], "threshold 0.3 would change nothing: accept 'lossless' passes only"),
+        (["--preset", "papers"], "--preset is paper; got 'papers'"),
+        (["--preset", "paper", "--no-correct"], "--preset would change nothing without correction"),
         (["--sparsity", "none", "--refresh", "0.1"], "sparsity 'none' keeps every neuron"),
     ],
 )
@@ -384,6 +400,6 @@ def test_files_that_cannot_be_used_are_one_line(generate, tmp_path):
 
 
 def test_a_lossy_text_is_called_lossy_beside_it_and_a_lossless_one_is_not(generate):
-    for options, lossy in (((), True), (("--no-correct",), True), (("--accept", "argmax"), False)):
+    for options, lossy in ((("--preset", "paper"), True), (("--no-correct",), True), ((), False)):
         printed = generate("w5 w6", *SHORT, *options)
         assert ("lossy" in printed.err) is lossy and "lossy" not in printed.out

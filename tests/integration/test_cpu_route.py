@@ -141,7 +141,7 @@ def test_rows_of_several_sets_give_theirs(sparsity):
 
 
 def test_records_follow_rows_that_come_and_go():
-    model, sparsity = tiny_model(), SparsityConfig("coarse", 0.4)
+    model, sparsity = tiny_model(), SparsityConfig("coarse", 0.4, shared_set=True)
     want, _ = read_all(model, sparsity, recording=False, rows=3, comings=True)
     got, count = read_all(model, sparsity, recording=True, rows=3, comings=True)
     assert count == TAPES and torch.equal(got, want)

@@ -143,7 +143,7 @@ def test_figures_name_what_is_lossy(engine):
     assert lossless(correction=CorrectionConfig(accept="argmax")) and lossless(
         correction=CorrectionConfig(accept="threshold", threshold=0.51)
     )
-    assert not lossless() and not lossless(correction=None)
+    assert lossless() and not lossless(correction="paper") and not lossless(correction=None)
 
 
 def test_a_checkpoints_repetition_penalty_is_applied_as_transformers_applies_it():

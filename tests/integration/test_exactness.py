@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from functools import cache
+from random import Random
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ from conftest import FAMILIES, SHARED, VOCABULARY, greedy, slow, tiny_model
 from sirius.batch import Batch, Update
 from sirius.core import CorrectionConfig, Mode, SparsityConfig, Window
 from sirius.decoding import loop
+from sirius.decoding.period import AutoPeriod, Probed
+from sirius.decoding.tree import Tree
 from sirius.engine import Engine
 from sirius.kernels import cpu
 from sirius.model.prepare import prepare
@@ -27,6 +30,26 @@ PROMPT = [5, 17, 93, 41, 8, 60, 22]
 PROMPTS = [PROMPT, [9, 9], [70, 3, 12, 88, 41, 6, 19, 101, 55, 20, 33]]
 NEW = 24
 BUDGET = 40  # the most that hypothesis asks for
+
+
+class Wandering(AutoPeriod):
+    """Any period after any other, and probes at any time, in place of those that time on this machine would bring."""
+
+    draw = Random(0)
+
+    def choose(self, rows: int) -> int:
+        return self.draw.choice((1, 2, 3, 6, 16))
+
+    def probes(self, rows: int, new: int) -> int:
+        return min(new - 1, self.draw.choice((0, 0, 2, 9)))
+
+    def learn_probe(self, probed: Probed) -> None:
+        assert 0 <= probed.kept <= probed.judged == probed.tokens * probed.rows
+
+
+@pytest.fixture(autouse=True)
+def periods_wander(monkeypatch):
+    monkeypatch.setattr("sirius.batch.AutoPeriod", Wandering)
 
 
 def argmax(period: int | str, width: int = 1, **options) -> CorrectionConfig:
@@ -89,6 +112,80 @@ def test_in_16_bits_a_chain_writes_what_our_full_decoding_writes(family, dtype):
         assert got.token_ids == want.token_ids and got.stats.drafted
 
 
+TOKENS = st.lists(st.integers(3, VOCABULARY - 1), min_size=1, max_size=20).map(tuple)
+NARROW = [torch.bfloat16, torch.float16]
+
+
+@cache
+def narrow_model(family: str, dtype: torch.dtype):
+    return tiny_model(family, dtype, eos_token_id=None)
+
+
+@settings(max_examples=25, derandomize=True, deadline=None)
+@given(
+    st.sampled_from(["llama", "gemma2", "qwen3"]),
+    st.sampled_from(NARROW),
+    st.integers(1, 200).flatmap(lambda most: st.tuples(st.integers(1, min(most, 16)), st.just(most))),
+    st.integers(0, 2**16),
+)
+@pytest.mark.skipif(cpu.library() is None, reason="no compiled CPU kernels")
+def test_in_16_bits_a_token_gets_the_same_scores_in_passes_of_any_size(family, dtype, sizes, seed):
+    """Rows of a pass from 1 to 200, against each row alone and a token at a time."""
+    rows, most = sizes
+    count, generator = max(most // rows, 1), torch.Generator().manual_seed(seed)
+    model = narrow_model(family, dtype)
+    prompts = [torch.randint(3, VOCABULARY, (1 + row,), generator=generator) for row in range(rows)]
+    tokens = torch.randint(3, VOCABULARY, (rows, count), generator=generator)
+    together = Session(model, prepare(model))
+    for prompt in prompts:
+        together.open(prompt, len(prompt) + count)
+    got = together.read(tokens, Mode.DENSE, Tree.chain(tokens).window())
+    for row in (0, rows - 1):
+        alone = Session(model, prepare(model))
+        alone.open(prompts[row], len(prompts[row]) + count)
+        for place, token in enumerate(tokens[row]):
+            one = token.view(1, 1)
+            assert torch.equal(alone.read(one, Mode.DENSE, Tree.chain(one).window())[0, 0], got[row, place])
+            alone.keep(torch.tensor([[0]]), torch.tensor([1]))
+
+
+@settings(max_examples=10, derandomize=True, deadline=None)
+@given(
+    st.sampled_from(NARROW),
+    st.lists(TOKENS, min_size=9, max_size=16),
+    st.sampled_from([1, 3, 8, 16]),
+    st.sampled_from([argmax(16), argmax("auto"), argmax(8, 4)]),
+    st.sampled_from([SparsityConfig("coarse"), SparsityConfig("fine"), SparsityConfig("coarse", shared_set=True)]),
+)
+@pytest.mark.skipif(cpu.library() is None, reason="no compiled CPU kernels")
+def test_in_16_bits_texts_of_large_batches_and_trees_are_those_of_full_decoding_alone(
+    dtype, prompts, rows, correction, sparsity
+):
+    engine = Engine(narrow_model("llama", dtype))
+    options = {"max_new_tokens": NEW, "sparsity": sparsity, "correction": correction}
+    done = dict(engine.generate_many(prompts, batch_size=rows, **options))
+    for index, prompt in enumerate(prompts):
+        want = engine.generate(prompt, max_new_tokens=NEW, sparsity="none", correction=1)
+        assert done[index].token_ids == want.token_ids and done[index].stats.lossless
+
+
+def test_no_text_is_called_lossless_where_rounding_depends_on_company(monkeypatch):
+    """As on a GPU, and in 16 bits without the compiled kernels."""
+    wide, narrow = (Engine(tiny_model(dtype=dtype)) for dtype in (torch.float32, torch.bfloat16))
+
+    def lossless(engine: Engine, **options) -> bool:
+        return engine.generate(PROMPT, max_new_tokens=3, **options).stats.lossless
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cpu, "library", lambda: None)
+        assert lossless(wide) and not lossless(narrow)
+        assert lossless(narrow, sparsity="none"), "nothing is drafted, and the text is alone"
+        [(_, done)] = narrow.generate_many([PROMPT], batch_size=2, max_new_tokens=3, sparsity="none")
+        assert not done.stats.lossless
+    if cpu.library() is not None:
+        assert lossless(narrow)
+
+
 @pytest.mark.parametrize(
     "corrections", [(argmax(5), argmax(5, 4)), slow((*map(argmax, PERIODS), argmax(5, 4)))], ids=["few", "all"]
 )
@@ -122,7 +219,6 @@ CORRECTIONS = st.builds(
     prune=st.sampled_from([0.0, 1e-3, 0.1, 1.0]),
     accept_temperature=st.sampled_from([0.1, 0.6, 5.0]),
 )
-TOKENS = st.lists(st.integers(3, VOCABULARY - 1), min_size=1, max_size=20).map(tuple)
 ROWS = st.sampled_from([1, 3, 8])
 
 
@@ -178,6 +274,7 @@ FRESH = {
     "chain": argmax(5),
     "lossy chain": CorrectionConfig(5, "threshold", 0.05),
     "tree": argmax(4, 4),
+    "auto": argmax("auto"),
     "lossy tree": CorrectionConfig(period=5, accept="relative", threshold=0.3, tree_width=3, prune=0.01),
 }
 
@@ -282,7 +379,8 @@ def test_a_lossy_rule_keeps_more_guesses_and_is_called_lossy(accept, width):
 
     def kept(rule):
         options = {"max_new_tokens": NEW, "sparsity": SparsityConfig("fine", 0.2)}
-        correction = CorrectionConfig(6, rule, threshold=0.01, accept_temperature=1.0, tree_width=width)
+        bar = None if rule == "argmax" else 0.01
+        correction = CorrectionConfig(6, rule, bar, accept_temperature=1.0, tree_width=width)
         return engine.generate(PROMPT, **options, correction=correction).stats
 
     assert kept(accept).aal > kept("argmax").aal
