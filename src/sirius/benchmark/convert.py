@@ -1,5 +1,6 @@
-"""A Llama of transformers as a GGUF file, in its own dtype and without a tokenizer."""
+"""A Llama of transformers as a GGUF file, in its own dtype."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,14 @@ def check_llama(config: PreTrainedConfig, dtype: torch.dtype) -> None:
         raise ConfigError(f"llama.cpp runs {known}; got --dtype {str(dtype).removeprefix('torch.')}")
 
 
-def write_gguf(model: PreTrainedModel, path: Path) -> None:
+def _no_tokenizer(writer: Any) -> None:
+    writer.add_tokenizer_model("no_vocab")
+
+
+def write_gguf(model: PreTrainedModel, path: Path, add_tokenizer: Callable[[Any], None] = _no_tokenizer) -> None:
     """Write a model's weights to a GGUF file, one after the other, so that no second copy is held.
+
+    `add_tokenizer` is given the file's writer, and adds what it has of a tokenizer.
 
     Raises ConfigError where it is no plain Llama, or the package gguf is not there.
     """
@@ -37,6 +44,7 @@ def write_gguf(model: PreTrainedModel, path: Path) -> None:
     config: Any = model.config
     writer = gguf.GGUFWriter(path, "llama")
     _add_fields(writer, config)
+    add_tokenizer(writer)
     weights = _weights(model, gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers))
     for name, weight in weights.items():
         data, kind = _raw(weight), gguf.GGMLQuantizationType[TYPES[_stored(weight)]]
@@ -62,7 +70,6 @@ def _add_fields(writer: Any, config: Any) -> None:
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
-    writer.add_tokenizer_model("no_vocab")
 
 
 def _weights(model: PreTrainedModel, names: Any) -> dict[str, Tensor]:

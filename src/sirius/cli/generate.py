@@ -27,7 +27,9 @@ PRESETS = ("paper",)
 def generate(
     context: typer.Context,
     prompt: Annotated[str | None, typer.Argument(help="The text to go on from; or give --input.")] = None,
-    model: Annotated[str | None, typer.Option(help="A model folder or hub id; the embedded model if left out.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="A folder, GGUF file or hub id; the embedded model if left out.")
+    ] = None,
     input: Annotated[
         Path | None,
         typer.Option(help="JSONL with prompt or prompt_ids on each line; id and a text's options may stand beside."),

@@ -1,6 +1,8 @@
-"""Load a causal language model and its tokenizer from a folder or a hub, and refuse clearly what cannot be used."""
+"""Load a causal language model and its tokenizer from a folder, GGUF file or hub; refuse what cannot be used."""
 
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -9,11 +11,14 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.utils.hub import cached_file
 
 from sirius.errors import ConfigError, ModelError, UnsupportedModelError
+from sirius.model import gguf
 from sirius.model.prepare import check_config
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
+GGUF = ".gguf"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 BROKEN = (  # what transformers raises of a broken checkpoint
     OSError,
@@ -31,11 +36,15 @@ BROKEN = (  # what transformers raises of a broken checkpoint
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model comes from: a folder or a hub id, at a revision, with its own code only if trusted."""
+    """Where a model comes from: a folder or a hub id, at a revision, with its own code only if trusted.
+
+    gguf_file  a GGUF file of it, which holds everything; `path` alone may also name one (*.gguf)
+    """
 
     path: str
     revision: str | None = None
     trust_remote_code: bool = False
+    gguf_file: str | None = None
 
     @property
     def place(self) -> str:
@@ -45,45 +54,100 @@ class Source:
     @property
     def options(self) -> dict[str, Any]:
         """The arguments that all of transformers' loaders take."""
-        return {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
+        hub = {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
+        return {**hub, "gguf_file": self.gguf_file} if self.gguf_file else hub
+
+    def found(self) -> "Source":
+        """Return the source with its GGUF file, if it is one, as a whole path; a hub's is fetched.
+
+        transformers would take a file of that name from the working directory before one of the folder.
+        """
+        place = Path(self.place)
+        if place.suffix.lower() == GGUF and not place.is_dir():
+            if self.gguf_file:
+                raise ConfigError(f"{self.path} is a file itself, and gguf_file {self.gguf_file} another; give one")
+            if not place.is_file():
+                raise ModelError(f"there is no file {place}")
+            return replace(self, path=str(place.parent), gguf_file=str(place.absolute()))
+        if not self.gguf_file:
+            return self
+        if not place.is_dir():
+            _check_folder(self.place)  # raises of what is no hub id either
+            fetch = partial(cached_file, filename=self.gguf_file, revision=self.revision)
+            file = Path(_attempt(replace(self, gguf_file=None), self.gguf_file, fetch))
+            return replace(self, path=str(file.parent), gguf_file=str(file))
+        if not (file := place / self.gguf_file).is_file():
+            raise ModelError(f"{self.path} holds no file {self.gguf_file}")
+        return replace(self, path=str(place), gguf_file=str(file.absolute()))
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        return self.gguf_file or self.path
 
 
 def load_model(source: Source, dtype: str | torch.dtype = "auto", device: str = "auto") -> PreTrainedModel:
-    """Load a causal model from safetensors; "auto" is the checkpoint's dtype, and a GPU if there is one.
+    """Load a causal model from safetensors or GGUF; "auto" is the checkpoint's dtype, and a GPU if there is one.
 
-    Raises ModelError where the checkpoint is missing, broken, incomplete or pickled, UnsupportedModelError where it is
-    no causal language model that can be rolled back.
+    A GGUF file's weights are dequantised, by "auto" to bfloat16. Raises ModelError where the checkpoint is missing,
+    broken, incomplete or pickled, UnsupportedModelError where it is no causal language model that can be rolled back.
     """
     wanted = dtype if dtype == "auto" else find_dtype(dtype, auto=True)
     place = find_device(device)
+    source = source.found()
+    if source.gguf_file:
+        return _moved(_load_gguf(source, torch.bfloat16 if isinstance(wanted, str) else wanted), place).eval()
     _check_folder(source.place)
+    return _moved(_load(source, wanted, use_safetensors=True), place).eval()
+
+
+def _load_gguf(source: Source, dtype: torch.dtype) -> PreTrainedModel:
+    head = gguf.read_head(Path(str(source.gguf_file)))
+    gguf.check_gguf(head)
+    with gguf.quiet():
+        model = _load(source, dtype, **gguf.options())
+    gguf.tell(head, dtype)
+    if getattr(model.config, "quantization_config", None) is not None:
+        del cast("Any", model.config).quantization_config  # no weight is quantised any more
+    if model.generation_config is not None and head.ends:
+        model.generation_config.eos_token_id = head.ends
+    return model
+
+
+def _load(source: Source, dtype: str | torch.dtype, **options: Any) -> PreTrainedModel:
+    """Load what transformers can load, and check that it is whole."""
     config = _attempt(source, "config.json", AutoConfig.from_pretrained, **source.options)
     check_config(config)
     remote = source.trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not remote:
-        raise UnsupportedModelError(f"{source.path} is a {config.model_type} model, not a causal language model")
+        raise UnsupportedModelError(f"{source.name} is a {config.model_type} model, not a causal language model")
     model, report = _attempt(
         source,
         "weights",
         AutoModelForCausalLM.from_pretrained,
         config=config,
-        dtype=wanted,
-        use_safetensors=True,
+        dtype=dtype,
         ignore_mismatched_sizes=True,  # `_check_complete` refuses them by name
         output_loading_info=True,
+        **options,
         **source.options,
     )
     _check_complete(source, report)
     _check_depth(source, report)
-    return _moved(model, place).eval()
+    return model
 
 
 def load_tokenizer(source: Source) -> PreTrainedTokenizerBase | None:
-    """Load the tokenizer, or return None of a folder that has none: such a model takes token ids."""
+    """Load the tokenizer, or return None of a folder or file that has none: such a model takes token ids."""
+    source = source.found()
     folder = Path(source.place)
-    if folder.is_dir() and not any(folder.glob("tokenizer*")) and not any(folder.glob("vocab*")):
+    if source.gguf_file:
+        if not gguf.read_head(Path(source.gguf_file)).has_tokenizer:
+            return None
+    elif folder.is_dir() and not any(folder.glob("tokenizer*")) and not any(folder.glob("vocab*")):
         return None
-    return _attempt(source, "tokenizer", AutoTokenizer.from_pretrained, **source.options)
+    with gguf.quiet() if source.gguf_file else nullcontext():
+        return _attempt(source, "tokenizer", AutoTokenizer.from_pretrained, **source.options)
 
 
 def find_dtype(name: str | torch.dtype, auto: bool = False) -> torch.dtype:
@@ -125,8 +189,10 @@ def _check_folder(path: str) -> None:
             raise ModelError(f"there is no model folder {path}")
         return  # a hub id
     if not folder.is_dir():
-        raise ModelError(f"{path} is a file; name the model's folder, which holds config.json and *.safetensors")
+        raise ModelError(f"{path} is a file; name the model's folder (config.json, *.safetensors) or a *.gguf file")
     if not (folder / "config.json").exists():
+        if files := sorted(folder.glob(f"*{GGUF}")):
+            raise ModelError(f"{path} holds no config.json; to load its GGUF file, name {files[0]}")
         raise ModelError(f"{path} holds no config.json; name a folder that save_pretrained wrote")
     if not any(folder.glob("*.safetensors")):
         pickles = sorted(f.name for f in folder.iterdir() if f.suffix in PICKLES)
@@ -143,7 +209,7 @@ def _attempt(source: Source, what: str, load: Any, **options: Any) -> Any:
     try:
         return load(source.place, **options)
     except BROKEN as error:
-        raise ModelError(f"cannot load the {what} of {source.path}: {_first_line(error)}") from error
+        raise ModelError(f"cannot load the {what} of {source.name}: {_first_line(error)}") from error
 
 
 def _check_complete(source: Source, report: dict[str, Any]) -> None:
@@ -151,7 +217,7 @@ def _check_complete(source: Source, report: dict[str, Any]) -> None:
     for problem in ("missing_keys", "mismatched_keys", "error_msgs"):
         if found := sorted(_named(key) for key in report.get(problem) or ()):
             raise ModelError(
-                f"the weights of {source.path} do not fit its config.json: {len(found)} {problem.replace('_', ' ')}, "
+                f"the weights of {source.name} do not fit its config.json: {len(found)} {problem.replace('_', ' ')}, "
                 f"first {found[0]}"
             )
 
@@ -159,7 +225,7 @@ def _check_complete(source: Source, report: dict[str, Any]) -> None:
 def _check_depth(source: Source, report: dict[str, Any]) -> None:
     """Refuse a checkpoint with blocks that its configuration leaves out: it would run as a shorter model."""
     if left := sorted(key for key in report.get("unexpected_keys") or () if ".layers." in key):
-        raise ModelError(f"config.json of {source.path} has no place for {len(left)} of its weights, first {left[0]}")
+        raise ModelError(f"config.json of {source.name} has no place for {len(left)} of its weights, first {left[0]}")
 
 
 def _named(key: Any) -> str:
