@@ -416,6 +416,11 @@ def test_the_emulation_is_taken_only_by_name(monkeypatch, tmp_path):
     assert cpu.library.__wrapped__().sirius_isa().decode() in LEVELS[:-1]
 
 
+def test_kernels_limited_to_older_instructions_stand_for_an_older_cpu(level):
+    here = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    assert cpu.multiplies_halves.__wrapped__() == (here and level in DOTS)
+
+
 @pytest.mark.parametrize("level", ["avx512bf16", "emulated"], indirect=True)
 def test_the_upper_one_of_a_pair_is_added_first_and_each_sum_is_rounded(level):
     """A vector has 16 pairs, so elements 0, 1 and then 32, 33 meet in one sum."""
