@@ -1,6 +1,8 @@
 """The command: what it prints, what it writes, and how it tells a user's mistake in one line."""
 
+import gc
 import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from conftest import tiny_model
 from sirius import __version__, cli
+from sirius.cli import terminal
 from sirius.engine import Engine
 from sirius.jobs import Output
 
@@ -403,3 +406,42 @@ def test_a_lossy_text_is_called_lossy_beside_it_and_a_lossless_one_is_not(genera
     for options, lossy in ((("--preset", "paper"), True), (("--no-correct",), True), ((), False)):
         printed = generate("w5 w6", *SHORT, *options)
         assert ("lossy" in printed.err) is lossy and "lossy" not in printed.out
+
+
+START = """
+import sys
+sys.argv = ["sirius", *{arguments}]
+from sirius import cli
+try:
+    cli.main()
+except SystemExit as end:
+    assert end.code == {code}, end.code
+print(*sorted({{name.split(".")[0] for name in sys.modules}}))
+"""
+
+
+def started(*arguments: str, code: int) -> set[str]:
+    """Return the packages that the command has imported when it ends with a code."""
+    start = START.format(arguments=arguments, code=code)
+    run = subprocess.run([sys.executable, "-c", start], check=True, capture_output=True, text=True)
+    return set(run.stdout.splitlines()[-1].split())
+
+
+def test_help_imports_nothing_that_takes_long():
+    heavy = {"torch", "transformers", "numpy", "huggingface_hub", "tokenizers", "jinja2"}
+    assert not heavy & started("--help", code=0)
+    assert not heavy & started("generate", "--help", code=0)
+
+
+def test_a_wrong_option_is_told_without_transformers():
+    assert not {"transformers", "huggingface_hub"} & started("generate", "hi", "--sparsity", "dense", code=2)
+
+
+def test_garbage_is_looked_for_again_when_modules_are_imported():
+    with pytest.raises(ImportError), terminal.uncollected():
+        assert not gc.isenabled()
+        raise ImportError
+    assert gc.isenabled()
+    with terminal.uncollected(), terminal.uncollected():
+        pass
+    assert gc.isenabled()

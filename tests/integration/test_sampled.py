@@ -1,6 +1,7 @@
 """With a temperature the text is a sample of the full model's, the one its seed gives, whatever is drafted."""
 
 from functools import cache
+from itertools import product
 
 import pytest
 import torch
@@ -23,6 +24,11 @@ CORRECTIONS = {
     "chain": CorrectionConfig(5, "sampling"),
     "tree": CorrectionConfig(5, "sampling", tree_width=4),
 }
+EACH_PAIR = [(1, "coarse", "every processor"), (1, "fine", "temperature alone")]
+EACH_PAIR += [(4, "coarse", "temperature alone"), (4, "fine", "every processor")]
+DRAFTS = [  # of width, method and sampling each two meet; all three do in the slow tier
+    case if case in EACH_PAIR else slow(*case) for case in product((1, 4), ("coarse", "fine"), SAMPLINGS)
+]
 GREEDY = {
     "chain": CorrectionConfig(5, "argmax"),
     "tree": CorrectionConfig(5, "argmax", tree_width=4),
@@ -51,10 +57,9 @@ def full_model_scores(tokens: tuple[int, ...]) -> torch.Tensor:
         return engine().model(torch.tensor([[*PROMPT, *tokens]])).logits[0, len(PROMPT) - 1 : -1]
 
 
-@pytest.mark.parametrize("chosen", SAMPLINGS.values(), ids=SAMPLINGS)
-@pytest.mark.parametrize("sparsity", ["coarse", "fine"])
-@pytest.mark.parametrize("width", [1, 4])
-def test_a_seed_gives_the_text_that_it_gives_without_a_draft(width, sparsity, chosen):
+@pytest.mark.parametrize(("width", "sparsity", "name"), DRAFTS)
+def test_a_seed_gives_the_text_that_it_gives_without_a_draft(width, sparsity, name):
+    chosen = SAMPLINGS[name]
     want = decoded(sparsity="none", chosen=chosen)
     assert want.stats.drafted == 0
     accepted = corrections = 0
@@ -65,11 +70,9 @@ def test_a_seed_gives_the_text_that_it_gives_without_a_draft(width, sparsity, ch
     assert accepted and corrections, "a draft that is always right or always wrong shows nothing"
 
 
-@pytest.mark.parametrize("chosen", SAMPLINGS.values(), ids=SAMPLINGS)
-@pytest.mark.parametrize("sparsity", ["coarse", "fine"])
-@pytest.mark.parametrize("width", [1, 4])
-def test_a_seed_gives_it_among_other_prompts_too(width, sparsity, chosen):
-    options = {"max_new_tokens": NEW, "sampling": chosen}
+@pytest.mark.parametrize(("width", "sparsity", "name"), DRAFTS)
+def test_a_seed_gives_it_among_other_prompts_too(width, sparsity, name):
+    options = {"max_new_tokens": NEW, "sampling": SAMPLINGS[name]}
     want = {i: engine().generate(p, **options, sparsity="none").token_ids for i, p in enumerate(PROMPTS)}
     for period, rows in ((2, 3), (7, 2)):
         shared = {"sparsity": SparsityConfig(sparsity, 0.3), "correction": sampling(period, width)}
@@ -106,7 +109,7 @@ def test_without_a_seed_torch_s_generator_decides(correction):
 
 
 FALSE_ALARM = 1e-6  # the chance that right code fails a chi-square test, were torch's seed drawn anew
-V, TEXTS, HEAT = 7, 2000, 0.9
+V, TEXTS, MORE, HEAT = 7, 1000, 4000, 0.9
 DRAFTED = SparsityConfig("fine", 0.1)
 
 
@@ -126,24 +129,24 @@ def exact_distribution(prompt: list[int]) -> torch.Tensor:
     return (first[0, 0][:, None, None] * second[:, 0][:, :, None] * third).flatten()
 
 
-def chance_of_the_first_tokens(correction: CorrectionConfig) -> float:
+def chance_of_the_first_tokens(correction: CorrectionConfig, texts: int = TEXTS) -> float:
     """Return Pearson's probability of the first three tokens of many texts; rare ones are counted together."""
     options = {"max_new_tokens": 4, "sampling": HEAT, "sparsity": DRAFTED, "correction": correction}
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        done = [got for _, got in small_engine().generate_many([[1, 2, 3, 4]] * TEXTS, batch_size=250, **options)]
-    assert sum(got.stats.corrections for got in done) > TEXTS / 20 < sum(got.stats.accepted for got in done)
+        done = [got for _, got in small_engine().generate_many([[1, 2, 3, 4]] * texts, batch_size=250, **options)]
+    assert sum(got.stats.corrections for got in done) > texts / 20 < sum(got.stats.accepted for got in done)
     drawn = torch.tensor([got.token_ids[:3] for got in done]) @ torch.tensor([V * V, V, 1])
-    counts, expected = drawn.bincount(minlength=V**3).double(), TEXTS * exact_distribution([1, 2, 3, 4])
+    counts, expected = drawn.bincount(minlength=V**3).double(), texts * exact_distribution([1, 2, 3, 4])
     rare = expected < 5
     counts, expected = (torch.cat([each[~rare], each[rare].sum()[None]]) for each in (counts, expected))
     statistic = ((counts - expected).square() / expected).sum()
     return float(torch.special.gammaincc(torch.tensor((len(counts) - 1) / 2).double(), statistic / 2))
 
 
-@pytest.mark.parametrize("width", [slow(1), 4])
-def test_drafts_leave_the_distribution_of_the_first_tokens_as_it_is(width):
-    assert chance_of_the_first_tokens(sampling(3, width)) > FALSE_ALARM
+@pytest.mark.parametrize(("width", "texts"), [(4, TEXTS), slow(1, MORE), slow(4, MORE)])
+def test_drafts_leave_the_distribution_of_the_first_tokens_as_it_is(width, texts):
+    assert chance_of_the_first_tokens(sampling(3, width), texts) > FALSE_ALARM
 
 
 def test_a_lossy_rule_changes_the_distribution_noticeably():

@@ -2,7 +2,10 @@
 
 import ctypes
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -22,6 +25,10 @@ pytestmark = pytest.mark.skipif(cpu.library() is None, reason="no compiled CPU k
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SIZES = [(1, 1), (3, 5), (37, 64), (130, 97), (303, 520)]  # F, H; half of 303 rows is odd
+SHARES = [None, 0.0, 0.3, 1.0]  # of the rows that are asked for
+GRID = [  # every size with every share; each of both with and without a bias
+    (size, share, (i + j) % 2 == 0) for i, size in enumerate(SIZES) for j, share in enumerate(SHARES)
+]
 TOLERANCE = {
     torch.float32: 1e-6,
     torch.bfloat16: 2**-8,
@@ -71,57 +78,57 @@ def some(count: int, share: float) -> torch.Tensor:
     return order[: round(share * count)].sort().values
 
 
-def close(got: torch.Tensor, want: torch.Tensor, magnitude: torch.Tensor) -> None:
+def close(got: torch.Tensor, want: torch.Tensor, magnitude: torch.Tensor, case: object = None) -> None:
     """Both are sums of products; rounding is bounded by the sum of the products' magnitudes."""
-    assert got.shape == want.shape
+    assert got.shape == want.shape, case
     bound = TOLERANCE[got.dtype] * (magnitude + want.abs()) + 1e-7
-    assert bool(((got.double() - want).abs() <= bound).all())
+    assert bool(((got.double() - want).abs() <= bound).all()), case
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("size", SIZES, ids=str)
-@pytest.mark.parametrize("share", [None, 0.0, 0.3, 1.0])
-@pytest.mark.parametrize("bias", [False, True])
-def test_products_equal_the_reference(level, dtype, size, share, bias):
-    f, h = size
-    weight = random(dtype, f, h, seed=1)
-    index = None if share is None else some(f, share)
-    count = f if index is None else len(index)
-    for rows in (1, 2, 3, 4, 5, 7, 16, 17):
-        x, z = random(dtype, rows, h), random(dtype, rows, count, seed=2)
-        of_f, of_h = (random(dtype, n, seed=3) if bias else None for n in (f, h))
-        got = cpu.linear(x, weight, of_f, index)
-        want = reference.linear(x.double(), weight.double(), None if of_f is None else of_f.double(), index)
-        close(got, want, reference.linear(x.double().abs(), weight.double().abs(), None, index))
-        got = cpu.project(z, weight, of_h, index)
-        want = reference.project(z.double(), weight.double(), None if of_h is None else of_h.double(), index)
-        close(got, want, reference.project(z.double().abs(), weight.double().abs(), None, index))
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("threads", [1, 2, 3])
-@pytest.mark.parametrize("count", [1, 2, 5, 9, 301])
-def test_a_row_is_the_same_bit_for_bit_in_any_company_and_with_any_threads(level, dtype, threads, count):
-    weight, x, z = random(dtype, count, 520), random(dtype, 23, 520), random(dtype, 23, count)
-    index = some(count, 0.4)
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Let the kernels run by so many threads."""
     before = torch.get_num_threads()
+    torch.set_num_threads(count)
     try:
-        torch.set_num_threads(threads)
-        together = {
-            rows: (
-                cpu.linear(x[:rows], weight),
-                cpu.project(z[:rows], weight),
-                cpu.linear(x[:rows], weight, None, index),
-            )
-            for rows in (1, 2, 3, 4, 23)
-        }
+        yield
     finally:
         torch.set_num_threads(before)
-    for rows, (products, sums, chosen) in together.items():
-        for row in range(rows):
-            assert torch.equal(products[row], cpu.linear(x[row], weight))
-            assert torch.equal(sums[row], cpu.project(z[row], weight))
-            assert torch.equal(chosen[row], products[row, index])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_products_equal_the_reference(level, dtype):
+    for case in GRID:
+        (f, h), share, bias = case
+        weight = random(dtype, f, h, seed=1)
+        index = None if share is None else some(f, share)
+        count = f if index is None else len(index)
+        of_f, of_h = (random(dtype, n, seed=3) if bias else None for n in (f, h))
+        wide, of_f_wide, of_h_wide = (None if each is None else each.double() for each in (weight, of_f, of_h))
+        for rows in (1, 2, 3, 4, 5, 7, 16, 17):
+            x, z = random(dtype, rows, h), random(dtype, rows, count, seed=2)
+            got = cpu.linear(x, weight, of_f, index)
+            want = reference.linear(x.double(), wide, of_f_wide, index)
+            close(got, want, reference.linear(x.double().abs(), wide.abs(), None, index), (case, rows))
+            got = cpu.project(z, weight, of_h, index)
+            want = reference.project(z.double(), wide, of_h_wide, index)
+            close(got, want, reference.project(z.double().abs(), wide.abs(), None, index), (case, rows))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_row_is_the_same_bit_for_bit_in_any_company_and_with_any_threads(level, dtype):
+    for count in (1, 2, 5, 9, 301):
+        weight, x, z = random(dtype, count, 520), random(dtype, 23, 520), random(dtype, 23, count)
+        index = some(count, 0.4)
+        products = torch.stack([cpu.linear(row, weight) for row in x])
+        sums = torch.stack([cpu.project(row, weight) for row in z])
+        for many in (1, 2, 3):
+            for rows in (1, 2, 3, 4, 23):
+                case = f"{count} neurons, {many} threads, {rows} rows"
+                with threads(many):
+                    assert torch.equal(cpu.linear(x[:rows], weight), products[:rows]), case
+                    assert torch.equal(cpu.project(z[:rows], weight), sums[:rows]), case
+                    assert torch.equal(cpu.linear(x[:rows], weight, None, index), products[:rows, index]), case
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -149,31 +156,27 @@ def test_numbers_are_widened_and_rounded_as_torch_does(level, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("softcap", [None, 3.0])
 @pytest.mark.parametrize(
     ("shape", "held"),
     [((2, 3, 2, 20), (130, 0, 257)), ((1, 5, 17, 7), (513, 0, 1090)), ((3, 1, 4, 64), (31, 0, 512))],
     ids=str,
 )
-def test_attention_equals_the_reference_and_reads_no_slot_that_is_not_seen(level, dtype, softcap, shape, held):
-    check_attention(cpu.attend, dtype, softcap, 2 * TOLERANCE[dtype], *shape, held=held)
+def test_attention_equals_the_reference_and_reads_no_slot_that_is_not_seen(level, dtype, shape, held):
+    for softcap in (None, 3.0):
+        check_attention(cpu.attend, dtype, softcap, 2 * TOLERANCE[dtype], *shape, held=held)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("threads", [1, 2, 3])
-def test_a_token_sees_the_same_bit_for_bit_in_any_company_and_with_any_threads(level, dtype, threads):
-    slots = Slots(dtype, 2, 3, 5, 20, held=(130, 0, 1090))
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(threads)
-        together = slots.attend(cpu.attend, 0.3, None)
-    finally:
-        torch.set_num_threads(before)
+def test_a_token_sees_the_same_bit_for_bit_in_any_company_and_with_any_threads(level, dtype):
+    slots, together = Slots(dtype, 2, 3, 5, 20, held=(130, 0, 1090)), []
+    for many in (1, 2, 3):
+        with threads(many):
+            together.append(slots.attend(cpu.attend, 0.3, None))
     for b in range(3):
         for t in range(5):
             row = (each[b : b + 1] for each in (slots.keys, slots.values, slots.held))
             alone = cpu.attend(slots.query[b : b + 1, :, t : t + 1], *row, slots.seen[b : b + 1, t : t + 1], 0.3)
-            assert torch.equal(together[b, t], alone[0, 0])
+            assert all(torch.equal(each[b, t], alone[0, 0]) for each in together)
 
 
 def test_scores_that_are_no_numbers_make_values_that_are_none(level):
@@ -185,13 +188,12 @@ def test_scores_that_are_no_numbers_make_values_that_are_none(level):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", cpu.ACTIVATIONS)
-@pytest.mark.parametrize("share", [None, 0.0, 0.3])
-def test_gated_neurons_equal_the_reference(level, dtype, name, share):
+def test_gated_neurons_equal_the_reference(level, dtype, name):
     gate, up = (random(dtype, 130, 37, seed=seed) for seed in (1, 2))
     biases = [random(dtype, 130, seed=seed) for seed in (3, 4)]
-    index = None if share is None else some(130, share)
     act = ACTIVATIONS[name]
-    for rows in (1, 2, 5, 17):
+    for share, rows in product((None, 0.0, 0.3), (1, 2, 5, 17)):
+        index = None if share is None else some(130, share)
         x = random(dtype, rows, 37)
         first, second = (cpu.linear(x, w, b, index).double() for w, b in zip((gate, up), biases, strict=True))
         got = cpu.glu(x, (gate, biases[0]), (up, biases[1]), name, index)
@@ -202,39 +204,31 @@ def test_gated_neurons_equal_the_reference(level, dtype, name, share):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("size", SIZES, ids=str)
-@pytest.mark.parametrize("share", [None, 0.0, 0.3, 1.0])
-@pytest.mark.parametrize("bias", [False, True])
-def test_gated_neurons_come_to_what_up_and_down_make_one_after_the_other(level, dtype, size, share, bias):
-    f, h = size
-    up, down = random(dtype, f, h, seed=1), random(dtype, f, h, seed=2)
-    of_f, of_h = (random(dtype, n, seed=3) if bias else None for n in (f, h))
-    index = None if share is None else some(f, share)
-    for rows in (1, 2, 3, 4, 5, 17):
-        x, gated = random(dtype, rows, h), random(dtype, rows, f, seed=4)
-        chosen = gated if index is None else gated[:, index]
-        want = cpu.project(chosen * cpu.linear(x, up, of_f, index), down, of_h, index)
-        beside = side_by_side(up, down)
-        for first, second in ((up, down), beside, (up, beside[1]), (beside[0], down)):
-            weights = (first, of_f), (second, of_h)
-            assert torch.equal(cpu.finish(gated, x, *weights, index), want)
-            assert torch.equal(cpu.finish(chosen, x, *weights, index, by_place=True), want)
+def test_gated_neurons_come_to_what_up_and_down_make_one_after_the_other(level, dtype):
+    for case in GRID:
+        (f, h), share, bias = case
+        up, down = random(dtype, f, h, seed=1), random(dtype, f, h, seed=2)
+        of_f, of_h = (random(dtype, n, seed=3) if bias else None for n in (f, h))
+        index, beside = None if share is None else some(f, share), side_by_side(up, down)
+        for rows in (1, 2, 3, 4, 5, 17):
+            x, gated = random(dtype, rows, h), random(dtype, rows, f, seed=4)
+            chosen = gated if index is None else gated[:, index]
+            want = cpu.project(chosen * cpu.linear(x, up, of_f, index), down, of_h, index)
+            for first, second in ((up, down), beside, (up, beside[1]), (beside[0], down)):
+                weights = (first, of_f), (second, of_h)
+                assert torch.equal(cpu.finish(gated, x, *weights, index), want), (case, rows)
+                assert torch.equal(cpu.finish(chosen, x, *weights, index, by_place=True), want), (case, rows)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("threads", [1, 2, 3])
-def test_gated_neurons_come_to_the_same_bit_for_bit_in_any_company_and_with_any_threads(level, dtype, threads):
+def test_gated_neurons_come_to_the_same_bit_for_bit_in_any_company_and_with_any_threads(level, dtype):
     weights = [(weight, None) for weight in side_by_side(random(dtype, 301, 520), random(dtype, 301, 520, seed=1))]
     x, gated, index = random(dtype, 5, 520), random(dtype, 5, 301), some(301, 0.9)
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(threads)
-        together = {rows: cpu.finish(gated[:rows], x[:rows], *weights, index) for rows in (1, 2, 3, 4, 5)}
-    finally:
-        torch.set_num_threads(before)
-    for rows, got in together.items():
-        for row in range(rows):
-            assert torch.equal(got[row], cpu.finish(gated[row], x[row], *weights, index))
+    alone = torch.stack([cpu.finish(gated[row], x[row], *weights, index) for row in range(5)])
+    for many, rows in product((1, 2, 3), (1, 2, 3, 4, 5)):
+        with threads(many):
+            got = cpu.finish(gated[:rows], x[:rows], *weights, index)
+        assert torch.equal(got, alone[:rows]), f"{many} threads, {rows} rows"
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -265,11 +259,10 @@ def test_activations_are_exact_at_every_size_of_number(level, name):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("size", [1, 5, 16, 37, 2048])
 @pytest.mark.parametrize("form", FORMS, ids=str)
-def test_norms_equal_the_reference(level, dtype, size, form):
-    weight = random(dtype, size, seed=1)
-    for rows in (1, 3, 17):
+def test_norms_equal_the_reference(level, dtype, form):
+    for size, rows in product((1, 5, 16, 37, 2048), (1, 3, 17)):
+        weight = random(dtype, size, seed=1)
         x = random(dtype, rows, 2, size) * 10.0 ** torch.arange(rows)[:, None, None].clamp(max=3)
         got = cpu.norm(x.to(dtype), weight, 1e-5, form)
         want = reference.norm(x.to(dtype), weight, 1e-5, form)
@@ -287,9 +280,8 @@ def lying(tensor: torch.Tensor, order: tuple[int, ...]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("size", [2, 6, 64, 90])
-def test_positions_are_turned_as_pytorch_turns_them(level, dtype, size):
-    for rows, heads, count in (1, 3, 1), (2, 1, 5), (2, 40, 7):
+def test_positions_are_turned_as_pytorch_turns_them(level, dtype):
+    for size, (rows, heads, count) in product((2, 6, 64, 90), ((1, 3, 1), (2, 1, 5), (2, 40, 7))):
         x = lying(random(dtype, rows, heads, count, size), (0, 2, 1, 3))
         cos, sin = (random(dtype, rows, 1, count, size, seed=seed).expand(x.shape) for seed in (1, 2))
         y = lying(x.new_empty(x.shape), (2, 0, 1, 3))
@@ -299,12 +291,12 @@ def test_positions_are_turned_as_pytorch_turns_them(level, dtype, size):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("count", [1, 37, 2048, 50_001])
-def test_sums_are_pytorchs(level, dtype, count):
-    a, b = (random(dtype, count, seed=seed) * 10.0 ** (seed * 6 - 3) for seed in range(2))
-    y = a.new_empty(count)
-    cpu.addition(a, b, y)()
-    assert torch.equal(y, a + b)
+def test_sums_are_pytorchs(level, dtype):
+    for count in (1, 37, 2048, 50_001):
+        a, b = (random(dtype, count, seed=seed) * 10.0 ** (seed * 6 - 3) for seed in range(2))
+        y = a.new_empty(count)
+        cpu.addition(a, b, y)()
+        assert torch.equal(y, a + b), count
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -414,6 +406,11 @@ def test_the_emulation_is_taken_only_by_name(monkeypatch, tmp_path):
     monkeypatch.delenv("SIRIUS_ISA", raising=False)
     monkeypatch.setattr(cpu, "LIBRARY", Path(shutil.copy(cpu.LIBRARY, tmp_path)))
     assert cpu.library.__wrapped__().sirius_isa().decode() in LEVELS[:-1]
+
+
+def test_kernels_limited_to_older_instructions_stand_for_an_older_cpu(level):
+    here = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    assert cpu.multiplies_halves.__wrapped__() == (here and level in DOTS)
 
 
 @pytest.mark.parametrize("level", ["avx512bf16", "emulated"], indirect=True)

@@ -12,7 +12,7 @@ import typer
 from rich.markup import escape
 
 from sirius.cli import terminal
-from sirius.cli.terminal import WRONG_INPUT, complain, err, out, progress, saved_as_it_goes
+from sirius.cli.terminal import WRONG_INPUT, complain, err, out, progress, saved_as_it_goes, uncollected
 from sirius.errors import ConfigError, SiriusError
 
 if TYPE_CHECKING:
@@ -103,8 +103,9 @@ def generate(
     given = {name for name, at in sources.items() if at and at.name == "COMMANDLINE"}
     _check_preset(preset)
     _check_effect(given, correct, greedy=temperature == 0 and input is None)  # a file's lines may have temperatures
-    from sirius.core import CorrectionConfig, SamplingConfig, SparsityConfig, check_together
-    from sirius.sparsity import find
+    with uncollected():
+        from sirius.core import CorrectionConfig, SamplingConfig, SparsityConfig, check_together
+        from sirius.sparsity import find
 
     find(sparsity)  # a wrong name is told before a large model is loaded
     rules = (_period(period), accept, threshold, accept_temperature, tree_width, prune, tuple(ablate or ()))

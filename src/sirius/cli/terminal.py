@@ -1,5 +1,6 @@
 """What all commands share: the terminal, a model's loading, and what is said when something is wrong."""
 
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,18 @@ def complain(message: str) -> None:
 
 
 @contextmanager
+def uncollected() -> Iterator[None]:
+    """Look for no garbage while modules are imported: of the hundred thousands of objects that they make, all stay."""
+    before = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if before:
+            gc.enable()
+
+
+@contextmanager
 def saved_as_it_goes() -> Iterator[None]:
     """Tell a user who interrupts what follows that nothing finished is lost."""
     try:
@@ -36,9 +49,10 @@ def load(model: str | None, **options: Any) -> "Engine":
 
     options  those of `Engine.load`
     """
-    quieten()
-    from sirius.demo.embedded import FOLDER, check_embedded
-    from sirius.engine import Engine
+    with uncollected():
+        quieten()
+        from sirius.demo.embedded import FOLDER, check_embedded
+        from sirius.engine import Engine
 
     if model is None:
         check_embedded()

@@ -21,6 +21,7 @@ from sirius.kernels.reference import NormForm, Pair, Weight
 LIBRARY = Path(__file__).with_name("libsirius_cpu.so")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as in csrc/rows.h
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "relu": 2}  # likewise; the others are PyTorch's
+WITHOUT_HALVES = "generic", "avx2", "avx512"  # instruction sets that multiply no bfloat16
 KERNELS = {  # in the order of csrc/kernels.cpp, with their arguments as `Launch.of` has them
     "linear": "ipiipiiipppi",
     "project": "ipiippiiippi",
@@ -66,8 +67,12 @@ def instructions() -> str | None:
 
 @cache
 def multiplies_halves() -> bool:
-    """Tell whether the CPU multiplies bfloat16 itself; PyTorch's products of 16-bit floats crawl where it does not."""
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    """Tell whether the CPU multiplies bfloat16 itself; PyTorch's products of 16-bit floats crawl where it does not.
+
+    Kernels that SIRIUS_ISA limits to instructions without such products stand for a CPU that has none.
+    """
+    here = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return here and instructions() not in WITHOUT_HALVES
 
 
 def fits(x: Tensor, weight: Tensor) -> bool:
