@@ -3,8 +3,10 @@
 `make models` fetches the models; without them, or without the questions, these tests are skipped.
 """
 
+import os
 from dataclasses import dataclass
 from functools import cache
+from itertools import islice
 
 import pytest
 import torch
@@ -14,10 +16,12 @@ from transformers import AutoModelForCausalLM
 
 from conftest import greedy
 from sirius.engine import Engine
+from sirius.kernels import cpu
 
 pytestmark = pytest.mark.real
 
 QUESTIONS, NEW_TOKENS, BATCH = 30, 48, 6
+NARROW_QUESTIONS = int(os.environ.get("SIRIUS_REAL_QUESTIONS", "24"))  # of the test in bfloat16
 TASKS = tuple(FILES)
 
 
@@ -68,6 +72,36 @@ def test_a_corrected_text_is_transformers_own(real, task, method, width):
     other = [i for i, want in enumerate(wanted) if list(done[i].token_ids) != want]
     assert other == [], real.engine.decode(prompts[other[0]])
     assert any("draft" in each.origins for each in done.values())  # the sparse model did have a part in it
+
+
+@cache
+def narrow() -> tuple[Engine, list[list[int]], list[tuple[int, ...]]]:
+    """Return SmolLM2 in bfloat16 with prompts, and what its full decoding writes of each alone."""
+    if not (DATA / FILES["gsm8k"]).is_file():
+        pytest.skip(f"no questions: {DATA / FILES['gsm8k']} is missing")
+    engine = Engine.load(folder("smollm2-135m"), dtype="bfloat16", device="cpu")
+    asked = [list(engine.encode(as_prompt(engine, each))) for each in questions("gsm8k", NARROW_QUESTIONS)]
+    plain = {"max_new_tokens": NEW_TOKENS, "sparsity": "none"}
+    return engine, asked, [engine.generate(prompt, **plain).token_ids for prompt in asked]
+
+
+@pytest.mark.skipif(cpu.library() is None, reason="no compiled CPU kernels")
+@pytest.mark.parametrize("rows", [1, 3, 8, 16])
+@pytest.mark.parametrize(
+    "rule", [{"period": 16}, {"period": 8, "tree_width": 4}, {"period": "auto"}], ids=["chain", "tree", "auto"]
+)
+@pytest.mark.timeout(1800)
+def test_in_bfloat16_texts_are_full_decodings_in_any_company_interrupted_and_gone_on_with(rows, rule):
+    engine, prompts, wanted = narrow()
+    options = {"max_new_tokens": NEW_TOKENS, "batch_size": rows, "correction": rule}
+    began = engine.generate_many(prompts, **options)
+    done = dict(islice(began, len(prompts) // 2))
+    began.close()
+    left = [index for index in range(len(prompts)) if index not in done]
+    for place, text in engine.generate_many([prompts[index] for index in left], **options):
+        done[left[place]] = text
+    assert [index for index, want in enumerate(wanted) if done[index].token_ids != want] == []
+    assert all(each.stats.lossless for each in done.values())
 
 
 @pytest.mark.parametrize("name", DEFAULTS)

@@ -179,6 +179,26 @@ def test_a_token_sees_the_same_bit_for_bit_in_any_company_and_with_any_threads(l
             assert all(torch.equal(each[b, t], alone[0, 0]) for each in together)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("held", [0, 5, 130, 500], ids=lambda held: f"{held} held")
+def test_a_branch_of_a_tree_gets_the_bits_of_a_chain(level, dtype, held):
+    """The same keys and values, where the branch's slots lie apart and where they follow one another."""
+    after, size, heads = 61, 24, 6
+    keys, values = (random(dtype, 1, held + after, 2, size, seed=seed) for seed in (1, 2))
+    query, holds = random(dtype, 1, heads, 3, size, seed=3), torch.tensor([held])
+    branches = [[0, 2, 5, 40, 60], [0, 1, 2], sorted({0, *range(3, 60, 2), 60})]
+    seen = torch.zeros(1, 3, after, dtype=torch.bool)
+    for token, branch in enumerate(branches):
+        seen[0, token, branch] = True
+    got = cpu.attend(query, keys, values, holds, seen, 0.3)
+    for token, branch in enumerate(branches):
+        places = torch.tensor([*range(held), *(held + place for place in branch)])
+        chain = torch.ones(1, 1, len(branch), dtype=torch.bool)
+        one = query[:, :, token : token + 1]
+        want = cpu.attend(one, keys[:, places], values[:, places], holds, chain, 0.3)
+        assert torch.equal(got[:, token], want[:, 0])
+
+
 def test_scores_that_are_no_numbers_make_values_that_are_none(level):
     slots = Slots(torch.float32)
     slots.query[0, 0], slots.keys[2, 5, 1] = torch.nan, torch.inf

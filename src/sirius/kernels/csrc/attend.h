@@ -27,6 +27,17 @@ inline uint32_t seen_bits(const Attend& p, int64_t row, int64_t token, int64_t f
   return bits;
 }
 
+// The slots that a token sees after those that its row holds, counted from there, where they are not the first ones: a
+// branch of a tree. They are added up as if they were, so that a branch gets the same bits as a chain.
+inline std::vector<int64_t> slots_apart(const Attend& p, int64_t row, int64_t token) {
+  const uint8_t* seen = p.seen + (row * p.tokens + token) * p.after;
+  std::vector<int64_t> slots;
+  for (int64_t i = 0; i < std::min(p.after, p.slots - p.held[row]); i++)
+    if (seen[i]) slots.push_back(i);
+  if (slots.empty() || slots.back() == int64_t(slots.size()) - 1) slots.clear();
+  return slots;
+}
+
 // What the queries of a head of keys and values have summed up over some slots: the sum of weights, 0 before the first
 // slot, and the weighed values, both relative to the largest score. A query is one head of one token, tokens first.
 struct Sums {
@@ -179,6 +190,7 @@ struct Worker {
   std::vector<Floats> memory;
   float *panel, *scores, *queries;
   std::vector<uint32_t> seen;
+  std::vector<std::vector<int64_t>> apart;  // of each token, see slots_apart
   Heads<T> keys, values;
 
   Worker(const Attend& p, const Piece& piece)
@@ -187,6 +199,7 @@ struct Worker {
         panel(reinterpret_cast<float*>(memory.data())), scores(panel + kLines * width),
         queries(scores + count * kSlots), seen(p.tokens), keys(heads_of(p.keys, p.keys_at)),
         values(heads_of(p.values, p.values_at)) {
+    for (int64_t t = 0; t < p.tokens; t++) apart.push_back(slots_apart(p, piece.row, t));
     for (int64_t i = 0; i < piece.heads * count; i++) {
       int64_t head = (piece.head + i / count) * shared() + i % shared(), token = i % count / shared();
       widen_line(static_cast<const T*>(p.query) + piece.row * p.query_at[0] + head * p.query_at[1] +
@@ -241,14 +254,55 @@ struct Worker {
     });
   }
 
+  // Calls a function with kLines lines after the other of those that a token sees apart, widened, zeros after the last.
+  template <class Function>
+  void each_apart(const Heads<T>& from, int64_t slot, int64_t head, int64_t token, int64_t end, Function function) {
+    int64_t held = p.held[piece.row];
+    for (int64_t s = 0; s < kSlots && slot + s < end; s += kLines) {
+      for (int64_t r = 0; r < kLines; r++) {
+        int64_t at = slot + s + r;
+        if (at >= held && at < end) at = held + apart[token][at - held];
+        if (slot + s + r < end)
+          widen_line(from.at + at * from.slot + head * from.head, p.size, panel + r * width);
+        else
+          std::fill(panel + r * width, panel + (r + 1) * width, 0.0f);
+      }
+      function(s);
+    }
+  }
+
+  // Adds up what a token sees of kSlots slots, those after the held ones counted as it sees them.
+  void add_apart(int64_t slot, int64_t head, int64_t token, Sums sums) {
+    int64_t end = p.held[piece.row] + apart[token].size(), first = token * shared();
+    if (slot >= end) return;
+    each_apart(keys, slot, head, token, end, [&](int64_t s) {
+      for (int64_t q = first; q < first + shared(); q++)
+        for (int64_t r = 0; r < kLines; r += 2)
+          score_tile<1, 2>(queries + (head * count + q) * width, panel + r * width, width, width,
+                           scores + q * kSlots + s + r);
+    });
+    uint32_t bits = uint32_t((uint64_t(1) << std::min(kSlots, end - slot)) - 1);
+    for (int64_t q = first; q < first + shared(); q++) weigh(p, bits, scores + q * kSlots, sums, q);
+    each_apart(values, slot, head, token, end, [&](int64_t s) {
+      for (int64_t q = first; q < first + shared(); q++)
+        value_tile<1, kLines>(scores + q * kSlots + s, panel, width, width, sums.values(q), Sums::length(width));
+    });
+  }
+
   // Adds up what the queries see of all slots of the piece; `sums_of` gives a head its sums.
   template <class Function>
   void add_all(Function sums_of) {
     for (int64_t slot = piece.first; slot < piece.last; slot += kSlots) {
+      bool held = slot + kSlots <= p.held[piece.row];
       uint32_t any = 0;
-      for (int64_t t = 0; t < p.tokens; t++)
-        any |= seen[t] = seen_bits(p, piece.row, t, slot, std::min(kSlots, piece.last - slot));
+      for (int64_t t = 0; t < p.tokens; t++) {
+        bool straight = held || apart[t].empty();
+        any |= seen[t] = straight ? seen_bits(p, piece.row, t, slot, std::min(kSlots, piece.last - slot)) : 0;
+      }
       for (int64_t head = 0; any && head < piece.heads; head++) add(slot, head, any, sums_of(piece.head + head));
+      for (int64_t t = 0; !held && t < p.tokens; t++)
+        for (int64_t head = 0; !apart[t].empty() && head < piece.heads; head++)
+          add_apart(slot, head, t, sums_of(piece.head + head));
     }
   }
 };
