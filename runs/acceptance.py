@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
+from statistics import median
 
 import torch
 from models import DEFAULTS, MODELS
@@ -42,15 +43,17 @@ class Setting:
         prompt = as_prompt(engine, question)
         return engine.generate(prompt, max_new_tokens=tokens, sparsity=self.sparsity, correction=self.correction)
 
-    def row(self, speed_of_full: float | None) -> dict[str, object]:
+    def row(self, full: "Setting") -> dict[str, object]:
         """Return the figures over all questions so far.
 
-        chance  of a guess to stand, among those that the check came to: the accepted ones and the first refused ones
+        chance          of a guess to stand, among those that the check came to: the accepted and the first refused ones
+        time_over_full  median over the questions of seconds per token, over those of full decoding in the same turn
         """
         stats = combine([done.stats for done in self.done])
         judged = stats.accepted + stats.corrections
         rule = self.correction
-        speed = stats.tokens_per_second
+        turns = [mine.stats.tokens_per_second for mine in self.done]
+        ratios = [theirs.stats.tokens_per_second / mine for theirs, mine in zip(full.done, turns, strict=True)]
         return {
             "sparsity": self.sparsity.method,
             "keep": None if rule is None else self.sparsity.keep,
@@ -63,15 +66,11 @@ class Setting:
             "chance": round(stats.accepted / judged, 4) if judged else None,
             "density": round(stats.density, 4),
             "effective_density": round(stats.effective_density, 4),
-            "tokens_per_second": round(speed, 2),
-            "ratio_to_full": speed_of_full and round(speed / speed_of_full, 3),
+            "drafted": stats.drafted,
+            "tokens_per_second": round(stats.tokens_per_second, 2),
+            "time_over_full": round(median(ratios), 3),
             "lossless": stats.lossless,
         }
-
-    @property
-    def speed(self) -> float:
-        """Tokens per second, prompts included."""
-        return combine([done.stats for done in self.done]).tokens_per_second
 
 
 def settings(options: argparse.Namespace) -> Iterator[Setting]:
@@ -97,9 +96,8 @@ def measure(name: str, options: argparse.Namespace) -> list[dict[str, object]]:
             print(f"{name}, {task}: question {number} of {len(asked)}", file=sys.stderr, flush=True)
             for way in ways:
                 way.done.append(way.run(engine, question, options.tokens))
-        full = ways[0].speed
         dtype = str(engine.model.dtype).removeprefix("torch.")
-        rows += [{"model": Path(name).name, "dtype": dtype, "task": task, **way.row(full)} for way in ways]
+        rows += [{"model": Path(name).name, "dtype": dtype, "task": task, **way.row(ways[0])} for way in ways]
     return rows
 
 
@@ -117,8 +115,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=128, help="most new tokens of a text")
     parser.add_argument("--sparsity", nargs="+", default=["coarse", "fine"])
     parser.add_argument("--keep", nargs="+", type=float, default=[0.5])
-    parser.add_argument("--accept", nargs="+", default=["argmax"])
-    parser.add_argument("--period", nargs="+", type=period, default=[8])
+    parser.add_argument("--accept", nargs="+", default=["lossless"])
+    parser.add_argument("--period", nargs="+", type=period, default=[16, "auto"])
     parser.add_argument("--tree-width", nargs="+", type=int, default=[1])
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--device", default="cpu")
