@@ -229,10 +229,12 @@ CORRECTIONS = st.builds(
     accept_temperature=st.sampled_from([0.1, 0.6, 5.0]),
 )
 ROWS = st.sampled_from([1, 3, 8])
+PROMPTED = ROWS.flatmap(lambda n: st.lists(TOKENS, min_size=n, max_size=n))
+ASKED = ROWS.flatmap(lambda n: st.lists(st.tuples(TOKENS, st.integers(1, BUDGET)), min_size=n, max_size=n))
 
 
 @settings(max_examples=15, derandomize=True, deadline=None)
-@given(SPARSITIES, CORRECTIONS, ROWS.flatmap(lambda n: st.lists(TOKENS, min_size=n, max_size=n)), st.data())
+@given(SPARSITIES, CORRECTIONS, PROMPTED, st.data())
 def test_any_sparsity_tree_period_and_batch_give_each_prompt_its_greedy_text(sparsity, correction, prompts, data):
     seed, budget = data.draw(st.integers(0, 2)), data.draw(st.integers(1, BUDGET))
     rows = data.draw(st.integers(1, len(prompts)))
@@ -244,12 +246,7 @@ def test_any_sparsity_tree_period_and_batch_give_each_prompt_its_greedy_text(spa
 
 
 @settings(max_examples=15, derandomize=True, deadline=None)
-@given(
-    SPARSITIES,
-    CORRECTIONS,
-    ROWS.flatmap(lambda n: st.lists(st.tuples(TOKENS, st.integers(1, BUDGET)), min_size=n, max_size=n)),
-    st.data(),
-)
+@given(SPARSITIES, CORRECTIONS, ASKED, st.data())
 def test_each_row_keeps_its_own_budget_end_of_text_and_stop_string(sparsity, correction, asked, data):
     tokenizer, seed = make_tokenizer(), data.draw(st.integers(0, 2))
     places = data.draw(st.tuples(*[st.integers(0, 30)] * 3))
@@ -267,16 +264,19 @@ def test_each_row_keeps_its_own_budget_end_of_text_and_stop_string(sparsity, cor
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "drawn",
-    [
-        test_any_sparsity_tree_period_and_batch_give_each_prompt_its_greedy_text,
-        test_each_row_keeps_its_own_budget_end_of_text_and_stop_string,
-    ],
-    ids=lambda test: test.__name__,
-)
-def test_so_do_many_more(drawn):
-    settings(max_examples=150, derandomize=True, deadline=None)(drawn)()
+@settings(max_examples=150, derandomize=True, deadline=None)
+@given(SPARSITIES, CORRECTIONS, PROMPTED, st.data())
+def test_so_do_many_more_of_them(sparsity, correction, prompts, data):
+    once = test_any_sparsity_tree_period_and_batch_give_each_prompt_its_greedy_text
+    once.hypothesis.inner_test(sparsity, correction, prompts, data)
+
+
+@pytest.mark.slow
+@settings(max_examples=150, derandomize=True, deadline=None)
+@given(SPARSITIES, CORRECTIONS, ASKED, st.data())
+def test_so_do_many_more_rows(sparsity, correction, asked, data):
+    once = test_each_row_keeps_its_own_budget_end_of_text_and_stop_string
+    once.hypothesis.inner_test(sparsity, correction, asked, data)
 
 
 def steps(batch: Batch) -> Iterator[Update]:

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from conftest import tiny_model
+from conftest import tiny_config, tiny_model
 from sirius.benchmark import extras, growth
 from sirius.benchmark.decode import Times
 from sirius.benchmark.growth import CORRECTED, FULL, PLAIN, SPARSE, Point, Workload, along, make_points
@@ -21,6 +21,14 @@ AXES = ("--context", 20, "--context", 9, "--batch", 1, "--batch", 3, "--period",
 ALL = (*SMALL, *AXES, "--tree-width", 2, "--keep", 0.5, "--keep", 0.2)
 ONE = (*SMALL, *AXES, "--axis", "batch")
 BASE = Point(20, 1, 4, 1, 0.5)
+
+
+@pytest.fixture(scope="module")
+def shape(tmp_path_factory) -> str:
+    """The configuration of a tiny Llama, as one file for all, which a record names."""
+    folder = tmp_path_factory.mktemp("shape")
+    tiny_config("llama").save_pretrained(folder)
+    return str(folder / "config.json")
 
 
 @pytest.fixture(scope="module")
