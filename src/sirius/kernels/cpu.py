@@ -32,6 +32,7 @@ KERNELS = {  # in the order of csrc/kernels.cpp, with their arguments as `Launch
     "put": "ippppppi",
     "attend": "ipppppppffpi",
     "largest": "ipiiipi",
+    "each": "iipppipipippppppi",
 }
 _Size = ctypes.c_int64
 _Rows = tuple[Sequence[Tensor], Tensor | None]  # weights, and an index that may not fit them
@@ -156,6 +157,20 @@ def finish(
     weights = *_lying(up[0]), *_lying(down[0]), len(up[0]), count, index
     tokens = DTYPES[x.dtype], x, *_sizes(x), gated, by_place
     _call("finish", *tokens, *weights, up[1], down[1], y, rows=([up[0], down[0]], index))
+    return y
+
+
+def gated_each(
+    x: Tensor, gate: Weight, up: Weight, down: Weight, activation: str, sets: tuple[Tensor, Tensor]
+) -> Tensor:
+    """See `reference.gated_each`; raise ConfigError where the index is not one of int64, of rows that the weights have."""
+    x, (index, counts) = x.contiguous(), sets
+    y = x.new_empty(x.shape)
+    _check_index(index, len(index))
+    sizes = (_Size * 4)(*x.shape, len(gate[0]))
+    weights = *_lying(gate[0]), *_lying(up[0]), *_lying(down[0])
+    given = DTYPES[x.dtype], ACTIVATIONS[activation], x, sizes, *weights, index, counts, gate[1], up[1], down[1], y
+    _call("each", *given, rows=([gate[0], up[0], down[0]], index))
     return y
 
 

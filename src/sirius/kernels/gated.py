@@ -69,6 +69,10 @@ def gated_mlp(x: Tensor, neurons: Neurons, activation: Activation, index: Tensor
     return add_up(glu(x, neurons, activation, index), neurons, index)
 
 
+def gated_mlp_each(x: Tensor, neurons: Neurons, activation: Activation, index: Tensor, counts: Tensor) -> Tensor:
+    return dispatch.cpu.gated_each(x, (neurons.gate, neurons.gate_bias), *_ends(neurons), "silu", (index, counts))
+
+
 def gated_mlp_rows(gated: Tensor, x: Tensor, neurons: Neurons, index: Tensor) -> Tensor:
     """Return the MLP of x with the neurons at index [k] int64 alone: only their rows of up and down are read.
 
