@@ -122,22 +122,23 @@ struct Sets {
 #pragma omp parallel num_threads(p.threads)
     {
       Share share((p.width + kLine - 1) / kLine);  // of the columns
-      int64_t column = share.begin * kLine, size = std::min(share.end * kLine, p.width) - column;
+      int64_t column = share.begin * kLine, size = (share.end - share.begin) * kLine;
+      int64_t width = std::min(size, p.width - column);
       std::vector<float> sums(size), totals(p.rows * p.tokens * size);
       std::vector<int64_t> next(p.rows), end;
-      for (const auto& each : terms) end.push_back(each.chunks.count);
+      for (const auto& each : terms) end.push_back(size ? each.chunks.count : 0);
       auto first = [&](int64_t b, int64_t chunk) { return terms[b].rows[terms[b].chunks.begin(chunk)]; };
       go_side_by_side(next, end, first, [&](int64_t b, int64_t chunk) {
         const Terms<T>& its = terms[b];
         for (int64_t m = 0; m < p.tokens; m++) {
           std::fill(sums.begin(), sums.end(), 0.0f);
-          add_chunk(its.of(of[b]), its.chunks, chunk, column, size, its.weights.data() + m * its.stride, sums.data());
+          add_chunk(its.of(of[b]), its.chunks, chunk, column, width, its.weights.data() + m * its.stride, sums.data());
           float* to = totals.data() + (b * p.tokens + m) * size;
           for (int64_t c = 0; c < size; c++) to[c] += sums[c];
         }
       });
       for (int64_t i = 0; i < p.rows * p.tokens; i++)
-        write_sums<T>(of[i / p.tokens], i % p.tokens, column, size, totals.data() + i * size);
+        write_sums<T>(of[i / p.tokens], i % p.tokens, column, width, totals.data() + i * size);
     }
   }
 };
