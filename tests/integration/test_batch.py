@@ -438,6 +438,21 @@ def test_a_rows_own_neurons_make_a_lossy_text_independent_of_its_neighbours(engi
     assert text(PROMPTS, shared_set=True) != text(PROMPTS[:1])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("width", [1, 2])
+def test_with_neurons_of_its_own_a_text_under_a_lossy_rule_is_what_it_is_alone(dtype, width):
+    engine = Engine(tiny_model(dtype=dtype, eos_token_id=None))
+    options = {
+        "max_new_tokens": NEW,
+        "sparsity": SparsityConfig("coarse", 0.5),
+        "correction": CorrectionConfig(5, "threshold", 0.02, tree_width=width),
+    }
+    alone = [engine.generate(prompt, **options).token_ids for prompt in PROMPTS]
+    done = dict(engine.generate_many(PROMPTS, batch_size=3, **options))
+    assert [done[index].token_ids for index in range(len(PROMPTS))] == alone
+    assert alone[0] != engine.generate(PROMPTS[0], max_new_tokens=NEW, correction=RULE).token_ids  # it is lossy
+
+
 def test_a_batch_whose_step_was_interrupted_goes_on_with_no_text(monkeypatch):
     engine = Engine(tiny_model(eos_token_id=None))
     batch = engine.batch(rows=1, correction=CorrectionConfig(4, "argmax"))

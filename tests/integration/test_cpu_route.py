@@ -132,16 +132,18 @@ def test_a_recorded_pass_gives_the_scores_of_the_pass_itself_bit_for_bit(family,
 
 
 @pytest.mark.parametrize("sparsity", [SparsityConfig("fine", threshold=0.3), SparsityConfig("coarse", 0.4)], ids=str)
-def test_rows_of_several_sets_give_theirs(sparsity):
-    model = tiny_model()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rows_of_several_sets_give_theirs(sparsity, dtype):
+    model = tiny_model("llama", dtype)
     want, _ = read_all(model, sparsity, recording=False, rows=3)
     got, count = read_all(model, sparsity, recording=True, rows=3)
     assert torch.equal(got, want)
     assert count == (1 if sparsity.method == "fine" else 2)  # a mask has a shape that depends on the token
 
 
-def test_records_follow_rows_that_come_and_go():
-    model, sparsity = tiny_model(), SparsityConfig("coarse", 0.4, shared_set=True)
+@pytest.mark.parametrize("shared_set", [False, True])
+def test_records_follow_rows_that_come_and_go(shared_set):
+    model, sparsity = tiny_model(), SparsityConfig("coarse", 0.4, shared_set=shared_set)
     want, _ = read_all(model, sparsity, recording=False, rows=3, comings=True)
     got, count = read_all(model, sparsity, recording=True, rows=3, comings=True)
     assert count == TAPES and torch.equal(got, want)

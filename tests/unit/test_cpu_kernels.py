@@ -10,14 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from slots import Slots, check_attention
 
 from sirius.errors import ConfigError
 from sirius.kernels import cpu, dispatch, reference
 from sirius.kernels.activations import ACTIVATIONS
-from sirius.kernels.gated import Neurons, gate, gated_mlp, gated_mlp_rows
+from sirius.kernels.gated import Neurons, gate, gated_mlp, gated_mlp_each, gated_mlp_rows
+from sirius.kernels.tape import Tape
 from sirius.model.memory import side_by_side
 from sirius.model.norm import FORMS
 
@@ -373,6 +374,80 @@ def test_a_gated_mlp_of_some_neurons_is_that_of_copies_of_them(dtype):
     assert torch.equal(gated_mlp_rows(gate(x, neurons, act), x, neurons, index), want)
 
 
+def neurons_of(dtype: torch.dtype, f: int, h: int, bias: bool = True, beside: bool = False) -> Neurons:
+    gate, up, down = (random(dtype, f, h, seed=seed) for seed in range(3))
+    biases = [random(dtype, n, seed=9) if bias else None for n in (f, f, h)]
+    return Neurons(gate, *(side_by_side(up, down) if beside else (up, down)), *biases)
+
+
+def draw_sets(data: st.DataObject, f: int, rows: int) -> list[torch.Tensor]:
+    """Return neurons for each row: of more or less overlap, of one size or several, ascending or in any order."""
+    g = torch.Generator().manual_seed(data.draw(st.integers(0, 9)))
+    apart, ascending = data.draw(st.sampled_from([0, 0.5, 9])), data.draw(st.booleans())
+    counts = data.draw(st.one_of(st.integers(1, f).map(lambda n: [n] * rows), st.lists(st.integers(0, f), min_size=9)))
+    scores = torch.randn(f, generator=g) + apart * torch.randn(rows, f, generator=g)
+    found = [row.topk(count).indices for row, count in zip(scores, counts, strict=False)]
+    return [index.sort().values for index in found] if ascending else found
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@settings(deadline=None, derandomize=True, max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_a_row_with_neurons_of_its_own_is_what_it_is_alone_bit_for_bit(level, dtype, data):
+    rows, count, f = (data.draw(st.integers(1, most)) for most in (9, 5, 300))
+    h, threads = data.draw(st.sampled_from([1, 31, 64, 97, 200])), data.draw(st.integers(1, 3))
+    neurons = neurons_of(dtype, f, h, bias=data.draw(st.booleans()), beside=data.draw(st.booleans()))
+    sets, x = draw_sets(data, f, rows), random(dtype, rows, count, h)
+    act = data.draw(st.sampled_from([torch.nn.SiLU(), torch.nn.GELU("tanh"), torch.nn.ReLU()]))
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        got = gated_mlp_each(x, neurons, act, torch.cat(sets), [len(index) for index in sets])
+    finally:
+        torch.set_num_threads(before)
+    alone = [gated_mlp(row, neurons, act, index) for row, index in zip(x, sets, strict=True)]
+    assert torch.equal(got, torch.stack(alone))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_weights_of_neurons_that_a_row_does_not_have_do_not_reach_it(level, dtype):
+    neurons, x, sets = (
+        neurons_of(dtype, 70, 40),
+        random(dtype, 3, 2, 40),
+        [some(70, share) for share in (0.5, 0.4, 0.6)],
+    )
+    own = [index[index != 7] for index in sets]
+    want = gated_mlp_each(x, neurons, ACTIVATIONS["silu"], torch.cat(own), [len(index) for index in own])
+    for weight in (neurons.gate, neurons.up, neurons.down):
+        weight[7] = torch.nan
+    own[1] = torch.cat([own[1], torch.tensor([7])])
+    got = gated_mlp_each(x, neurons, ACTIVATIONS["silu"], torch.cat(own), [len(index) for index in own])
+    assert torch.equal(got[[0, 2]], want[[0, 2]]) and got[1].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_with_neurons_of_their_own_are_replayed_with_the_neurons_there_are_by_then(dtype):
+    neurons, x, counts = neurons_of(dtype, 70, 40), random(dtype, 3, 2, 40), [30, 21, 35]
+    index = torch.cat([torch.randperm(70)[:count].sort().values for count in counts])
+    with torch.no_grad(), Tape() as tape:
+        got = gated_mlp_each(x, neurons, ACTIVATIONS["silu"], index, counts)
+    assert tape.steady
+    x.copy_(x.flip(0))
+    index.copy_(torch.cat([torch.randperm(70)[:count] for count in counts]))
+    got.fill_(torch.nan)
+    tape.replay()
+    assert torch.equal(got, gated_mlp_each(x, neurons, ACTIVATIONS["silu"], index, counts))
+
+
+def test_activations_and_dtypes_without_a_kernel_take_the_rows_one_by_one():
+    index, counts = torch.tensor([0, 4, 1, 2, 8]), [2, 3]
+    for dtype, act in (torch.float64, ACTIVATIONS["silu"]), (torch.float32, torch.sigmoid):
+        neurons, x = neurons_of(dtype, 9, 8), random(dtype, 2, 3, 8)
+        got = gated_mlp_each(x, neurons, act, index, counts)
+        for row, own in enumerate(index.split(counts)):
+            assert torch.equal(got[row], gated_mlp(x[row], neurons, act, own))
+
+
 def test_the_kernels_are_taken_where_they_fit_and_nowhere_else():
     weight, x = random(torch.float32, 9, 8), random(torch.float32, 2, 8)
     fits = {
@@ -463,6 +538,7 @@ def test_a_row_that_the_weight_does_not_have_is_an_error_that_names_it(row):
         lambda: cpu.project(z, weight, None, index),
         lambda: cpu.glu(x, both, both, "silu", index),
         lambda: cpu.finish(gated, x, both, both, index),
+        lambda: cpu.gated_each(x[:, None], [both] * 3, "silu", index, [1, 3]),
     ]
     for call in calls:
         with pytest.raises(ConfigError, match=rf"neuron {row} is asked for, in place 2, of a weight of 9 rows.*0 to 8"):
@@ -480,6 +556,8 @@ def test_an_index_of_another_length_or_dtype_is_an_error():
         cpu.project(z, weight, None, torch.arange(3))
     with pytest.raises(ConfigError, match=r"an index of 4 torch.int32"):
         cpu.project(z, weight, None, torch.arange(4, dtype=torch.int32))
+    with pytest.raises(ConfigError, match=r"an index of 3 torch.int64 for 4 neurons"):
+        cpu.gated_each(random(torch.float32, 2, 1, 8), [(weight, None)] * 3, "silu", torch.arange(3), [2, 2])
 
 
 def test_without_the_library_plain_torch_takes_over_with_one_line_in_the_log(monkeypatch, caplog, tmp_path):

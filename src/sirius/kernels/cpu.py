@@ -33,6 +33,7 @@ KERNELS = {  # in the order of csrc/kernels.cpp, with their arguments as `Launch
     "put": "ippppppi",
     "attend": "ipppppppffpi",
     "largest": "ipiiipi",
+    "each": "iipppipipippppppi",
 }
 _Size = ctypes.c_int64
 _Rows = tuple[Sequence[Tensor], Tensor | None]  # weights, and an index that may not fit them
@@ -161,6 +162,23 @@ def finish(
     weights = *_lying(up[0]), *_lying(down[0]), len(up[0]), count, index
     tokens = DTYPES[x.dtype], x, *_sizes(x), gated, by_place
     _call("finish", *tokens, *weights, up[1], down[1], y, rows=([up[0], down[0]], index))
+    return y
+
+
+def gated_each(x: Tensor, weights: Sequence[Weight], activation: str, index: Tensor, counts: Sequence[int]) -> Tensor:
+    """See `gated.gated_mlp_each`; weights are those of gate, up and down with their biases.
+
+    Raises ConfigError where the index is not one of int64, of rows that the weights have.
+    """
+    x, (gate, up, down) = x.contiguous(), weights
+    y = x.new_empty(x.shape)
+    _check_index(index, sum(counts))
+    assert len(counts) == len(x) and gate[0].shape == up[0].shape == down[0].shape, f"{counts} for {list(x.shape)}"
+    tokens = DTYPES[x.dtype], ACTIVATIONS[activation], x, (_Size * 4)(*x.shape, len(gate[0]))
+    lying = *_lying(gate[0]), *_lying(up[0]), *_lying(down[0])
+    sets = index, (_Size * len(counts))(*counts)
+    rows = [gate[0], up[0], down[0]], index
+    _call("each", *tokens, *lying, *sets, gate[1], up[1], down[1], y, rows=rows)
     return y
 
 

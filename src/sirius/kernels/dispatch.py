@@ -87,6 +87,21 @@ def finish(
     return cpu.finish(gated, x, up, down, index, by_place)
 
 
+def takes_sets(x: Tensor, weights: Sequence[Weight], activation: Activation, index: Tensor) -> bool:
+    """Tell whether `gated_each` has a kernel for x [B, T, H], weights [F, H] of an MLP and its activation."""
+    same = len({weight.shape for weight, _ in weights}) == 1 and activation_name(activation) in cpu.ACTIVATIONS
+    return same and all(_backend(index, x, *weight) is cpu for weight in weights)
+
+
+def gated_each(
+    x: Tensor, weights: Sequence[Weight], activation: Activation, index: Tensor, counts: Sequence[int]
+) -> Tensor:
+    """Return the MLP of x [B, T, H], each row by its own neurons, where `takes_sets`; see `gated.gated_mlp_each`."""
+    name = activation_name(activation)
+    assert name is not None, "takes_sets was not asked"
+    return cpu.gated_each(x, weights, name, index, counts)
+
+
 def lie_together(up: Tensor, down: Tensor) -> bool:
     """Tell whether rows of up and down [F, H] are best put side by side in memory: where `finish` reads them in one go.
 

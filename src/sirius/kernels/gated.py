@@ -69,6 +69,19 @@ def gated_mlp(x: Tensor, neurons: Neurons, activation: Activation, index: Tensor
     return add_up(glu(x, neurons, activation, index), neurons, index)
 
 
+def gated_mlp_each(x: Tensor, neurons: Neurons, activation: Activation, index: Tensor, counts: Sequence[int]) -> Tensor:
+    """Return the MLP of x [B, T, H], each row with neurons of its own alone, bit for bit as if it were the only one.
+
+    index   [sum of counts] int64  the neurons of all rows, one row after the other
+    counts  [B]                    how many each row has
+    """
+    weights = (neurons.gate, neurons.gate_bias), *_ends(neurons)
+    if dispatch.takes_sets(x, weights, activation, index):
+        return dispatch.gated_each(x, weights, activation, index, counts)
+    sets = index.split(list(counts))
+    return torch.stack([gated_mlp(row, neurons, activation, own) for row, own in zip(x, sets, strict=True)])
+
+
 def gated_mlp_rows(gated: Tensor, x: Tensor, neurons: Neurons, index: Tensor) -> Tensor:
     """Return the MLP of x with the neurons at index [k] int64 alone: only their rows of up and down are read.
 

@@ -200,14 +200,13 @@ class Indexed:
     """The sparse route of fixed neurons, read where they lie: one set [k] int64, or one for each row."""
 
     def __init__(self, *sets: Tensor) -> None:
-        self.sets = [index.clone() for index in sets]  # `renewed` writes to them
+        self.index = torch.cat(sets)  # `renewed` writes to it
+        self.counts = [len(index) for index in sets]
 
     def __call__(self, mlp: SparseMLP, x: Tensor) -> Tensor:
-        neurons = mlp.neurons
-        if len(self.sets) == 1:
-            return kernel.gated_mlp(x, neurons, mlp.activation, self.sets[0])
-        each = zip(x, self.sets, strict=True)
-        return torch.stack([kernel.gated_mlp(row, neurons, mlp.activation, index) for row, index in each])
+        if len(self.counts) == 1:
+            return kernel.gated_mlp(x, mlp.neurons, mlp.activation, self.index)
+        return kernel.gated_mlp_each(x, mlp.neurons, mlp.activation, self.index, self.counts)
 
 
 class Tally:
@@ -305,10 +304,9 @@ def renewed(old: Route | None, new: Route | None) -> bool:
     """Let a route read the neurons of another where both are of one kind and size; tell whether they are."""
     if not isinstance(old, Indexed) or not isinstance(new, Indexed):
         return old is new is None
-    if [len(index) for index in old.sets] != [len(index) for index in new.sets]:
+    if old.counts != new.counts:
         return False
-    for target, index in zip(old.sets, new.sets, strict=True):
-        target.copy_(index)
+    old.index.copy_(new.index)
     return True
 
 

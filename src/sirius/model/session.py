@@ -284,7 +284,7 @@ class Session:
         if self.drafts is None:
             prompts = [method for method in self.methods if isinstance(method, PromptSparsity)]
             chosen = fixed_routes(prompts, self.mlps)
-            self.drafts = self.space.renew(chosen)
+            self.drafts = self.space.renew(chosen, len(prompts))
         return self.drafts
 
     def _rows_changed(self) -> None:

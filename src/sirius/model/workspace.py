@@ -24,7 +24,7 @@ class Workspace:
     attends  whether attention reads the slots by a kernel of ours; only then are passes recorded
     stays    whether its records outlive a session
     state    the model's when the workspace was made: records know no other
-    drafts   the routes of the draft with fixed neurons
+    drafts   the routes of the draft with fixed neurons, by the number of rows, as records are
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -40,7 +40,7 @@ class Workspace:
         self.passes.forget()
         self.cache = SlotCache(self.layers, 0, 0, self.device)
         self.tally = Tally(0, self.device)
-        self.drafts: list[Route | None] = []
+        self.drafts: dict[int, list[Route | None]] = {}
 
     def begin(self) -> None:
         """Let every row hold nothing, for a new session."""
@@ -57,12 +57,13 @@ class Workspace:
         self.cache.reserve(rows, -(-slots // STEP) * STEP if self.stays else slots)
         self.tally.reserve(table.rows)
 
-    def renew(self, drafts: list[Route | None]) -> list[Route | None]:
-        """Take the routes of newly chosen neurons, into the memory of the last ones where they fit."""
-        if len(self.drafts) != len(drafts) or not all(map(renewed, self.drafts, drafts)):
-            self.drafts = drafts
+    def renew(self, drafts: list[Route | None], rows: int) -> list[Route | None]:
+        """Take the routes of rows' newly chosen neurons, into the memory of as many rows' last ones where they fit."""
+        last = self.drafts.setdefault(rows, drafts)
+        if last is not drafts and not (len(last) == len(drafts) and all(map(renewed, last, drafts))):
+            self.drafts[rows] = drafts
             self.passes.forget()
-        return self.drafts
+        return self.drafts[rows]
 
 
 _idle: "weakref.WeakKeyDictionary[PreTrainedModel, dict[Hashable, Workspace]]" = weakref.WeakKeyDictionary()

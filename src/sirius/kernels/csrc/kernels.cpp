@@ -5,6 +5,7 @@
 #include <cstring>
 #include <functional>
 #include <memory>
+#include <numeric>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -146,6 +147,18 @@ int64_t run_finish(int dtype, const void* x, int64_t rows, int64_t width, const 
   return outside;
 }
 
+// See Each; n: rows, tokens, width, height
+int64_t run_each(int dtype, int kind, const void* x, const int64_t* n, const void* gate, int64_t gate_stride,
+                 const void* up, int64_t up_stride, const void* down, int64_t down_stride, const int64_t* index,
+                 const int64_t* counts, const void* gate_bias, const void* up_bias, const void* bias, void* y,
+                 int threads) {
+  int64_t outside = first_outside(index, std::accumulate(counts, counts + n[0], int64_t(0)), n[3]);
+  if (outside < 0)
+    chosen().each({Dtype(dtype), ActivationKind(kind), x, n[0], n[1], n[2], gate, gate_stride, up, up_stride, down,
+                   down_stride, n[3], index, counts, gate_bias, up_bias, bias, y, threads});
+  return outside;
+}
+
 int64_t run_norm(int dtype, const void* x, int64_t rows, int64_t width, const void* weight, float eps, float offset,
                  int early, void* y, int threads) {
   chosen().norm({Dtype(dtype), x, rows, width, weight, eps, offset, early != 0, y, threads});
@@ -239,6 +252,7 @@ int64_t run(int64_t kernel, const Slot* given) {
     case 7: return apply(run_put, given);
     case 8: return apply(run_attend, given);
     case 9: return apply(run_largest, given);
+    case 10: return apply(run_each, given);
     default: abort();
   }
 }

@@ -8,6 +8,7 @@
 #include "rows.h"
 
 #include "attend.h"
+#include "each.h"
 #include "finish.h"
 #include "linear.h"
 #include "pointwise.h"
@@ -34,6 +35,9 @@ void project(const Project& p) {
 void finish(const Finish& p) {
   of_dtype(p.dtype, [&](auto number) { finish_of<decltype(number)>(p); });
 }
+void each(const Each& p) {
+  of_dtype(p.dtype, [&](auto number) { each_of<decltype(number)>(p); });
+}
 void activate(const Activate& p) {
   of_dtype(p.dtype, [&](auto number) { activate_of<decltype(number)>(p); });
 }
@@ -57,4 +61,4 @@ void attend(const Attend& p) {
 #define QUOTED(isa) #isa
 #define STRING(isa) QUOTED(isa)
 
-extern const Kernels NAMED(SIRIUS_ISA) = {STRING(SIRIUS_ISA), linear, project, finish, activate, norm, rotate, add, attend};
+extern const Kernels NAMED(SIRIUS_ISA) = {STRING(SIRIUS_ISA), linear, project, finish, each, activate, norm, rotate, add, attend};

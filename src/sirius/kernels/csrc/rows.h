@@ -57,6 +57,26 @@ struct Finish {
 
 enum ActivationKind : int { kSilu = 0, kGeluTanh = 1, kRelu = 2 };
 
+// A gated MLP of rows that each have neurons of their own, those of row b the counts[b] at its part of `index`:
+// y[b][t] = sum over them of act(gate(x[b][t])) * up(x[b][t]) times the neuron's row of down, + bias
+// x, y [rows, tokens, width], gate, up, down [height, width], index [sum of counts], counts [rows]
+struct Each {
+  Dtype dtype;
+  ActivationKind kind;
+  const void* x;
+  int64_t rows, tokens, width;
+  const void* gate;
+  int64_t gate_stride;
+  const void* up;
+  int64_t up_stride;
+  const void* down;
+  int64_t down_stride, height;
+  const int64_t *index, *counts;
+  const void *gate_bias, *up_bias, *bias;
+  void* y;
+  int threads;
+};
+
 // y = act(gate) * up, of `count` elements; act(gate) where up is null. y may be gate or up.
 struct Activate {
   Dtype dtype;
@@ -132,6 +152,7 @@ struct Kernels {
   void (*linear)(const Linear&);
   void (*project)(const Project&);
   void (*finish)(const Finish&);
+  void (*each)(const Each&);
   void (*activate)(const Activate&);
   void (*norm)(const Norm&);
   void (*rotate)(const Rotate&);
