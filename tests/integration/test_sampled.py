@@ -171,7 +171,7 @@ def test_tokens_outside_top_k_never_appear(correction):
 def test_argmax_with_a_temperature_is_refused():
     with pytest.raises(ConfigError, match=r"accept 'argmax' is for greedy text, and temperature is 0\.7"):
         decoded(GREEDY["chain"], chosen=0.7)
-    with pytest.raises(ConfigError, match="use accept 'sampling'"):
+    with pytest.raises(ConfigError, match="use accept 'lossless'"):
         list(engine().generate_many(PROMPTS, correction=GREEDY["tree"], sampling={"temperature": 0.7}))
     assert decoded(GREEDY["chain"], chosen=0.0).stats.lossless
 

@@ -218,9 +218,10 @@ def test_a_lower_threshold_never_keeps_fewer(rule, drawn, one, other):
 
 def test_a_configuration_names_its_rule():
     scores = [1.1, 1.0, 0.0, 0.0, 0.0]  # at temperature 0.6 token 1 has probability 0.364, 0.846 times token 0's
-    names: dict[tuple[AcceptName, float], bool] = {
-        ("argmax", 0.1): False,
-        ("sampling", 0.1): False,
+    names: dict[tuple[AcceptName, float | None], bool] = {
+        ("lossless", None): False,
+        ("argmax", None): False,
+        ("sampling", None): False,
         ("threshold", 0.37): False,
         ("threshold", 0.36): True,
         ("relative", 0.84): True,
@@ -229,9 +230,8 @@ def test_a_configuration_names_its_rule():
     }
     for (accept, threshold), passes in names.items():
         assert judged(scores, 1, make_rule(CorrectionConfig(accept=accept, threshold=threshold))) is passes
-    assert not judged(
-        scores, 1, make_rule(CorrectionConfig(accept="threshold", threshold=0.35, accept_temperature=1e-2))
-    )
+    cold = CorrectionConfig(accept="threshold", threshold=0.35, accept_temperature=1e-2)
+    assert not judged(scores, 1, make_rule(cold))
     assert judged(scores, 4, make_rule(CorrectionConfig(accept="argmax", ablate=("rollback",))))
 
 

@@ -7,8 +7,9 @@ from statistics import median
 from sirius.core import LONGEST
 
 CHOICES = tuple(k for k in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32) if k <= LONGEST)
-GAIN = 1.05  # another period must promise that much more speed: noise alone should change nothing
-FORGET = 0.985  # weight of earlier guesses at each draft pass
+GAIN = 1.05  # drafting must promise that much more speed than plain decoding to begin
+BETTER = 1.02  # and another period than the last one: noise alone should change nothing
+FORGET = 0.99  # weight of earlier guesses at each draft pass
 SETTLED = 3  # passes of a shape in a session that are slower than later ones, as they are recorded then
 KEPT = 9  # settled times of a shape whose median counts
 EACH = 0.02  # what a further token of a check costs, over a plain step, until that is measured
@@ -188,7 +189,7 @@ class AutoPeriod(Period):
     @property
     def acceptance(self) -> float:
         """The chance that a guess stands after one that did; before any is judged, one half."""
-        return (self.kept + 0.5) / (self.judged + 1)
+        return (self.kept + 0.25) / (self.judged + 0.5)
 
     def learn(self, measured: Measured) -> None:
         """Take note of a round, and change the period where that promises enough."""
@@ -224,7 +225,7 @@ class AutoPeriod(Period):
         if self.speed(best, rows) <= (GAIN if self.now == 1 else 1.0) * plain:
             self.now = 1
             self.wait, self.next_wait = self.next_wait, min(2 * self.next_wait, LONGEST_WAIT)
-        elif self.now == 1 or self.speed(best, rows) > GAIN * self.speed(self.now, rows):
+        elif self.now == 1 or self.speed(best, rows) > BETTER * self.speed(self.now, rows):
             self.now = best
         if self.windows == REFRESH:  # it has paid for long: a later doubt is asked about soon
             self.next_wait = FIRST_WAIT
