@@ -11,6 +11,7 @@ import torch
 from conftest import greedy, tiny_model
 from sirius.batch import Batch, Completion, Update
 from sirius.core import CorrectionConfig, SparsityConfig
+from sirius.decoding.probe import probe
 from sirius.engine import Engine
 from sirius.errors import ConfigError, ModelError, RequestError
 from sirius.model.cache import SlotLayer
@@ -426,6 +427,22 @@ def test_the_statistic_is_refreshed_by_the_tokens_that_were_kept_alone(engine, w
     for got, want in zip(windows, one_by_one, strict=True):
         torch.testing.assert_close(got, want[: len(got)], atol=1e-4, rtol=1e-4)
         assert len(got) > NEW / 2
+
+
+def test_a_probe_under_a_lossy_rule_shows_the_statistic_no_token_twice(engine, monkeypatch):
+    shown, refresh = [], CoarseSparsity.refresh
+    monkeypatch.setattr(CoarseSparsity, "refresh", lambda self, n, z: shown.append(len(z)) or refresh(self, n, z))
+    sparsity, correction = SparsityConfig("coarse", 0.3, refresh=0.3), CorrectionConfig(1, "typical")
+    batch = open_batch(engine, sparsity=sparsity, correction=correction)
+    batch.add(engine.text(PROMPTS[0], max_new_tokens=20))
+    for _ in range(12):
+        batch.step()
+    before = len(shown)
+    assert before
+    probe(batch.session, [entry.row for entry in batch.active], batch.plan, 5)
+    assert len(shown) == before
+    batch.step()
+    assert shown[before:] == [1, 1]  # two layers
 
 
 def test_a_rows_own_neurons_make_a_lossy_text_independent_of_its_neighbours(engine):

@@ -71,6 +71,7 @@ class Session:
         self.drafts = self._routes_per_token()
         self.seen: dict[int, Tensor] = {}  # z of the last check, [B, T, F] a layer, while the method is refreshed
         self.refreshing = self.shared is not None and self.shared.config.refresh > 0
+        self.rewound = False  # until what was taken back is kept again
 
     @property
     def cache(self) -> SlotCache:
@@ -214,6 +215,8 @@ class Session:
     def keep(self, path: Tensor, counts: Tensor) -> None:
         """Let each row hold the first counts[b] [B] of the places path[b] [B, n] int64 after what it holds already."""
         self.cache.keep(path, counts)
+        if self.rewound:  # the statistic has these tokens already
+            self.rewound, self.seen = False, {}
         if not self.seen:
             return
         for row, (method, places) in enumerate(zip(self.methods, path, strict=True)):
@@ -225,6 +228,7 @@ class Session:
 
     def rewind(self, count: int) -> None:
         """Let each row hold `count` tokens less, which stand at places 0 .. count - 1 then, for `keep` to take back."""
+        self.rewound = True
         for row, length in enumerate(self.cache.lengths[: len(self.methods)].tolist()):
             self.cache.truncate(row, length - count)
 
