@@ -27,7 +27,7 @@ from sirius.core import (
 )
 from sirius.decoding.accept import make_rule
 from sirius.decoding.loop import Plan, Row, next_round, start
-from sirius.decoding.period import AutoPeriod, Period
+from sirius.decoding.period import AutoPeriod, Learnt, Period
 from sirius.decoding.probe import probe_if_due
 from sirius.decoding.sampling import Noise
 from sirius.errors import ConfigError, RequestError, SiriusError
@@ -35,7 +35,7 @@ from sirius.model.prepare import count_parameters, prepare
 from sirius.model.session import Session
 from sirius.stats import Setting, Stats, density, summarise
 
-_learnt: "WeakKeyDictionary[PreTrainedModel, dict[Hashable, AutoPeriod]]" = WeakKeyDictionary()  # of each setting
+_learnt: "WeakKeyDictionary[PreTrainedModel, dict[Hashable, Learnt]]" = WeakKeyDictionary()  # of each setting
 PLAIN = CorrectionConfig(period=1)  # every round is one dense pass of the whole model
 
 
@@ -147,7 +147,7 @@ class Batch:
         self.session = Session(model, mlps, lambda: sparsity.create(chosen, neurons), compiled)
         self.asked = correction
         self.correction = PLAIN if self.session.shared is None else correction
-        self.plan = _make_plan(self.correction, self._period(), ends)
+        self.plan = _make_plan(self.correction, self._period(compiled), ends)
         self.waiting: deque[_Entry] = deque()
         self.active: list[_Entry] = []  # by row of the session
         self.tickets = 0
@@ -275,20 +275,21 @@ class Batch:
             summarise(rounds, setting, entry.seconds),
         )
 
-    def _period(self) -> Period:
+    def _period(self, compiled: bool) -> Period:
         """Return the period of this batch; an automatic one knows what earlier texts of the setting taught."""
         asked = 1 if self.correction is None else self.correction.period
         if asked != AUTO:
             return Period(asked)
-        learnt, setting = _learnt.setdefault(self.model, {}), (self.sparsity, self.correction)
-        if setting not in learnt:
-            touched = self.session.least_touched()
-            learnt[setting] = AutoPeriod(density(count_parameters(self.model), touched, "streamed"))
-        learnt[setting].begin()
-        return learnt[setting]
+        assert self.correction is not None
+        place = *self.session.place, torch.get_num_threads(), compiled
+        learnt = _learnt.setdefault(self.model, {}).setdefault((self.sparsity, self.correction, place), Learnt())
+        parameters = count_parameters(self.model)
+        floor, probed = (density(parameters, each, "streamed") for each in self.session.least_touched())
+        return AutoPeriod(floor, learnt, probed=probed, width=self.correction.tree_width)
 
     def _lossless(self, sampled: bool) -> bool:
-        if not self.session.alike and not (self.rows == 1 and self.correction == PLAIN):
+        plain = self.correction is not None and self.correction.period == 1
+        if not self.session.alike and not (plain and self.rows == 1):
             return False
         whole = self.sparsity.keep == 1 and self.sparsity.threshold is None
         if self.correction is None:

@@ -134,11 +134,14 @@ class CorrectionConfig:
 
         changes  fields to be set otherwise. Source: Sirius (arXiv 2409.03856), section 5.
         """
-        return cls(**{"period": 16, "accept": "threshold", "threshold": 0.1, "accept_temperature": 0.6, **changes})
+        fields = {"period": 16, "accept": "threshold", "accept_temperature": 0.6, **changes}
+        if fields["accept"] not in OWN:
+            fields.setdefault("threshold", THRESHOLD)
+        return cls(**fields)
 
     @property
-    def bar(self) -> float:
-        """The threshold of a rule that has one."""
+    def least(self) -> float:
+        """The threshold that counts under a rule which has one."""
         return THRESHOLD if self.threshold is None else self.threshold
 
     @property
@@ -153,7 +156,7 @@ class CorrectionConfig:
         """
         if self.period == 1:
             return True
-        own = self.accept in OWN or (self.accept == "threshold" and self.bar > 0.5 and not sampled)
+        own = self.accept in OWN or (self.accept == "threshold" and self.least > 0.5 and not sampled)
         return own and not self.ablate
 
 
@@ -202,13 +205,19 @@ def as_config(kind: type[Config], value: Any) -> Config:
     """
     if isinstance(value, kind):
         return value
-    if kind is CorrectionConfig and value == PAPER:
-        return cast("Config", CorrectionConfig.paper())
+    if kind is CorrectionConfig and isinstance(value, str):
+        return cast("Config", _correction(value))
     try:
         return kind(**value) if isinstance(value, Mapping) else kind(value)
     except TypeError as error:
         known = ", ".join(field.name for field in fields(kind))
         raise ConfigError(f"{kind.__name__} takes {known}; got {value!r}") from error
+
+
+def _correction(word: str) -> CorrectionConfig:
+    if word not in (AUTO, PAPER):
+        raise ConfigError(f"a correction by one word is {AUTO!r} or {PAPER!r}; got {word!r}")
+    return CorrectionConfig.paper() if word == PAPER else CorrectionConfig()
 
 
 def _check_kinds(config: object, **kinds: Any) -> None:

@@ -43,8 +43,8 @@ class BatchOptions(TypedDict, total=False):
     """What the texts of a batch have in common.
 
     sparsity    a method's name at keep 0.5, a SparsityConfig, or a mapping of its fields; "coarse" if left out
-    correction  a period (or "auto"), a CorrectionConfig or a mapping of its fields; None leaves the sparse model alone
-                (lossy)
+    correction  a period or "auto", "paper" (the paper's setting, lossy), a CorrectionConfig or a mapping of its fields;
+                None leaves the sparse model alone (lossy). Left out: lossless, and drafted where that is faster
     """
 
     sparsity: SparsityConfig | Mapping[str, Any] | str

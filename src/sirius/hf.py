@@ -59,7 +59,7 @@ def decode(  # noqa: PLR0913 - transformers' own arguments, and ours
     stopping_criteria: StoppingCriteriaList,
     generation_config: GenerationConfig,
     sparsity: SparsityConfig | Mapping[str, Any] | str = "coarse",
-    correction: CorrectionConfig | Mapping[str, Any] | None = CorrectionConfig(),  # noqa: B008 - frozen
+    correction: CorrectionConfig | Mapping[str, Any] | int | str | None = CorrectionConfig(),  # noqa: B008 - frozen
     streamer: BaseStreamer | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     stop: str | Sequence[str] | None = None,
@@ -69,9 +69,9 @@ def decode(  # noqa: PLR0913 - transformers' own arguments, and ours
 
     input_ids   [B, P] int64, left-padded; `attention_mask` says which tokens count
     sparsity    a method's name at keep 0.5, a SparsityConfig or a mapping of its fields; a keyword of `generate`
-    correction  a CorrectionConfig or a mapping of its fields, None to decode with the sparse model alone; likewise
-    do_sample   samples as the processors and warpers of `generate` say, seeded by torch's generator; lossless under
-                the rule "sampling"
+    correction  a CorrectionConfig, a mapping of its fields, a period, "auto" or "paper"; None to decode with the sparse
+                model alone; likewise
+    do_sample   samples as the processors and warpers of `generate` say, seeded by torch's generator
     streamer, tokenizer, stop   bind these with functools.partial, or use `sirius.generate`
 
     Stopping criteria get scores None, as in assisted decoding. `use_cache` and `cache_implementation` change nothing:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from sirius.core import CorrectionConfig, Round
+from sirius.core import AUTO, CorrectionConfig, Round
 
 Convention = Literal["published", "streamed"]
 
@@ -73,20 +73,23 @@ class Stats:
     rolled_back          guesses that those windows threw away, of the branch that went furthest
     corrections_per_token  corrections / tokens
     tokens               new tokens, the prompt's first one included
-    aal                  average advance length, tokens per window over all windows; None where nothing is drafted
+    aal                  average advance length, tokens per window; None where nothing was drafted. With period "auto"
+                         plain steps between windows do not count here, nor in the two that follow
     aal_complete         the same over complete windows; None where there is none
     period               K, or "auto"
     density              share of the parameters that a draft token touches ("published" convention)
     effective_density    share of the parameters read per token: drafts at `density`, each check at 1
     density_streamed, effective_density_streamed   the same without the untied input embedding
     parameters_per_token effective_density times the parameters
-    acceptance_histogram entry i counts the windows that kept i guesses
+    acceptance_histogram entry i counts the windows that kept i guesses; a probe of period "auto" is in no figure but
+                         seconds
     seconds              wall time of all passes that the text took part in, the prompt's included; what the caller does
                          between rounds is not. In a batch the rows' passes are the same ones
     tokens_per_second    tokens / seconds
     lossless             whether the text is by construction what the full model alone writes: its greedy text, or with
                          a temperature the sample that its seed gives. False where rounding may differ with the number
-                         of tokens in a pass: on a GPU, and in 16 bits on a CPU without the compiled kernels
+                         of tokens in a pass: on a GPU, and in 16 bits on a CPU without the compiled kernels or of a
+                         model whose attention they do not take
     """
 
     rounds: int
@@ -135,9 +138,10 @@ def summarise(rounds: Sequence[Round], setting: Setting, seconds: float) -> Stat
     windows = rounds[1:]
     correction = setting.correction
     period = correction.period if correction else 1
-    complete = [w for w in windows if not w.cut and w.steps == w.period - 1]
+    drafted = [w for w in windows if w.steps] if period == AUTO else windows
+    complete = [w for w in drafted if not w.cut and w.steps == w.period - 1]
     tokens = sum(len(r.tokens) for r in rounds)
-    accepted = [w.accepted for w in windows]
+    accepted = [w.accepted for w in drafted]
     corrected = [w for w in windows if w.origins[-1:] == ("correction",)]
     published = density(setting.parameters, setting.touched)
     streamed = density(setting.parameters, setting.touched, "streamed")
@@ -151,7 +155,7 @@ def summarise(rounds: Sequence[Round], setting: Setting, seconds: float) -> Stat
         rolled_back=sum(len(w.draft) - w.accepted for w in corrected),
         corrections_per_token=len(corrected) / tokens,
         tokens=tokens,
-        aal=average_advance(windows) if period != 1 else None,
+        aal=average_advance(drafted) if period != 1 else None,
         aal_complete=average_advance(complete) if period != 1 else None,
         period=period,
         density=published,
@@ -192,7 +196,7 @@ def combine(parts: Sequence[Stats]) -> Stats:
         rolled_back=sum(p.rolled_back for p in parts),
         corrections_per_token=sum(p.corrections for p in parts) / tokens,
         tokens=tokens,
-        aal=_mean([p.aal for p in parts], rounds),
+        aal=_mean([p.aal for p in parts], [sum(p.acceptance_histogram) for p in parts]),
         aal_complete=_mean([p.aal_complete for p in parts], [p.rounds_complete for p in parts]),
         period=parts[0].period,
         density=_mean([p.density for p in parts], sparse) or parts[0].density,

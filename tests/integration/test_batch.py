@@ -445,6 +445,34 @@ def test_a_probe_under_a_lossy_rule_shows_the_statistic_no_token_twice(engine, m
     assert shown[before:] == [1, 1]  # two layers
 
 
+@pytest.mark.parametrize("ablate", [(), ("rewrite",)], ids=["rewritten", "not rewritten"])
+@pytest.mark.parametrize("accept", ["lossless", "threshold"])
+def test_a_probe_leaves_the_cache_as_it_is_even_where_memory_runs_out(engine, accept, ablate, monkeypatch):
+    correction = CorrectionConfig(4, accept, ablate=ablate)
+    batch = open_batch(engine, sparsity=SparsityConfig("fine", 0.3), correction=correction)
+    for prompt in PROMPTS[:2]:
+        batch.add(engine.text(prompt, max_new_tokens=30))
+    for _ in range(6):
+        batch.step()
+    cache, rows = batch.session.cache, [entry.row for entry in batch.active]
+
+    def held() -> list[torch.Tensor]:
+        stores = [store for layer in cache.slot_layers for store in layer.stores]
+        return [store[row, :length].clone() for store in stores for row, length in enumerate(cache.lengths.tolist())]
+
+    before = held()
+    probe(batch.session, rows, batch.plan, 5)
+    assert all(map(torch.equal, held(), before))
+
+    def no_memory(*args, **kwargs):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr("sirius.decoding.probe.noisy", no_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        probe(batch.session, rows, batch.plan, 5)
+    assert all(map(torch.equal, held(), before))
+
+
 def test_a_rows_own_neurons_make_a_lossy_text_independent_of_its_neighbours(engine):
     def text(prompts, **options):
         sparsity = SparsityConfig("coarse", 0.2, **options)

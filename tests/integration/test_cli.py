@@ -402,6 +402,14 @@ def test_files_that_cannot_be_used_are_one_line(generate, tmp_path):
     assert jobs.read_text() == '{"prompt": "w5"}\n'
 
 
+def test_a_text_that_rounding_may_change_is_told_apart_from_a_lossy_one(generate, monkeypatch):
+    monkeypatch.setattr("sirius.kernels.cpu.library", lambda: None)
+    assert generate("w5 w6", *SHORT).err == ""
+    printed = generate("w5 w6", *SHORT, "--dtype", "bfloat16")
+    assert "not certain to be the full model's text" in printed.err and "lossy" not in printed.err
+    assert generate("w5 w6", *SHORT, "--dtype", "bfloat16", "--period", "1").err == ""
+
+
 def test_a_lossy_text_is_called_lossy_beside_it_and_a_lossless_one_is_not(generate):
     for options, lossy in ((("--preset", "paper"), True), (("--no-correct",), True), ((), False)):
         printed = generate("w5 w6", *SHORT, *options)

@@ -35,7 +35,7 @@ BUDGET = 40  # the most that hypothesis asks for
 class Wandering(AutoPeriod):
     """Any period after any other, and probes at any time, in place of those that time on this machine would bring."""
 
-    draw = Random(0)
+    draw: Random
 
     def choose(self, rows: int) -> int:
         return self.draw.choice((1, 2, 3, 6, 16))
@@ -49,6 +49,7 @@ class Wandering(AutoPeriod):
 
 @pytest.fixture(autouse=True)
 def periods_wander(monkeypatch):
+    monkeypatch.setattr(Wandering, "draw", Random(0), raising=False)
     monkeypatch.setattr("sirius.batch.AutoPeriod", Wandering)
 
 

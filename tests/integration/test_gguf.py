@@ -247,6 +247,14 @@ def test_a_head_of_garbage_is_refused(file):
     assert f"the head of {file} is broken or cut off" in refused(file)
 
 
+@pytest.mark.parametrize("alignment", [0, -32, "wide"])
+def test_a_head_whose_alignment_is_no_number_of_bytes_is_refused(file, alignment, monkeypatch):
+    monkeypatch.setattr("sirius.model.gguf._Reader.text", lambda self: "general.alignment")
+    monkeypatch.setattr("sirius.model.gguf._Reader.value", lambda self: alignment)
+    monkeypatch.setattr("sirius.model.gguf._Reader.tensor", lambda self: ())
+    assert f"the head of {file} is broken or cut off" in refused(file)
+
+
 def test_a_file_cut_off_in_its_weights_is_refused_with_both_sizes(file):
     whole = file.read_bytes()
     file.write_bytes(whole[:-100])

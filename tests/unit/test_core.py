@@ -169,11 +169,18 @@ def test_what_is_no_configuration_is_refused(value, named):
 
 def test_the_papers_setting_may_be_changed_in_a_field_and_is_lossy():
     assert CorrectionConfig.paper(threshold=0.05) == CorrectionConfig(16, "threshold", 0.05, accept_temperature=0.6)
+    assert CorrectionConfig.paper(accept="lossless") == CorrectionConfig(16)
     assert not CorrectionConfig.paper().lossless(sampled=False)
-    assert CorrectionConfig(accept="typical").bar == CorrectionConfig.paper().threshold == 0.1
+    assert CorrectionConfig(accept="typical").least == CorrectionConfig.paper().threshold == 0.1
 
 
 @pytest.mark.parametrize("rule", ["lossless", "argmax", "sampling"])
 def test_a_threshold_beside_a_rule_that_has_none_is_refused_with_both(rule):
     with pytest.raises(ConfigError, match=rf"0\.3.*'{rule}'.*'threshold' \(lossy\)"):
         CorrectionConfig(accept=rule, threshold=0.3)
+
+
+@pytest.mark.parametrize("word", ["lossless", "argmax", "papers", ""])
+def test_a_correction_by_an_unknown_word_names_those_there_are(word):
+    with pytest.raises(ConfigError, match=rf"'auto' or 'paper'; got '{word}'"):
+        as_config(CorrectionConfig, word)

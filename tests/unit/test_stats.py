@@ -163,6 +163,15 @@ def test_windows_of_changing_length_are_complete_by_their_own_period():
     assert len(got.acceptance_histogram) == LONGEST
 
 
+def test_plain_steps_between_windows_of_an_automatic_period_count_in_cost_and_in_no_advance():
+    plain = Round((1,))
+    got = figures(plain, window(3, 3), plain, window(3, 1), period="auto")
+    assert got.aal == (4 + 2) / 2 and got.aal_complete == (4 + 2) / 2
+    assert (got.rounds, got.rounds_complete, sum(got.acceptance_histogram)) == (4, 2, 2)
+    assert got.effective_density == pytest.approx((6 * got.density + 4) / 8)
+    assert figures(plain, plain, period="auto").aal is None
+
+
 def test_corrections_taken_together_are_per_token_of_all():
     both = combine([figures(window(3, 0)), figures(window(3, 3), window(3, 1))])
     assert (both.corrections, both.rolled_back, both.tokens) == (2, 3 + 2, 2 + 7)

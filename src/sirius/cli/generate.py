@@ -16,6 +16,7 @@ from sirius.cli.terminal import WRONG_INPUT, complain, err, out, progress, saved
 from sirius.errors import ConfigError, SiriusError
 
 if TYPE_CHECKING:
+    from sirius.core import CorrectionConfig
     from sirius.engine import Completion, Engine, Prompt
     from sirius.jobs import Job
 
@@ -45,7 +46,7 @@ def generate(
     ] = True,
     preset: Annotated[
         str | None,
-        typer.Option(help="paper: coarse, keep 0.5, period 16, accept threshold 0.1 (lossy). Other options go before."),
+        typer.Option(help="paper: period 16, accept threshold, threshold 0.1 (lossy). Options given beside it win."),
     ] = None,
     period: Annotated[
         str, typer.Option(help="Tokens of a branch that one check reads; auto drafts where that is faster.")
@@ -133,7 +134,7 @@ def generate(
         hub = {"revision": revision, "trust_remote_code": trust_remote_code}
         return terminal.load(model, dtype=dtype, device=device, compile=compile, **hub)
 
-    form = _Form(settings, json, logprobs)
+    form = _Form(settings, json, logprobs, corrected)
     if input is not None:
         _decode_file(load, _Files(input, output), form, options, batch_size)
     elif prompt is not None and json:
@@ -187,16 +188,19 @@ def _stream(engine: "Engine", prompt: "Prompt", options: dict[str, Any]) -> None
         sys.stdout.flush()
         if update.completion is not None:
             sys.stdout.write("\n")
-            _tell_lossy(update.completion)
+            _tell_lossy(update.completion, options["correction"])
 
 
-def _tell_lossy(done: "Completion") -> None:
-    if not done.stats.lossless:
-        err.print(
-            "lossy: this need not be the full model's text; --accept lossless, the default, gives that",
-            style="dim",
-            highlight=False,
-        )
+def _tell_lossy(done: "Completion", correction: "CorrectionConfig | None") -> None:
+    """Say that a text need not be the full model's, where that is so, and what to do about it."""
+    if done.stats.lossless:
+        return
+    if correction is not None and correction.lossless(sampled=False):
+        said = "not certain to be the full model's text, as rounding here differs with the number of tokens in a pass; "
+        said += "--period 1 of a single prompt is certain, and so is --device cpu --dtype float32"
+    else:
+        said = "lossy: this need not be the full model's text; --accept lossless, the default, gives that"
+    err.print(said, style="dim", highlight=False)
 
 
 @dataclass(frozen=True)
@@ -206,13 +210,14 @@ class _Form:
     settings: dict[str, Any]
     json: bool
     details: bool
+    correction: "CorrectionConfig | None"
 
     def show(self, job: "Job | None", done: "Completion") -> None:
         """Write a whole completion to the terminal."""
         if not self.json:
             out.rule(escape("" if job is None else str(job.id)), align="left")
             sys.stdout.write(f"{done.text}\n")
-            _tell_lossy(done)
+            _tell_lossy(done, self.correction)
         else:
             import json
 

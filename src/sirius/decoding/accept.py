@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sirius.core import CorrectionConfig, Origin, Verdict
+from sirius.core import OWN, CorrectionConfig, Origin, Verdict
 from sirius.decoding.tree import Tree
 
 
@@ -84,10 +84,7 @@ def accept_all(check: Check) -> Tensor:
     return torch.ones_like(check.tree.alive)
 
 
-RULES = {
-    "lossless": accept_own,
-    "argmax": accept_own,
-    "sampling": accept_own,
+LOSSY = {
     "threshold": accept_threshold,
     "relative": accept_relative,
     "typical": accept_typical,
@@ -98,10 +95,9 @@ def make_rule(config: CorrectionConfig) -> Rule:
     """Return the rule that a configuration names."""
     if "rollback" in config.ablate:
         return accept_all
-    rule = RULES[config.accept]
-    if rule is accept_own:
+    if config.accept in OWN:
         return accept_own
-    return partial(rule, threshold=config.bar, temperature=config.accept_temperature)
+    return partial(LOSSY[config.accept], threshold=config.least, temperature=config.accept_temperature)
 
 
 class Branches(NamedTuple):

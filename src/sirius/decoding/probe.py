@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from sirius.core import LanguageModel, Mode
-from sirius.decoding.accept import Check, accept_own
+from sirius.decoding.accept import Check, accept_all, accept_own
 from sirius.decoding.host import Stopwatch, fetch
 from sirius.decoding.loop import Plan, Row, noisy, processed
 from sirius.decoding.period import Probed
@@ -16,8 +16,13 @@ from sirius.decoding.tree import Tree
 
 def probe_if_due(model: LanguageModel, rows: Sequence[Row], plan: Plan) -> None:
     """Ask the draft about the rows' last tokens where the period wants to know; texts and cache stay as they are."""
-    if count := plan.period.probes(len(rows), min(row.new for row in rows)):
+    count = plan.period.probes(len(rows), min(row.new for row in rows))
+    if not count:
+        return
+    try:
         plan.period.learn_probe(probe(model, rows, plan, count))
+    except torch.OutOfMemoryError:  # a round needs less
+        plan.period.put_off(len(rows))
 
 
 def probe(model: LanguageModel, rows: Sequence[Row], plan: Plan, count: int) -> Probed:
@@ -29,33 +34,38 @@ def probe(model: LanguageModel, rows: Sequence[Row], plan: Plan, count: int) -> 
     tree = Tree.chain(torch.tensor([row.tokens[-count - 1 :] for row in rows], device=model.device))
     here = slice(0, count)
     model.rewind(count)
-    watch = Stopwatch(model.device)
-    scores = model.read(tree.tokens[:, here], Mode.SPARSE, tree.window(here, fixed=count, apart=True))
-    watch.mark()
-    guesses = _following(earlier, tree, count, scores).topk(min(plan.width, scores.shape[-1]), -1).indices
-    check = _check(model, earlier, tree, count, plan)
-    model.keep(torch.arange(count).expand(len(rows), -1), torch.full((len(rows),), count))
+    try:
+        watch = Stopwatch(model.device)
+        scores = model.read(tree.tokens[:, here], Mode.SPARSE, tree.window(here, fixed=count, apart=True))
+        watch.mark()
+        guesses = _following(earlier, tree, scores).topk(min(plan.width, scores.shape[-1]), -1).indices
+        check = _check(model, earlier, tree, count, plan)
+    finally:
+        model.keep(torch.arange(count).expand(len(rows), -1), torch.full((len(rows),), count))
     stand = torch.stack([_stands(check, guess, plan) for guess in guesses.unbind(-1)]).any(0)
     [kept] = fetch(stand.sum())
     return Probed(len(rows), watch.laps()[0], count, int(kept), stand.numel())
 
 
-def _following(rows: Sequence[Row], tree: Tree, count: int, scores: Tensor) -> Tensor:
-    """Return scores [B, count, V] after the first `count` places, processed and with noise, as tokens are chosen."""
-    levels = [slice(place, place + 1) for place in range(count)]
-    parts = [noisy(rows, processed(rows, tree, here, scores[:, here]), here.start) for here in levels]
+def _following(rows: Sequence[Row], tree: Tree, scores: Tensor) -> Tensor:
+    """Return scores [B, count, V] after the first places, processed and with noise, as tokens are chosen."""
+    parts = [noisy(rows, each, place) for place, each in enumerate(_processed(rows, tree, scores))]
     return torch.cat(parts, 1)
+
+
+def _processed(rows: Sequence[Row], tree: Tree, scores: Tensor) -> list[Tensor]:
+    """Return scores [B, count, V] after the first places as the rows' processors leave them, [B, 1, V] a place."""
+    levels = [slice(place, place + 1) for place in range(scores.shape[1])]
+    return [processed(rows, tree, here, scores[:, here]) for here in levels]
 
 
 def _check(model: LanguageModel, rows: Sequence[Row], tree: Tree, count: int, plan: Plan) -> Check:
     """Return what the judge says at the tokens: they are its own choice, or under a lossy rule it is asked again."""
-    if plan.rule is accept_own:
+    if plan.rule in (accept_own, accept_all):
         return Check(tree, tree.tokens[:, :0], tree.tokens.roll(-1, 1))
     here = slice(0, count)
-    scores = model.read(tree.tokens[:, here], plan.judge, tree.window(here))
-    levels = [slice(place, place + 1) for place in range(count)]
-    scores = torch.cat([processed(rows, tree, here, scores[:, here]) for here in levels], 1)
-    return Check(tree, scores, tree.tokens.roll(-1, 1))
+    scores = model.read(tree.tokens[:, here], plan.judge, tree.window(here, fixed=count))
+    return Check(tree, torch.cat(_processed(rows, tree, scores), 1), tree.tokens.roll(-1, 1))
 
 
 def _stands(check: Check, guess: Tensor, plan: Plan) -> Tensor:

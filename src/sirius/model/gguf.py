@@ -119,7 +119,9 @@ def _read(path: Path, reader: _Reader) -> Head:
     tensors, fields = reader.number("Q"), reader.number("Q")
     known = {reader.text(): reader.value() for _ in range(fields)}
     named = {reader.text(): reader.tensor() for _ in range(tensors)}
-    grid = known.get("general.alignment", 32)
+    grid, parts = (known.get(name, usual) for name, usual in (("general.alignment", 32), ("split.count", 1)))
+    if not (isinstance(grid, int) and grid > 0 and isinstance(parts, int)):
+        raise ValueError(f"an alignment of {grid!r}, {parts!r} parts")
     return Head(path, known, named, -(-reader.at // grid) * grid)
 
 

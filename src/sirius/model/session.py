@@ -147,15 +147,16 @@ class Session:
         before = self.cache.copy(window.fixed) if window.fixed else []
         routes, inputs = self._routes(mode, window.apart), self._inputs(tokens, lengths, window)
         call = partial(self._read, self.model, routes)
-        if self.refreshing:
-            scores = call(**inputs)
-        else:
+        try:
+            if self.refreshing:
+                return call(**inputs)
             calls = call, call if self.forward is self.model else partial(self._read, self.forward, routes)
-            key = mode, inputs["looks"].shape, window.apart, torch.get_num_threads()
-            scores = self.space.passes.run(key, calls, inputs, alive=routes)
-        if window.fixed:
-            self.cache.paste(window.fixed, before)
-        return scores
+            apart = window.apart and isinstance(self.shared, TokenSparsity)
+            key = mode, inputs["looks"].shape, apart, torch.get_num_threads()
+            return self.space.passes.run(key, calls, inputs, alive=routes)
+        finally:
+            if window.fixed:
+                self.cache.paste(window.fixed, before)
 
     def _check_model(self) -> None:
         """Raise UnsupportedModelError where the model is no longer what it was, or drops something at random."""
@@ -226,6 +227,7 @@ class Session:
                     method.refresh(layer, z[row, kept.to(z.device)])
         self.seen, self.drafts = {}, None
 
+    @_ordinary
     def rewind(self, count: int) -> None:
         """Let each row hold `count` tokens less, which stand at places 0 .. count - 1 then, for `keep` to take back."""
         self.rewound = True
@@ -241,11 +243,12 @@ class Session:
         self.space.tally.move(len(self.methods), row)
         self._rows_changed()
 
-    def least_touched(self) -> Touched:
-        """Return which share of its neurons a draft token reads at least."""
+    def least_touched(self) -> tuple[Touched, Touched]:
+        """Return which share of its neurons a draft token reads at least, and a probe at most."""
         if isinstance(self.shared, TokenSparsity):
-            return self.shared.touched(0.0)
-        return self.shared.touched() if isinstance(self.shared, PromptSparsity) else DENSE
+            return self.shared.touched(0.0), DENSE  # tokens with sets of their own need nearly all of them together
+        once = self.shared.touched() if isinstance(self.shared, PromptSparsity) else DENSE
+        return once, once
 
     def touched(self, row: int) -> Touched:
         """Return which share of its neurons a draft token of a row reads."""
