@@ -14,6 +14,7 @@ from sirius.kernels.activations import Activation, activation_name
 from sirius.kernels.reference import NormForm, Weight
 
 MANY = 64  # tokens from which on a matrix product of PyTorch's is the faster one, where the CPU has instructions for it
+LONG = 8  # tokens of a row from which on it is as fast alone, where rows have neurons of their own
 FEW = 16  # tokens up to which a GPU reads weights in a kernel of ours as fast as it can
 _alike: ContextVar[bool] = ContextVar("alike", default=False)
 
@@ -88,9 +89,9 @@ def finish(
 
 
 def takes_sets(x: Tensor, weights: Sequence[Weight], activation: Activation, index: Tensor) -> bool:
-    """Tell whether `gated_each` has a kernel for x [B, T, H], weights [F, H] of an MLP and its activation."""
+    """Tell whether `gated_each` has a kernel, and a faster one, for x [B, T, H], an MLP's weights and activation."""
     same = len({weight.shape for weight, _ in weights}) == 1 and activation_name(activation) in cpu.ACTIVATIONS
-    return same and all(_backend(index, x, *weight) is cpu for weight in weights)
+    return same and x.shape[1] < LONG and all(_backend(index, x, *weight) is cpu for weight in weights)
 
 
 def gated_each(
