@@ -297,3 +297,14 @@ def test_unknown_dtypes_and_devices_are_refused_with_a_way_out(saved):
         message = refused(saved, ConfigError, device=device)
         assert message.startswith(f"device {device!r} cannot be used here: ")
         assert message.endswith("'cpu' always can")
+
+
+def test_a_tokenizer_that_its_library_cannot_build_is_told_in_one_line(tmp_path, monkeypatch):
+    def broken(*args, **kwargs):
+        raise Exception("Error while initializing BPE: Token `!#` out of vocabulary")  # as the library does
+
+    tiny_model().save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    monkeypatch.setattr("sirius.model.loading.AutoTokenizer.from_pretrained", broken)
+    with pytest.raises(ModelError, match=r"cannot load the tokenizer of .*Token `!#` out of vocabulary"):
+        Engine.load(str(tmp_path))

@@ -199,7 +199,8 @@ def _tell_lossy(done: "Completion", correction: "CorrectionConfig | None") -> No
         said = "not certain to be the full model's text, as rounding here differs with the number of tokens in a pass; "
         said += "--period 1 of a single prompt is certain, and so is --device cpu --dtype float32"
     else:
-        said = "lossy: this need not be the full model's text; --accept lossless, the default, gives that"
+        said = "lossy: this need not be the full model's text; the defaults (without --no-correct, --preset, --ablate, "
+        said += "another --accept) give that"
     err.print(said, style="dim", highlight=False)
 
 

@@ -208,7 +208,9 @@ def _attempt(source: Source, what: str, load: Any, **options: Any) -> Any:
     """Call one of transformers' loaders and turn what it raises of a bad checkpoint into one line."""
     try:
         return load(source.place, **options)
-    except BROKEN as error:
+    except Exception as error:
+        if not isinstance(error, BROKEN) and type(error) is not Exception:  # so the tokenizers' library raises
+            raise
         raise ModelError(f"cannot load the {what} of {source.name}: {_first_line(error)}") from error
 
 
