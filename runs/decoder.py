@@ -205,9 +205,10 @@ STUDIES = {study.__name__: study for study in (trees, batches, rows, refresh, sa
 
 def compare(engine: Engine, settings: list[Setting], problems: int, seed: int) -> list[dict[str, object]]:
     """Run every setting over the problems, in turns, and return their figures."""
-    for begin in range(0, problems, CHUNK):
+    chunk = CHUNK if max(setting.batch for setting in settings) > 1 else 1
+    for begin in range(0, problems, chunk):
         for setting in settings:
-            setting.run(engine, range(begin, min(begin + CHUNK, problems)), seed)
+            setting.run(engine, range(begin, min(begin + chunk, problems)), seed)
     return [setting.row() for setting in settings]
 
 

@@ -16,7 +16,8 @@ EACH = 0.02  # what a further token of a check costs, over a plain step, until t
 PROBED = 16  # tokens that a probe asks the draft about
 FEWEST = 8  # tokens from which on a probe tells enough
 FIRST_WAIT, LONGEST_WAIT = 256, 4096  # tokens between probes; each that promises nothing doubles the wait
-HORIZON = 200  # tokens over which the first, slow passes of a new shape must pay for themselves
+HORIZON = 200  # tokens over which the first, slow passes of a new shape must pay for themselves, or a text if shorter
+SHORTEST = 16  # tokens that a text is taken to have at least
 DRAFT = 0  # stands for a draft pass where shapes are counted by the tokens of a check
 REFRESH = 64  # windows between two plain steps while windows are drafted, to keep the plain step's time fresh
 
@@ -91,7 +92,7 @@ class Costs:
     checks     of a check, by its tokens a row; that of 1 is a plain step
     points     the median of each, by tokens, none under a plain step's
     each       what a further token of a check costs in plain steps, while no check was measured
-    early      seconds of a plain step before it settled
+    early      seconds of the second and the third plain step of a session, before they settled
     asked      whether it was decided if drafting can pay
     now        the period
     wait       tokens until the next probe; next_wait is the wait after that
@@ -102,7 +103,7 @@ class Costs:
     checks: dict[int, deque[float]] = field(default_factory=dict)
     points: list[tuple[int, float]] = field(default_factory=list)
     each: float = EACH
-    early: float = 0.0
+    early: list[float] = field(default_factory=list)
     asked: bool = False
     now: int = 1
     wait: int = 0
@@ -116,8 +117,13 @@ class Costs:
 
     @property
     def slow(self) -> float:
-        """Seconds that a pass which has not settled costs more."""
-        return max(self.early - (self.plain or 0.0), 0.0)
+        """Seconds that an early pass costs more than a settled one; the third is dearer, as it is recorded."""
+        return max(min(self.early, default=0.0) - (self.plain or 0.0), 0.0)
+
+    @property
+    def price(self) -> float:
+        """Seconds that the first passes of a shape cost more than settled ones, all together."""
+        return sum(max(seconds - (self.plain or 0.0), 0.0) for seconds in (*self.early[:1], *self.early))
 
     def add_check(self, tokens: int, seconds: float) -> None:
         """Take note of the time of a check that has settled."""
@@ -154,11 +160,20 @@ class Learnt:
     costs: dict[int, Costs] = field(default_factory=dict)
     kept: float = 0.0
     judged: float = 0.0
+    sessions: int = 0
+    tokens: float = 0.0  # of a row, over all sessions
 
     @property
     def acceptance(self) -> float:
         """The chance that a guess stands after one that did; before any is judged, one half."""
         return (self.kept + 0.25) / (self.judged + 0.5)
+
+    @property
+    def horizon(self) -> float:
+        """Tokens over which the slow passes of a session must pay for themselves."""
+        if self.sessions < 2:
+            return HORIZON
+        return min(max(self.tokens / (self.sessions - 1), SHORTEST), HORIZON)  # the last session goes on
 
     def judge(self, kept: int, judged: int, passes: int) -> None:
         """Count guesses, and let those before them weigh less, by the number of draft passes."""
@@ -189,6 +204,7 @@ class AutoPeriod(Period):
         self.floor, self.width = floor, width
         self.probed = floor if probed is None else probed
         self.learnt = Learnt() if learnt is None else learnt
+        self.learnt.sessions += 1
         self.seen: Counter[tuple[int, int]] = Counter()  # passes by rows and tokens of a check, DRAFT of a draft pass
 
     def probes(self, rows: int, new: int) -> int:
@@ -213,16 +229,17 @@ class AutoPeriod(Period):
         costs, acceptance = self.costs(rows), self.learnt.acceptance
         tokens = (1 - acceptance**period) / (1 - acceptance)
         seconds = (period - 1) * costs.step(self.floor) + costs.check(period, self.width)
-        return tokens / max(seconds + self._price(period, rows) * tokens / HORIZON, 1e-9)
+        return tokens / max(seconds + self._price(period, rows) * tokens / self.learnt.horizon, 1e-9)
 
     def learn(self, measured: Measured) -> None:
         """Take note of a round, and change the period where that promises enough."""
         costs, rows, size = self.costs(measured.rows), measured.rows, measured.steps + 1
+        self.learnt.tokens += 1 + measured.kept / rows
         self.seen[rows, size] += 1
         if self.seen[rows, size] > SETTLED:
             costs.add_check(size, measured.verify)
-        elif size == 1 and self.seen[rows, 1] == SETTLED - 1:  # no longer the first, and not yet recorded
-            costs.early = measured.verify
+        elif size == 1 and self.seen[rows, 1] > 1:  # the first of all passes makes more ready than its shape
+            costs.early = [*costs.early, measured.verify][-2:]
         if not measured.steps:
             costs.wait -= 1
             return
@@ -260,7 +277,8 @@ class AutoPeriod(Period):
     def _price(self, period: int, rows: int) -> float:
         """Return the seconds that a period's first passes cost more, those of them that are yet to come."""
         shapes = (period, DRAFT) if period > 1 else (period,)
-        return self.costs(rows).slow * sum(max(SETTLED - self.seen[rows, shape], 0) for shape in shapes)
+        left = sum(max(SETTLED - self.seen[rows, shape], 0) for shape in shapes)
+        return self.costs(rows).price * left / SETTLED
 
     def _decide(self, rows: int) -> None:
         costs = self.costs(rows)
