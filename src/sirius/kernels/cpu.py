@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sirius.errors import ConfigError
-from sirius.kernels.launch import Complaint, Launch, running
+from sirius.kernels.launch import Complaint, Launch, is_plain, running
 from sirius.kernels.reference import NormForm, Pair, Weight
 
 LIBRARY = Path(__file__).with_name("libsirius_cpu.so")
@@ -79,7 +79,7 @@ def multiplies_halves() -> bool:
 def fits(x: Tensor, weight: Tensor) -> bool:
     """Tell whether the kernels can take a product of x [..., H] or [..., F] with weight [F, H]; rows may lie apart."""
     rows = weight.ndim == 2 and weight.stride(1) == 1 and weight.stride(0) >= weight.shape[1]
-    return rows and x.dtype == weight.dtype and runs_on(weight.device, weight.dtype)
+    return rows and x.dtype == weight.dtype and is_plain(x, weight) and runs_on(weight.device, weight.dtype)
 
 
 def runs_on(device: torch.device, dtype: torch.dtype) -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sirius.kernels import attention, cpu, gpu, reference
 from sirius.kernels.activations import Activation, activation_name
+from sirius.kernels.launch import is_plain
 from sirius.kernels.reference import NormForm, Weight
 
 MANY = 64  # tokens from which on a matrix product of PyTorch's is the faster one, where the CPU has instructions for it
@@ -115,6 +116,8 @@ def lie_together(up: Tensor, down: Tensor) -> bool:
 
 def largest(values: Tensor, count: int) -> Tensor:
     """Return the places of the `count` largest of values [..., F] at least 0, ascending; see `reference.largest`."""
+    if not is_plain(values):
+        return reference.largest(values, count)
     if values.dtype in gpu.DTYPES and values.shape[-1] <= gpu.LONGEST and gpu.runs_on(values.device):
         return gpu.largest(values, count)
     return (cpu if cpu.runs_on(values.device, values.dtype) else reference).largest(values, count)
@@ -138,7 +141,8 @@ def reads_rows(weight: Tensor) -> bool:
 def norms(x: Tensor, weight: Tensor) -> bool:
     """Tell whether `norm` has a kernel for x."""
     same = weight.dtype == x.dtype and weight.device == x.device and weight.shape == x.shape[-1:]
-    return same and weight.is_contiguous() and cpu.runs_on(x.device, x.dtype) and not _learns(x, weight)
+    plain = weight.is_contiguous() and is_plain(x, weight)
+    return same and plain and cpu.runs_on(x.device, x.dtype) and not _learns(x, weight)
 
 
 def norm(x: Tensor, weight: Tensor, eps: float, form: NormForm) -> Tensor:
@@ -155,7 +159,8 @@ def attend(
     query: Tensor, keys: Tensor, values: Tensor, held: Tensor, seen: Tensor, scale: float, softcap: float | None
 ) -> Tensor:
     """Return what tokens see of the slots of a cache; see `reference.attend`."""
-    return _attention(query.device, query.dtype).attend(query, keys, values, held, seen, scale, softcap)
+    backend = _attention(query.device, query.dtype) if is_plain(query, keys, values) else reference
+    return backend.attend(query, keys, values, held, seen, scale, softcap)
 
 
 def _attention(device: torch.device, dtype: torch.dtype) -> ModuleType:
@@ -169,11 +174,11 @@ def _backend(index: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor | Non
         return gpu if index is not None else reference
     few = prod(x.shape[:-1]) < MANY or (weight.dtype is not torch.float32 and not cpu.multiplies_halves())
     ours = few or index is not None or _alike.get()
-    return cpu if ours and cpu.fits(x, weight) and not _learns(x, weight, bias) else reference
+    return cpu if ours and cpu.fits(x, weight) and is_plain(bias) and not _learns(x, weight, bias) else reference
 
 
 def _on_gpu(x: Tensor, weight: Tensor, *others: Tensor | None) -> bool:
-    return gpu.fits(x, weight) and not _learns(x, weight, *others)
+    return gpu.fits(x, weight) and is_plain(*others) and not _learns(x, weight, *others)
 
 
 def _learns(*tensors: Tensor | None) -> bool:

@@ -16,6 +16,7 @@ from typing import Any, Concatenate, NamedTuple, ParamSpec
 import torch
 from torch import Tensor
 
+from sirius.kernels.launch import is_plain
 from sirius.kernels.reference import Pair
 
 Rest = ParamSpec("Rest")
@@ -67,7 +68,8 @@ def interpreted() -> bool:
 def fits(x: Tensor, weight: Tensor) -> bool:
     """Tell whether the kernels can take a product of x [..., H] or [..., F] with weight [F, H]."""
     return (
-        runs_on(weight.device)
+        is_plain(x, weight)
+        and runs_on(weight.device)
         and weight.dtype in DTYPES
         and x.dtype == weight.dtype
         and x.device == weight.device

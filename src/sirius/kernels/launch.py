@@ -8,12 +8,20 @@ from itertools import chain
 from operator import index
 from typing import Any, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from sirius.errors import UnsupportedModelError
+
+PLAIN = Tensor, nn.Parameter  # what a tensor with nothing but numbers in memory is; subclasses may hold anything
 SLOTS = 20  # 64-bit numbers of a call, its kernel's first, as in csrc/kernels.cpp
 Run = Callable[..., int]  # the library's sirius_run
 Complaint = Callable[[int], Exception]  # of what a kernel found outside of what there is
 _threads = threading.local()
+
+
+def is_plain(*tensors: Tensor | None) -> bool:
+    """Tell whether tensors are no subclass (quantised, sharded, traced, ...), so that an address says where they lie."""
+    return all(each is None or type(each) in PLAIN for each in tensors)
 
 
 class Launch:
@@ -77,7 +85,11 @@ def record_to(recorder: Recorder | None) -> Recorder | None:
 def _address(value: "Tensor | ctypes.Array[Any] | None") -> int:
     if value is None:
         return 0
-    return value.data_ptr() if isinstance(value, Tensor) else ctypes.addressof(value)
+    if not isinstance(value, Tensor):
+        return ctypes.addressof(value)
+    if not is_plain(value):
+        raise UnsupportedModelError(f"a kernel takes plain tensors; got a {type(value).__name__}")
+    return value.data_ptr()
 
 
 def _real(value: float) -> int:

@@ -28,7 +28,7 @@ LOOKS = {Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.__dlpack__}
 class Tape(TorchDispatchMode):
     """What runs within `with Tape() as tape`, in this thread and outside of inference mode; `replay` runs it again.
 
-    steady  whether it can be: no number was taken out of a tensor, and no shape depended on one
+    steady  whether it can be: all tensors were plain, no number was taken out of one, and no shape depended on one
     calls   what a replay calls, once the tape is off
     """
 
@@ -57,7 +57,7 @@ class Tape(TorchDispatchMode):
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation of PyTorch's and take it down."""
         kwargs = kwargs or {}
-        self.steady &= _is_steady(operation, args)
+        self.steady &= not types and _is_steady(operation, args)  # subclasses of tensors do as they like
         result = operation(*args, **kwargs)
         if not _makes_a_view(operation):
             self.steps.append(Operation(operation, args, kwargs, result))

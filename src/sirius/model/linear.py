@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 
 from sirius.kernels.dispatch import linear
+from sirius.kernels.launch import is_plain
 
 
 class RowLinear(nn.Linear):
@@ -19,6 +20,9 @@ def obstacle(layer: nn.Module) -> str | None:
     if kind not in (nn.Linear, RowLinear):
         name = f"{kind.__module__}.Linear" if kind.__name__ == "Linear" else kind.__name__
         return f"is a {name}, not a plain linear layer; load the model unquantised and without adapters"
+    for each in (layer.weight, layer.bias):
+        if not is_plain(each):
+            return f"holds a {type(each).__name__}, no plain tensor; load the model unquantised and whole"
     return more_than_itself(layer)
 
 

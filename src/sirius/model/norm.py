@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sirius.kernels import dispatch, reference
+from sirius.kernels.launch import is_plain
 from sirius.kernels.reference import NormForm
 
 FORMS = NormForm(0, True), NormForm(0, False), NormForm(1, False)
@@ -77,6 +78,7 @@ def _is_norm(module: nn.Module) -> bool:
         type(module).__name__.endswith("RMSNorm")
         and list(weights) == ["weight"]
         and weights["weight"].ndim == 1
+        and is_plain(weights["weight"])
         and isinstance(_epsilon(module), float)
         and "forward" not in module.__dict__
     )

@@ -14,6 +14,7 @@ from torch.nn.modules import module as _module
 from transformers import PreTrainedModel
 
 from sirius.kernels import cpu, gpu
+from sirius.kernels.launch import is_plain
 from sirius.kernels.tape import Tape
 
 WARM = 2  # passes of a shape in one session before it is worth a record; the last window of a text never is
@@ -215,8 +216,13 @@ class _Parts:
         """
         children = [id(child) for held in self.children for child in held.values()]
         forwards = [id(own["forward"]) for own in self.own if "forward" in own]
-        weights = [each.data_ptr() for held in self.weights for each in held.values() if each is not None]
+        weights = [_place(each) for held in self.weights for each in held.values() if each is not None]
         return [any(self.empty), *map(type, self.modules), *children, *forwards, *weights]
+
+
+def _place(weight: Tensor) -> int:
+    """Return where a weight lies, or which object it is where it is no plain tensor and has no address."""
+    return weight.data_ptr() if is_plain(weight) else id(weight)
 
 
 def recorder(model: PreTrainedModel) -> Record | None:

@@ -32,13 +32,13 @@ def prepare(model: PreTrainedModel) -> list[SparseMLP]:
     not fit.
     """
     _check_kind(model)
+    _check_weights(model)
     if ready := dict(_sparse_mlps(model)):
         for path, mlp in ready.items():
             check_layers(path, mlp, mlp.names, mlp.act)
             mlp.settle()
         return list(ready.values())
     check_config(model.config)
-    _check_weights(model)
     found = {module: path for path, module in (_gated_mlp(name, block) for name, block in _blocks(model))}
     with ExitStack() as undo:
         mlps = [_take_over(path, module, undo) for module, path in found.items()]

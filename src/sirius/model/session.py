@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from sirius.core import Mode, Window
 from sirius.errors import RequestError, UnsupportedModelError
 from sirius.kernels.dispatch import alike
+from sirius.kernels.launch import is_plain
 from sirius.model import attention
 from sirius.model.cache import SlotCache
 from sirius.model.mask import chain_mask, tree_mask
@@ -87,12 +88,13 @@ class Session:
     def alike(self) -> bool:
         """Whether what a token is given does not depend on how many tokens share its pass.
 
-        On the CPU our kernels give the same bits. Without them PyTorch's products round in another order, which shows
-        in 16 bits, and a GPU's do so in any dtype.
+        On the CPU our kernels give the same bits. PyTorch's products, of weights that are no plain tensors too, round
+        in another order, which shows in 16 bits. A GPU's do so in any dtype.
         """
         if self.device.type != "cpu":
             return False
-        return self.model.dtype in (torch.float32, torch.float64) or self.space.attends
+        wide = self.model.dtype in (torch.float32, torch.float64)
+        return wide or (self.space.attends and is_plain(*self.model.parameters()))
 
     @_ordinary
     def reserve(self, rows: int, slots: int) -> None:
