@@ -98,7 +98,7 @@ def test_an_mlp_that_changes_in_the_midst_of_a_text_ends_it_by_name():
     steps = Engine(model).stream(PROMPT, max_new_tokens=NEW, correction=5)
     next(steps)
     wrap(model.model.layers[1].mlp.up_proj)
-    with pytest.raises(UnsupportedModelError, match="up_proj .* holds a Wrapped"):
+    with pytest.raises(UnsupportedModelError, match=r"up_proj .* holds a Wrapped"):
         list(steps)
 
 

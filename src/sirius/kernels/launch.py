@@ -20,7 +20,7 @@ _threads = threading.local()
 
 
 def is_plain(*tensors: Tensor | None) -> bool:
-    """Tell whether tensors are no subclass (quantised, sharded, traced, ...), so that an address says where they lie."""
+    """Tell whether tensors are no subclass (quantised, sharded, traced, ...), and have an address."""
     return all(each is None or type(each) in PLAIN for each in tensors)
 
 

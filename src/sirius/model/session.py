@@ -20,7 +20,7 @@ from sirius.model.mask import chain_mask, tree_mask
 from sirius.model.mlp import Chosen, Observe, Route, SparseMLP, fixed_routes
 from sirius.model.passes import compile_model
 from sirius.model.prepare import cache_argument, check_mode, dropouts, rope_turn
-from sirius.model.workspace import borrow, drop_idle
+from sirius.model.workspace import borrow, drop_idle, keep_attention
 from sirius.sparsity.base import PromptSparsity, Sparsity, TokenSparsity
 from sirius.stats import DENSE, Touched
 
@@ -147,18 +147,40 @@ class Session:
         lengths = self.cache.lengths[:rows]
         self.cache.place(lengths[:, None] + window.first + torch.arange(count))
         before = self.cache.copy(window.fixed) if window.fixed else []
-        routes, inputs = self._routes(mode, window.apart), self._inputs(tokens, lengths, window)
-        call = partial(self._read, self.model, routes)
+        read = self._run if self.space.tried else self._try
         try:
-            if self.refreshing:
-                return call(**inputs)
-            calls = call, call if self.forward is self.model else partial(self._read, self.forward, routes)
-            apart = window.apart and isinstance(self.shared, TokenSparsity)
-            key = mode, inputs["looks"].shape, apart, torch.get_num_threads()
-            return self.space.passes.run(key, calls, inputs, alive=routes)
+            return read(tokens, mode, lengths, window)
         finally:
             if window.fixed:
                 self.cache.paste(window.fixed, before)
+
+    def _run(self, tokens: Tensor, mode: Mode, lengths: Tensor, window: Window) -> Tensor:
+        """Run a pass, or replay it where it was recorded."""
+        routes, inputs = self._routes(mode, window.apart), self._inputs(tokens, lengths, window)
+        call = partial(self._read, self.model, routes)
+        if self.refreshing:
+            return call(**inputs)
+        calls = call, call if self.forward is self.model else partial(self._read, self.forward, routes)
+        apart = window.apart and isinstance(self.shared, TokenSparsity)
+        key = mode, inputs["looks"].shape, apart, torch.get_num_threads()
+        return self.space.passes.run(key, calls, inputs, alive=routes)
+
+    def _try(self, tokens: Tensor, mode: Mode, lengths: Tensor, window: Window) -> Tensor:
+        """Run the first pass of a workspace; where our attention cannot stand for the model's, the model's own runs.
+
+        A model that computes something of the mask may also fail of a mask in our form.
+        """
+        try:
+            scores = self._run(tokens, mode, lengths, window)
+        except (attention.MaskChanged, RuntimeError, IndexError) as error:
+            if isinstance(error, torch.OutOfMemoryError) or not self.space.attends:
+                raise
+            self.space.attends = False
+            scores = self._run(tokens, mode, lengths, window)
+            keep_attention(self.model)
+            self.space.passes.record = None
+        self.space.tried = True
+        return scores
 
     def _check_model(self) -> None:
         """Raise UnsupportedModelError where the model is no longer what it was, or drops something at random."""
@@ -212,7 +234,8 @@ class Session:
                 return self._scores(forward, mask, looked)
         table.visible = table.slots
         with self._routed(routes), self._attending(), alike():
-            return self._scores(forward, mask[:, None], {**looked, "held": held})
+            mask = mask[:, None]
+            return self._scores(forward, mask, {**looked, "held": held, "looks": mask})
 
     @_ordinary
     def keep(self, path: Tensor, counts: Tensor) -> None:

@@ -1,5 +1,6 @@
 """What the sessions of a model use one after the other: the slots of the cache, routes, and recorded passes."""
 
+import logging
 import weakref
 from collections.abc import Hashable
 
@@ -22,6 +23,7 @@ class Workspace:
     """The tensors of one session at a time, which stay where they are, so that passes over them can be replayed.
 
     attends  whether attention reads the slots by a kernel of ours; only then are passes recorded
+    tried    whether a pass has shown that it can
     stays    whether its records outlive a session
     state    the model's when the workspace was made: records know no other
     drafts   the routes of the draft with fixed neurons, by the number of rows, as records are
@@ -29,7 +31,7 @@ class Workspace:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.layers, self.device = model.config.get_text_config().num_hidden_layers, model.device
-        self.attends = attends_to(model)
+        self.attends, self.tried = attends_to(model), False
         self.stays = self.attends and stays_on(model.device)
         self.state = state_of(model)
         self.passes = Passes(recorder(model) if self.attends else None, GRAPHS if self.stays else TAPES)
@@ -69,9 +71,22 @@ class Workspace:
 _idle: "weakref.WeakKeyDictionary[PreTrainedModel, dict[Hashable, Workspace]]" = weakref.WeakKeyDictionary()
 
 
+_with_own: "weakref.WeakSet[PreTrainedModel]" = weakref.WeakSet()  # models that keep their attention
+
+
+def keep_attention(model: PreTrainedModel) -> None:
+    """Let a model's own attention run from now on, and say so."""
+    _with_own.add(model)
+    logging.getLogger("sirius").warning(
+        "the attention of this %s changes its mask, so its own code runs, slower than ours", model.config.model_type
+    )
+
+
 def attends_to(model: PreTrainedModel) -> bool:
     """Tell whether a kernel of ours can take a model's attention, which then has nothing of its own about it."""
     if not attends(model.device, model.dtype) or not getattr(model, "_supports_attention_backend", False):
+        return False
+    if model in _with_own:
         return False
     narrower = getattr(model.config.get_text_config(), "v_head_dim", None) is not None
     return not narrower and not any("sink" in name for name, _ in model.named_parameters())

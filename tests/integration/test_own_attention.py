@@ -1,0 +1,67 @@
+"""A model whose attention computes something of its mask keeps it: our attention kernel cannot stand for it."""
+
+import logging
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, DogeConfig
+
+from conftest import VOCABULARY, greedy
+from sirius.engine import Engine
+from sirius.kernels import cpu
+
+pytestmark = pytest.mark.integration
+
+PROMPTS = [[5, 17, 93, 41, 8], [60, 22]]
+SHORT, LONG = 30, 90  # texts within the slots of a mask in our form, and past them
+
+
+def doge(implementation: str, dtype: torch.dtype = torch.float32):
+    config = DogeConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=36,
+        intermediate_size=45,
+        num_hidden_layers=2,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=6,
+        max_position_embeddings=512,
+        initializer_range=0.3,
+        eos_token_id=None,
+        tie_word_embeddings=False,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=implementation)
+        for layer in model.model.layers:
+            torch.nn.init.normal_(layer.self_attn.A)
+    return model.to(dtype).eval()
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("new", [SHORT, LONG])
+@pytest.mark.parametrize("rule", [{"period": 5}, {"period": 4, "tree_width": 3}], ids=["chain", "tree"])
+def test_its_texts_are_transformers_own(implementation, new, rule):
+    model = doge(implementation)
+    wanted = [greedy(model, prompt, new) for prompt in PROMPTS]
+    engine = Engine(model)
+    for _ in range(2):  # it is known by the second time
+        done = dict(engine.generate_many(PROMPTS, max_new_tokens=new, correction=rule))
+        assert [list(done[index].token_ids) for index in range(len(PROMPTS))] == wanted
+        assert all(each.stats.lossless and each.stats.drafted for each in done.values())
+
+
+@pytest.mark.skipif(cpu.library() is None, reason="without kernels no attention of ours")
+def test_that_it_runs_is_told_once(caplog):
+    engine = Engine(doge("sdpa"))
+    with caplog.at_level(logging.WARNING, "sirius"):
+        for _ in range(2):
+            engine.generate(PROMPTS[0], max_new_tokens=SHORT, correction=5)
+    assert [record.getMessage().split(",")[0] for record in caplog.records] == [
+        "the attention of this doge changes its mask"
+    ]
+
+
+def test_in_16_bits_its_text_is_not_called_lossless():
+    done = Engine(doge("sdpa", torch.bfloat16)).generate(PROMPTS[0], max_new_tokens=SHORT, correction=5)
+    assert not done.stats.lossless
