@@ -20,7 +20,7 @@ def obstacle(layer: nn.Module) -> str | None:
     if kind not in (nn.Linear, RowLinear):
         name = f"{kind.__module__}.Linear" if kind.__name__ == "Linear" else kind.__name__
         return f"is a {name}, not a plain linear layer; load the model unquantised and without adapters"
-    for each in vars(layer)["_parameters"].values():
+    for each in layer._parameters.values():
         if not is_plain(each):
             return f"holds a {type(each).__name__}, no plain tensor; load the model unquantised and whole"
     return more_than_itself(layer)
