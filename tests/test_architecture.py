@@ -22,7 +22,7 @@ LAYERS = [  # from the top down; a module imports from its own layer's package o
     {"sparsity"},
     {"kernels", "stats"},
     {"core"},
-    {"errors"},
+    {"errors", "shortage"},
 ]
 APART = [("decoding", "model"), ("decoding", "sparsity"), ("sparsity", "model")]  # these meet only in the batch
 

@@ -33,6 +33,7 @@ from sirius.decoding.sampling import Noise
 from sirius.errors import ConfigError, RequestError, SiriusError
 from sirius.model.prepare import count_parameters, prepare
 from sirius.model.session import Session
+from sirius.shortage import SHORTAGE, asked_for, ran_out
 from sirius.stats import Setting, Stats, density, summarise
 
 _learnt: "WeakKeyDictionary[PreTrainedModel, dict[Hashable, Learnt]]" = WeakKeyDictionary()  # of each setting
@@ -204,41 +205,65 @@ class Batch:
         began = perf_counter()
         try:
             done = self._start(entry)
-        except torch.OutOfMemoryError as error:
-            return self._failed(entry, _out_of_memory(entry.row.slots, error))
         except RequestError as error:
             return self._failed(entry, error)
+        except SHORTAGE as error:
+            if not ran_out(error):
+                raise
+            self._close_unread()
+            return self._failed(entry, _out_of_memory(entry.row.slots, error))
         entry.seconds += perf_counter() - began
         self.active.append(entry)
         return self._took(entry, done)
 
     def _start(self, entry: _Entry) -> Round | None:
-        """Read a prompt, with room for those behind it where memory has that, so that nothing moves twice."""
+        """Read a prompt, with room for those behind it where memory has that, so that nothing moves twice.
+
+        The second try begins when the first one's error is gone, whose traceback holds what that one had.
+        """
         rows = min(self.rows, len(self.active) + 1 + len(self.waiting))
         try:
             self.session.reserve(rows, max(e.row.slots for e in (entry, *islice(self.waiting, self.rows))))
             return start(self.session, entry.row)
-        except torch.OutOfMemoryError:
-            pass  # its traceback holds what the first try had
+        except SHORTAGE as error:
+            if not ran_out(error):
+                raise
+        self._close_unread()
         self.session.release()
         self.session.reserve(len(self.active) + 1, entry.row.slots)
         return start(self.session, entry.row)
 
     def _round(self) -> list[Update]:
+        """Bring every row on by a round; where memory runs out, the longest text ends, and the others try again."""
+        failed: list[Update] = []
+        released = False
+        while self.active:
+            lengths = [len(entry.row.tokens) for entry in self.active]
+            try:
+                done = self._advance()
+            except SHORTAGE as error:
+                if not ran_out(error):
+                    raise
+                short = _out_of_memory(max(lengths), error)
+            else:
+                return failed + [self._took(*each) for each in done]
+            if lengths != [len(entry.row.tokens) for entry in self.active]:  # while tokens were kept
+                return failed + [self._ended(0, short) for _ in lengths]
+            if released:
+                failed.append(self._ended(lengths.index(max(lengths)), short))
+            self.session.release()
+            released = True
+        return failed
+
+    def _advance(self) -> list[tuple[_Entry, Round | None]]:
         began, rows = perf_counter(), [entry.row for entry in self.active]
-        try:
-            probe_if_due(self.session, rows, self.plan)
-            rounds = next_round(self.session, rows, self.plan)
-        except torch.OutOfMemoryError as error:
-            failed = [self._failed(e, _out_of_memory(e.row.slots, error)) for e in self.active]
-            while self.active:
-                self._close(0)
-            return failed
+        probe_if_due(self.session, rows, self.plan)
+        rounds = next_round(self.session, rows, self.plan)
         seconds = perf_counter() - began
         pairs = list(zip(self.active, rounds, strict=True))
         for entry, _ in pairs:
             entry.seconds += seconds
-        return [self._took(entry, done) for entry, done in pairs]
+        return pairs
 
     def _took(self, entry: _Entry, done: Round | None) -> Update:
         """Add a round to a text, cut where the text ends; a text that has ended frees its row."""
@@ -300,6 +325,17 @@ class Batch:
     def _failed(self, entry: _Entry, error: SiriusError) -> Update:
         return Update(entry.ticket, "", Round(()), error=error)
 
+    def _close_unread(self) -> None:
+        """Drop the row of a prompt whose first token memory did not do for."""
+        while len(self.session.methods) > len(self.active):
+            self.session.close(len(self.session.methods) - 1)
+
+    def _ended(self, index: int, error: SiriusError) -> Update:
+        """Drop a row, and tell of the text's error."""
+        entry = self.active[index]
+        self._close(index)
+        return self._failed(entry, error)
+
     def _close(self, index: int) -> None:
         self.session.close(index)
         self.active[index] = self.active[-1]
@@ -321,11 +357,12 @@ def _make_plan(correction: CorrectionConfig | None, period: Period, ends: frozen
     )
 
 
-def _out_of_memory(slots: int, error: torch.OutOfMemoryError) -> RequestError:
+def _out_of_memory(slots: int, error: Exception) -> RequestError:
+    asked = asked_for(error)
     return _caused(
-        f"out of memory with {slots} cache slots for a text; lower max_new_tokens or the batch size, shorten the "
-        "prompt, or load the model in a narrower dtype",
-        error,
+        f"out of memory with {slots} cache slots for a text{f', where {asked} were asked for' if asked else ''}; lower "
+        "max_new_tokens or the batch size, shorten the prompt, or load the model in a narrower dtype",
+        error.with_traceback(None),  # which holds what the passes had
     )
 
 

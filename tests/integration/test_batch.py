@@ -215,29 +215,104 @@ def test_the_density_of_a_text_is_measured_on_it_alone(engine, company):
     assert density(PROMPTS[:1]) < 0.99
 
 
-def test_no_memory_for_a_prompt_is_that_texts_affair_alone(engine, alone, monkeypatch):
+NO_MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    RuntimeError(
+        "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to "
+        "allocate 110592 bytes. Error code 12 (Cannot allocate memory)"
+    ),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:75] . DefaultCPUAllocator: not enough memory: you tried to allocate"),
+    RuntimeError("Storage size calculation overflowed with sizes=[1, 9000000000000000000]"),
+    RuntimeError("std::bad_alloc"),
+    MemoryError(),
+]
+in_every_way = pytest.mark.parametrize("error", NO_MEMORY, ids=lambda error: f"{type(error).__name__} {error}"[:50])
+
+
+@in_every_way
+def test_no_memory_for_a_prompt_is_that_texts_affair_alone(engine, alone, monkeypatch, error):
     read = Session.open
 
     def full(self, prompt, slots):
         if len(prompt) == len(PROMPTS[2]):
-            raise torch.OutOfMemoryError("full")
+            raise error
         return read(self, prompt, slots)
 
     monkeypatch.setattr(Session, "open", full)
     done = dict(engine.generate_many(PROMPTS, max_new_tokens=NEW, sparsity=SPARSITY, correction=RULE))
-    assert isinstance(done[2], RequestError) and "lower max_new_tokens or the batch size" in str(done[2])
+    assert isinstance(done[2], RequestError)
+    assert "out of memory with 39 cache slots" in str(done[2]) and "lower max_new_tokens or the batch size" in str(
+        done[2]
+    )
     assert all(list(done[i].token_ids) == alone[i] for i in (0, 1, 3, 4))
 
 
-def test_no_memory_for_a_round_ends_the_texts_in_it_and_the_batch_goes_on(engine, alone, monkeypatch):
+def test_an_error_of_the_model_is_not_taken_for_a_shortage_of_memory(engine, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("shapes do not match")
+
+    for method in "open", "read":
+        monkeypatch.undo()
+        monkeypatch.setattr(Session, method, broken)
+        with pytest.raises(RuntimeError, match="shapes do not match"):
+            engine.generate(PROMPTS[0])
+
+
+@in_every_way
+def test_no_memory_for_a_first_token_leaves_no_row_behind(engine, alone, monkeypatch, error):
+    def full(*_):
+        raise error
+
+    batch = open_batch(engine)
+    texts = [engine.text(prompt, max_new_tokens=NEW) for prompt in PROMPTS[:3]]
+    first = batch.add(texts[0])
+    batch.step()
+    with monkeypatch.context() as broken:
+        broken.setattr("sirius.decoding.loop.fetch", full)
+        batch.add(texts[1])
+        [update] = batch.step()
+    assert isinstance(update.error, RequestError)
+    last = batch.add(texts[2])
+    done = drain(batch)
+    assert [list(done[ticket].token_ids) for ticket in (first, last)] == [alone[0], alone[2]]
+
+
+@in_every_way
+def test_no_memory_for_a_round_ends_the_texts_in_it_and_the_batch_goes_on(engine, alone, monkeypatch, error):
     batch = open_batch(engine, rows=2)
     tickets = [batch.add(engine.text(prompt, max_new_tokens=NEW)) for prompt in PROMPTS[:3]]
     batch.step()
     with monkeypatch.context() as broken:
-        broken.setattr(Session, "read", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("full")))
-        assert all(isinstance(update.error, RequestError) for update in batch.step())
+        broken.setattr(Session, "read", lambda *_: (_ for _ in ()).throw(error))
+        updates = batch.step()
+    assert len(updates) == 2 and all(isinstance(update.error, RequestError) for update in updates)
     done = drain(batch)
     assert list(done) == tickets[2:] and list(done[tickets[2]].token_ids) == alone[2]
+
+
+@in_every_way
+def test_no_memory_for_a_round_of_so_many_ends_the_longest_alone(engine, alone, monkeypatch, error):
+    read = Session.read
+
+    def narrow(self, tokens, *window):
+        if len(tokens) > 2:
+            raise error
+        return read(self, tokens, *window)
+
+    monkeypatch.setattr(Session, "read", narrow)
+    done = dict(engine.generate_many(PROMPTS[:3], max_new_tokens=NEW, sparsity=SPARSITY, correction=RULE))
+    assert isinstance(done[2], RequestError)  # of 7 tokens
+    assert [list(done[index].token_ids) for index in (0, 1)] == alone[:2]
+
+
+def test_the_message_names_what_was_asked_for_and_holds_no_memory(engine, monkeypatch):
+    def full(*_):
+        raise NO_MEMORY[1]
+
+    monkeypatch.setattr(Session, "read", full)
+    with pytest.raises(RequestError, match="slots for a text, where 110592 bytes were asked for; lower") as caught:
+        engine.generate(PROMPTS[0])
+    assert caught.value.__cause__ is NO_MEMORY[1] and NO_MEMORY[1].__traceback__ is None
 
 
 @pytest.mark.parametrize("place", [0, 1, 3], ids=["first", "among them", "last"])
