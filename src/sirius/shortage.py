@@ -1,8 +1,12 @@
 """Memory that ran out, on a GPU or the CPU, whoever asked for it: PyTorch, NumPy, C++ or Python itself."""
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
+
+from sirius.errors import OutOfMemoryError
 
 SHORTAGE = (RuntimeError, MemoryError)  # what may tell of it: catch these, then ask `ran_out`
 SAID = (  # what a plain RuntimeError says
@@ -23,7 +27,20 @@ def ran_out(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(words in str(error) for words in SAID)
 
 
-def asked_for(error: BaseException) -> str | None:
-    """Return how much memory was asked for at once, such as "110592 bytes" or "2.00 GiB", None where it is not told."""
-    found = _asked.search(str(error))
-    return found and found[1]
+@contextmanager
+def telling(slots: int) -> Iterator[None]:
+    """Raise OutOfMemoryError where memory runs out within, in a text of so many slots of the cache.
+
+    What ran out leaves no traceback, which would hold the memory of what was under way.
+    """
+    try:
+        yield
+    except SHORTAGE as error:
+        if not ran_out(error):
+            raise
+        found = _asked.search(str(error))
+        asked = f", where {found[1]} were asked for" if found else ""
+        raise OutOfMemoryError(
+            f"out of memory with {slots} cache slots for a text{asked}; lower max_new_tokens or the batch size, shorten "
+            "the prompt, or load the model in a narrower dtype"
+        ) from error.with_traceback(None)
