@@ -41,6 +41,6 @@ def telling(slots: int) -> Iterator[None]:
         found = _asked.search(str(error))
         asked = f", where {found[1]} were asked for" if found else ""
         raise OutOfMemoryError(
-            f"out of memory with {slots} cache slots for a text{asked}; lower max_new_tokens or the batch size, shorten "
-            "the prompt, or load the model in a narrower dtype"
+            f"out of memory with {slots} cache slots for a text{asked}; lower max_new_tokens or the batch size, "
+            "shorten the prompt, or load the model in a narrower dtype"
         ) from error.with_traceback(None)
