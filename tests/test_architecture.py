@@ -21,7 +21,7 @@ LAYERS = [  # from the top down; a module imports from its own layer's package o
     {"decoding", "model", "text", "processors"},
     {"sparsity"},
     {"kernels", "stats"},
-    {"core"},
+    {"core", "shortage"},
     {"errors"},
 ]
 APART = [("decoding", "model"), ("decoding", "sparsity"), ("sparsity", "model")]  # these meet only in the batch

@@ -7,7 +7,15 @@ if TYPE_CHECKING:
     from sirius.batch import Batch, Completion, Text, Update
     from sirius.core import CorrectionConfig, Round, SamplingConfig, SparsityConfig
     from sirius.engine import Engine
-    from sirius.errors import ConfigError, FileError, ModelError, RequestError, SiriusError, UnsupportedModelError
+    from sirius.errors import (
+        ConfigError,
+        FileError,
+        ModelError,
+        OutOfMemoryError,
+        RequestError,
+        SiriusError,
+        UnsupportedModelError,
+    )
     from sirius.hf import SiriusOutput, decode, generate
     from sirius.model.prepare import prepare, restore
     from sirius.sparsity import PromptSparsity, TokenSparsity, register
@@ -24,6 +32,7 @@ _HOME = {
     "Engine": "engine",
     "FileError": "errors",
     "ModelError": "errors",
+    "OutOfMemoryError": "errors",
     "PromptSparsity": "sparsity",
     "RequestError": "errors",
     "Round": "core",
@@ -52,6 +61,7 @@ __all__ = [
     "Engine",
     "FileError",
     "ModelError",
+    "OutOfMemoryError",
     "PromptSparsity",
     "RequestError",
     "Round",

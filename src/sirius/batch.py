@@ -30,13 +30,15 @@ from sirius.decoding.loop import Plan, Row, next_round, start
 from sirius.decoding.period import AutoPeriod, Learnt, Period
 from sirius.decoding.probe import probe_if_due
 from sirius.decoding.sampling import Noise
-from sirius.errors import ConfigError, RequestError, SiriusError
+from sirius.errors import ConfigError, OutOfMemoryError, RequestError, SiriusError
 from sirius.model.prepare import count_parameters, prepare
 from sirius.model.session import Session
+from sirius.shortage import telling
 from sirius.stats import Setting, Stats, density, summarise
 
 _learnt: "WeakKeyDictionary[PreTrainedModel, dict[Hashable, Learnt]]" = WeakKeyDictionary()  # of each setting
 PLAIN = CorrectionConfig(period=1)  # every round is one dense pass of the whole model
+GROWTH = 1024  # slots of the cache that a text begins with beyond its prompt; they double when it has filled them
 
 
 class Ending(Protocol):
@@ -108,12 +110,16 @@ class Update:
 
 @dataclass(eq=False)
 class _Entry:
-    """A text in the batch, and what it has been through."""
+    """A text in the batch, and what it has been through.
+
+    most  slots of the cache that it needs in the end
+    """
 
     ticket: int
     text: Text
     ending: Ending
     row: Row
+    most: int
     rounds: list[Round] = field(default_factory=list)
     seconds: float = 0.0
 
@@ -148,6 +154,8 @@ class Batch:
         self.asked = correction
         self.correction = PLAIN if self.session.shared is None else correction
         self.plan = _make_plan(self.correction, self._period(compiled), ends)
+        self.window = (self.correction.longest - 1) * self.correction.tree_width if self.correction else 0
+        self.compiled = compiled
         self.waiting: deque[_Entry] = deque()
         self.active: list[_Entry] = []  # by row of the session
         self.tickets = 0
@@ -167,11 +175,11 @@ class Batch:
             noise = Noise(int(torch.randint(SEEDS, ())) if seed is None else seed)
         else:
             noise = None
-        window = (self.correction.longest - 1) * self.correction.tree_width if self.correction else 0
-        slots = len(request.prompt) + request.max_new_tokens + window
+        most = len(request.prompt) + request.max_new_tokens + self.window
+        slots = most if self.compiled else self._few(request.prompt, most)  # passes are compiled anew where they grow
         row = Row(list(request.prompt), request.max_new_tokens, slots, text.process, noise, text.keep_scores)
         self.tickets += 1
-        self.waiting.append(_Entry(self.tickets, text, text.make_ending(), row))
+        self.waiting.append(_Entry(self.tickets, text, text.make_ending(), row, most))
         return self.tickets
 
     def cancel(self, ticket: int) -> None:
@@ -204,9 +212,8 @@ class Batch:
         began = perf_counter()
         try:
             done = self._start(entry)
-        except torch.OutOfMemoryError as error:
-            return self._failed(entry, _out_of_memory(entry.row.slots, error))
         except RequestError as error:
+            self._close_unread()
             return self._failed(entry, error)
         entry.seconds += perf_counter() - began
         self.active.append(entry)
@@ -215,30 +222,79 @@ class Batch:
     def _start(self, entry: _Entry) -> Round | None:
         """Read a prompt, with room for those behind it where memory has that, so that nothing moves twice."""
         rows = min(self.rows, len(self.active) + 1 + len(self.waiting))
+        slots = max(e.row.slots for e in (entry, *islice(self.waiting, self.rows)))
         try:
-            self.session.reserve(rows, max(e.row.slots for e in (entry, *islice(self.waiting, self.rows))))
-            return start(self.session, entry.row)
-        except torch.OutOfMemoryError:
-            pass  # its traceback holds what the first try had
+            with telling(slots):
+                self.session.reserve(rows, slots)
+                return start(self.session, entry.row)
+        except OutOfMemoryError:
+            self._close_unread()
         self.session.release()
-        self.session.reserve(len(self.active) + 1, entry.row.slots)
-        return start(self.session, entry.row)
+        entry.row.slots = self._few(entry.text.request.prompt, entry.most)
+        with telling(entry.row.slots):
+            self.session.reserve(len(self.active) + 1, entry.row.slots)
+            return start(self.session, entry.row)
+
+    def _few(self, prompt: Sequence[int], most: int) -> int:
+        """Return the slots that a text begins with."""
+        return min(most, len(prompt) + self.window + GROWTH)
 
     def _round(self) -> list[Update]:
+        """Bring every row on by a round; where memory runs out, the longest text ends, and the others try again."""
+        failed, released = self._grow(), False
+        while self.active:
+            lengths = self._lengths()
+            try:
+                with telling(max(lengths)):
+                    done = self._advance()
+            except OutOfMemoryError as error:
+                if lengths != self._lengths():  # while tokens were kept
+                    return failed + [self._ended(0, error) for _ in lengths]
+                if released:
+                    failed.append(self._ended(lengths.index(max(lengths)), error))
+            else:
+                return failed + [self._took(*each) for each in done]
+            self.session.release()
+            released = True
+        return failed
+
+    def _grow(self) -> list[Update]:
+        """Let the cache have the slots of the next round; where memory has none, the longest text ends."""
+        failed: list[Update] = []
+        while self.active and (error := self._shortage()) is not None:
+            lengths = self._lengths()
+            failed.append(self._ended(lengths.index(max(lengths)), error))
+        return failed
+
+    def _shortage(self) -> OutOfMemoryError | None:
+        """Make the cache twice as large, or larger by a step, where the next round needs that; return what failed."""
+        held, error = self.session.slots, None
+        needs = [(length + self.window, entry.most) for length, entry in zip(self._lengths(), self.active, strict=True)]
+        if max(needs)[0] <= held:
+            return None
+        for least, more in (2 * held, 0), (0, GROWTH):
+            slots = max(min(max(least, need + more), most) for need, most in needs)
+            try:
+                with telling(slots):
+                    self.session.reserve(len(self.active), slots)
+                    return None
+            except OutOfMemoryError as short:
+                error = short
+            self.session.release()
+        return error
+
+    def _lengths(self) -> list[int]:
+        return [len(entry.row.tokens) for entry in self.active]
+
+    def _advance(self) -> list[tuple[_Entry, Round | None]]:
         began, rows = perf_counter(), [entry.row for entry in self.active]
-        try:
-            probe_if_due(self.session, rows, self.plan)
-            rounds = next_round(self.session, rows, self.plan)
-        except torch.OutOfMemoryError as error:
-            failed = [self._failed(e, _out_of_memory(e.row.slots, error)) for e in self.active]
-            while self.active:
-                self._close(0)
-            return failed
+        probe_if_due(self.session, rows, self.plan)
+        rounds = next_round(self.session, rows, self.plan)
         seconds = perf_counter() - began
         pairs = list(zip(self.active, rounds, strict=True))
         for entry, _ in pairs:
             entry.seconds += seconds
-        return [self._took(entry, done) for entry, done in pairs]
+        return pairs
 
     def _took(self, entry: _Entry, done: Round | None) -> Update:
         """Add a round to a text, cut where the text ends; a text that has ended frees its row."""
@@ -300,6 +356,17 @@ class Batch:
     def _failed(self, entry: _Entry, error: SiriusError) -> Update:
         return Update(entry.ticket, "", Round(()), error=error)
 
+    def _close_unread(self) -> None:
+        """Drop the row of a prompt whose first token memory did not do for."""
+        while len(self.session.methods) > len(self.active):
+            self.session.close(len(self.session.methods) - 1)
+
+    def _ended(self, index: int, error: SiriusError) -> Update:
+        """Drop a row, and tell of the text's error."""
+        entry = self.active[index]
+        self._close(index)
+        return self._failed(entry, error)
+
     def _close(self, index: int) -> None:
         self.session.close(index)
         self.active[index] = self.active[-1]
@@ -318,14 +385,6 @@ def _make_plan(correction: CorrectionConfig | None, period: Period, ends: frozen
         temperature=correction.accept_temperature,
         rewrite="rewrite" not in correction.ablate,
         interleave="interleave" not in correction.ablate,
-    )
-
-
-def _out_of_memory(slots: int, error: torch.OutOfMemoryError) -> RequestError:
-    return _caused(
-        f"out of memory with {slots} cache slots for a text; lower max_new_tokens or the batch size, shorten the "
-        "prompt, or load the model in a narrower dtype",
-        error,
     )
 
 

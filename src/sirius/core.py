@@ -360,7 +360,7 @@ class LanguageModel(Protocol):
         ...
 
     def open(self, prompt: Tensor, slots: int) -> Tensor:
-        """Add a row that holds prompt [P] int64 and may grow to `slots`; return the scores of its next token [V]."""
+        """Add a row of `slots` slots that holds prompt [P] int64; return the scores of its next token [V]."""
         ...
 
     def read(self, tokens: Tensor, mode: Mode, window: Window) -> Tensor:

@@ -3,6 +3,7 @@
 SiriusError
 ├── ConfigError            an option is out of range, or two options exclude each other
 ├── RequestError           a prompt cannot be decoded: empty, too long, not tokens of this model
+│   └── OutOfMemoryError       there is no memory for it
 ├── FileError              a file cannot be read or written, or a line of it is broken
 └── ModelError             a model cannot be loaded
     └── UnsupportedModelError  a model was understood, and does not fit the method
@@ -19,6 +20,10 @@ class ConfigError(SiriusError, ValueError):
 
 class RequestError(SiriusError, ValueError):
     """A prompt cannot be decoded: it is empty, too long, or not made of this model's tokens."""
+
+
+class OutOfMemoryError(RequestError):
+    """There is no memory for a text, or none for it to go on."""
 
 
 class FileError(SiriusError, OSError):

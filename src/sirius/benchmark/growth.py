@@ -215,6 +215,7 @@ def open_filled(engine: Engine, setting: Setting, point: Point, workload: Worklo
     for _ in range(point.batch):
         batch.add(engine.text(tokens, max_new_tokens=budget))
     step(batch)
+    batch.session.reserve(point.batch, max(entry.most for entry in batch.active))
     rows, cache = range(point.batch), batch.session.cache
     for row in rows:
         cache.truncate(row, 0)

@@ -61,7 +61,7 @@ class Row:
 
     tokens   the prompt's and the new ones
     room     how many more new tokens the budget allows
-    slots    of the cache, enough for the text and one tree
+    slots    of the cache to begin with, enough for the prompt and one tree
     process  applied to the scores of both models before a token is chosen
     noise    what makes the choice a sample; None is greedy
     error    why the text cannot go on; its neighbours do

@@ -12,6 +12,7 @@ from sirius.decoding.host import Stopwatch, fetch
 from sirius.decoding.loop import Plan, Row, noisy, processed
 from sirius.decoding.period import Probed
 from sirius.decoding.tree import Tree
+from sirius.shortage import SHORTAGE, ran_out
 
 
 def probe_if_due(model: LanguageModel, rows: Sequence[Row], plan: Plan) -> None:
@@ -21,8 +22,10 @@ def probe_if_due(model: LanguageModel, rows: Sequence[Row], plan: Plan) -> None:
         return
     try:
         plan.period.learn_probe(probe(model, rows, plan, count))
-    except torch.OutOfMemoryError:  # a round needs less
-        plan.period.put_off(len(rows))
+    except SHORTAGE as error:
+        if not ran_out(error):
+            raise
+        plan.period.put_off(len(rows))  # a round needs less
 
 
 def probe(model: LanguageModel, rows: Sequence[Row], plan: Plan, count: int) -> Probed:

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from sirius.kernels import cpu, gpu
 from sirius.kernels.launch import is_plain
 from sirius.kernels.tape import Tape
+from sirius.shortage import SHORTAGE, ran_out
 
 WARM = 2  # passes of a shape in one session before it is worth a record; the last window of a text never is
 TAPED = 16  # tokens of a pass that are worth a tape; more are bound by arithmetic
@@ -94,13 +95,15 @@ class Passes:
             try:
                 assert self.record is not None
                 scores, replay = self.record(call, buffers)
-            except torch.OutOfMemoryError:
-                self.forget()  # their memory may do for the pass itself
-                break
             except NotRecorded as error:
                 what = "recorded" if call is calls[0] else "compiled"
                 logging.getLogger("sirius").warning("this model's passes cannot be %s and run slower: %s", what, error)
                 continue
+            except SHORTAGE as error:
+                if not ran_out(error):
+                    raise
+                self.forget()  # their memory may do for the pass itself
+                break
             if replay is None:
                 self.unsteady.add(key)
                 return scores
@@ -126,9 +129,9 @@ class GraphRecorder:
         """
         try:
             return self._recorded(call, buffers)
-        except torch.OutOfMemoryError:
-            raise
         except RuntimeError as error:
+            if ran_out(error):
+                raise
             raise NotRecorded(str(error)) from error
 
     def _recorded(self, call: Call, buffers: Inputs) -> tuple[Tensor, Replay]:

@@ -80,6 +80,11 @@ class Session:
         return self.space.cache
 
     @property
+    def slots(self) -> int:
+        """How many slots each row has."""
+        return self.cache.table.slots
+
+    @property
     def device(self) -> torch.device:
         """Where the model is."""
         return self.model.device
@@ -98,7 +103,7 @@ class Session:
 
     @_ordinary
     def reserve(self, rows: int, slots: int) -> None:
-        """Make room for rows and slots to come, so that the cache is not moved when they do."""
+        """Make room for rows and slots to come, between passes; what is held stays, and is moved where it grows."""
         self.space.reserve(rows, slots)
 
     @_ordinary
