@@ -18,10 +18,10 @@ LAYERS = [  # from the top down; a module imports from its own layer's package o
     {"jobs", "hf"},
     {"engine"},
     {"batch"},
-    {"decoding", "model", "text", "processors"},
+    {"decoding", "model", "text", "texts", "processors"},
     {"sparsity"},
     {"kernels", "stats"},
-    {"core", "shortage"},
+    {"core", "scoring", "shortage"},
     {"errors"},
 ]
 APART = [("decoding", "model"), ("decoding", "sparsity"), ("sparsity", "model")]  # these meet only in the batch

@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sirius.batch import Batch, Completion, Text, Update
+    from sirius.batch import Batch
     from sirius.core import CorrectionConfig, Round, SamplingConfig, SparsityConfig
     from sirius.engine import Engine
     from sirius.errors import (
@@ -20,13 +20,14 @@ if TYPE_CHECKING:
     from sirius.model.prepare import prepare, restore
     from sirius.sparsity import PromptSparsity, TokenSparsity, register
     from sirius.stats import Stats, Touched
+    from sirius.texts import Completion, Text, Update
 
 __version__ = "0.1.0"
 
 # Where each public name lives. Looked up at first use, so that `sirius --help` need not wait for torch.
 _HOME = {
     "Batch": "batch",
-    "Completion": "batch",
+    "Completion": "texts",
     "ConfigError": "errors",
     "CorrectionConfig": "core",
     "Engine": "engine",
@@ -41,11 +42,11 @@ _HOME = {
     "SiriusOutput": "hf",
     "SparsityConfig": "core",
     "Stats": "stats",
-    "Text": "batch",
+    "Text": "texts",
     "TokenSparsity": "sparsity",
     "Touched": "stats",
     "UnsupportedModelError": "errors",
-    "Update": "batch",
+    "Update": "texts",
     "decode": "hf",
     "generate": "hf",
     "prepare": "model.prepare",

@@ -1,14 +1,14 @@
 """Texts decoded side by side: they join and leave between rounds, and none disturbs another."""
 
 from collections import deque
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from time import perf_counter
-from typing import Protocol
 from weakref import WeakKeyDictionary
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from sirius import sparsity
@@ -16,96 +16,28 @@ from sirius.core import (
     AUTO,
     SEEDS,
     CorrectionConfig,
-    FinishReason,
     Mode,
-    Origin,
-    Processor,
-    Request,
     Round,
     SparsityConfig,
     check_together,
 )
 from sirius.decoding.accept import make_rule
-from sirius.decoding.loop import Plan, Row, next_round, start
+from sirius.decoding.loop import Plan, Row, first_round, next_round, open_row
 from sirius.decoding.period import AutoPeriod, Learnt, Period
 from sirius.decoding.probe import probe_if_due
 from sirius.decoding.sampling import Noise
+from sirius.decoding.steady import is_steady
 from sirius.errors import ConfigError, OutOfMemoryError, RequestError, SiriusError
 from sirius.model.prepare import count_parameters, prepare
 from sirius.model.session import Session
+from sirius.scoring import SharedProcessor
 from sirius.shortage import telling
-from sirius.stats import Setting, Stats, density, summarise
+from sirius.stats import Setting, density, summarise
+from sirius.texts import Completion, Ending, Text, Update
 
 _learnt: "WeakKeyDictionary[PreTrainedModel, dict[Hashable, Learnt]]" = WeakKeyDictionary()  # of each setting
 PLAIN = CorrectionConfig(period=1)  # every round is one dense pass of the whole model
 GROWTH = 1024  # slots of the cache that a text begins with beyond its prompt; they double when it has filled them
-
-
-class Ending(Protocol):
-    """Where a text ends; `text` is what may be shown of it so far."""
-
-    text: str
-    stopped: bool
-
-    def push(self, tokens: Sequence[int]) -> int:
-        """Take tokens until one ends the text; return how many were taken."""
-        ...
-
-    def finish(self) -> None:
-        """Show what was held back, now that nothing follows."""
-        ...
-
-
-@dataclass(frozen=True)
-class Text:
-    """A request with what the tokens alone do not say: where it ends, and what changes its scores.
-
-    make_ending  gives a fresh `Ending`; what its `push` raises ends this text alone
-    """
-
-    request: Request
-    make_ending: Callable[[], Ending]
-    process: Processor | None = None
-    keep_scores: bool = False
-
-
-@dataclass(frozen=True)
-class Completion:
-    """A finished text.
-
-    text           without special tokens and stop strings; "" where the model has no tokenizer
-    token_ids      the new tokens, an end-of-text token or the tokens of a stop string included
-    finish_reason  "stop" (end of text or stop string) or "length" (the budget is used up)
-    origins        where each token comes from, see `Round`
-    logprobs       the natural log of the full model's probability of each token, see `Round`
-    """
-
-    text: str
-    token_ids: tuple[int, ...]
-    finish_reason: FinishReason
-    origins: tuple[Origin, ...]
-    logprobs: tuple[float, ...]
-    stats: Stats
-
-
-@dataclass(frozen=True)
-class Update:
-    """What a round did to one text: the round, the text it made certain, and with the last one the completion.
-
-    ticket  which text
-    error   why the text ends here without a completion
-    """
-
-    ticket: int
-    text: str
-    round: Round
-    completion: Completion | None = None
-    error: SiriusError | None = None
-
-    @property
-    def last(self) -> bool:
-        """Whether nothing more comes of this text."""
-        return self.completion is not None or self.error is not None
 
 
 @dataclass(eq=False)
@@ -178,9 +110,35 @@ class Batch:
         most = len(request.prompt) + request.max_new_tokens + self.window
         slots = most if self.compiled else self._few(request.prompt, most)  # passes are compiled anew where they grow
         row = Row(list(request.prompt), request.max_new_tokens, slots, text.process, noise, text.keep_scores)
+        row.steady = self._is_steady(text)
         self.tickets += 1
         self.waiting.append(_Entry(self.tickets, text, text.make_ending(), row, most))
         return self.tickets
+
+    @property
+    def drafts(self) -> bool:
+        """Whether anything is drafted, so that processors are asked about tokens that may go."""
+        return self.correction is not None and self.correction.period != 1
+
+    def _is_steady(self, text: Text) -> bool:
+        if text.steady is not None or text.process is None or not self.drafts:
+            return text.steady is not False
+        assert not isinstance(text.process, SharedProcessor), "whoever shares a processor says whether it is steady"
+        prompt = torch.tensor([text.request.prompt], device=self.model.device)
+        return is_steady(text.process, prompt, self.model.config.get_text_config().vocab_size)
+
+    def end(self, ticket: int) -> Completion:
+        """End a text between rounds, as its reader has enough of it, and return what there is.
+
+        Raises RequestError where it is not at work.
+        """
+        for index, entry in enumerate(self.active):
+            if entry.ticket == ticket:
+                entry.ending.finish()
+                completion = self._completed(entry)
+                self._close(index)
+                return completion
+        raise RequestError(f"text {ticket} is not at work in this batch")
 
     def cancel(self, ticket: int) -> None:
         """Drop a text, between rounds; its row is free at once. A ticket that has ended is passed over."""
@@ -205,35 +163,42 @@ class Batch:
     def _step(self) -> list[Update]:
         free = self.rows - len(self.active)
         if self.waiting and free:
-            return [self._admit(self.waiting.popleft()) for _ in range(min(free, len(self.waiting)))]
+            return self._admit(min(free, len(self.waiting)))
         return self._round() if self.active else []
 
-    def _admit(self, entry: _Entry) -> Update:
-        began = perf_counter()
-        try:
-            done = self._start(entry)
-        except RequestError as error:
-            self._close_unread()
-            return self._failed(entry, error)
-        entry.seconds += perf_counter() - began
-        self.active.append(entry)
-        return self._took(entry, done)
+    def _admit(self, count: int) -> list[Update]:
+        """Read the prompts of the next texts in line, one after the other, and give all their first tokens."""
+        failed, read = [], []
+        for _ in range(count):
+            entry, began = self.waiting.popleft(), perf_counter()
+            try:
+                read.append(self._open(entry))
+            except RequestError as error:
+                self._close_unread()
+                failed.append(self._failed(entry, error))
+            else:
+                self.active.append(entry)
+            entry.seconds += perf_counter() - began
+        entries = self.active[len(self.active) - len(read) :]
+        rounds = first_round([entry.row for entry in entries], read)
+        took = [self._took(entry, done) for entry, done in zip(entries, rounds, strict=True)]
+        return sorted(failed + took, key=lambda update: update.ticket)
 
-    def _start(self, entry: _Entry) -> Round | None:
+    def _open(self, entry: _Entry) -> Tensor:
         """Read a prompt, with room for those behind it where memory has that, so that nothing moves twice."""
         rows = min(self.rows, len(self.active) + 1 + len(self.waiting))
         slots = max(e.row.slots for e in (entry, *islice(self.waiting, self.rows)))
         try:
             with telling(slots):
                 self.session.reserve(rows, slots)
-                return start(self.session, entry.row)
+                return open_row(self.session, entry.row)
         except OutOfMemoryError:
             self._close_unread()
         self.session.release()
         entry.row.slots = self._few(entry.text.request.prompt, entry.most)
         with telling(entry.row.slots):
             self.session.reserve(len(self.active) + 1, entry.row.slots)
-            return start(self.session, entry.row)
+            return open_row(self.session, entry.row)
 
     def _few(self, prompt: Sequence[int], most: int) -> int:
         """Return the slots that a text begins with."""
@@ -329,6 +294,7 @@ class Batch:
             tuple(origin for r in rounds for origin in r.origins),
             tuple(logprob for r in rounds for logprob in r.logprobs),
             summarise(rounds, setting, entry.seconds),
+            setting,
         )
 
     def _period(self, compiled: bool) -> Period:

@@ -6,7 +6,7 @@ Letters of shapes, the same everywhere:
     L layers with a gated MLP                F neurons of an MLP      H hidden size
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from enum import Enum
 from math import isfinite
@@ -30,10 +30,6 @@ THRESHOLD = 0.1  # of the other rules, where none is given
 LONGEST = 32  # the longest window that period "auto" chooses
 COLDEST = 1e-5  # the lowest temperature above 0: scores divided by less overflow
 SEEDS = 2**32  # as many as torch's generator on the CPU tells apart
-
-# Turns the scores of the next token [m, V] into others, given all tokens before it [m, n], row by row, as those of
-# transformers do.
-Processor = Callable[[Tensor, Tensor], Tensor]
 
 
 class Mode(Enum):

@@ -12,7 +12,7 @@ import torch
 from jinja2 import TemplateError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sirius.batch import Batch, Completion, Text, Update
+from sirius.batch import Batch
 from sirius.core import CorrectionConfig, Request, SamplingConfig, SparsityConfig, as_config, check_together
 from sirius.errors import RequestError, SiriusError
 from sirius.model.loading import Source, load_model, load_tokenizer
@@ -20,6 +20,7 @@ from sirius.model.prepare import check_length, context_limit, prepare, rope_turn
 from sirius.model.workspace import check_compiles
 from sirius.processors import make_processor
 from sirius.text import StopAt
+from sirius.texts import Completion, Text, Update
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
 
@@ -183,7 +184,7 @@ class Engine:
         if request.stop and self.tokenizer is None:
             raise RequestError("stop strings need a tokenizer, and this model has none; stop at token ids instead")
         make_ending = partial(StopAt, self.tokenizer, self.ends, request.stop)
-        return Text(request, make_ending, make_processor(request.sampling, self.model))
+        return Text(request, make_ending, make_processor(request.sampling, self.model), steady=True)
 
     def encode(self, prompt: Prompt) -> tuple[int, ...]:
         """Return the token ids of a prompt, chat messages by the model's template; raise RequestError of bad ones."""

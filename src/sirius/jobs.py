@@ -17,6 +17,7 @@ Identity = str | int
 
 OPENING = b'{"id": '  # how every line that `Output` writes begins
 DETAILS = ("origins", "logprobs")
+UNTOLD = ("setting",)  # of a completion, what its figures tell
 SAMPLING = tuple(each.name for each in fields(SamplingConfig))
 OPTIONS = ("max_new_tokens", "stop", *SAMPLING)  # what a line may say for itself
 
@@ -122,7 +123,8 @@ def to_record(job: Job | None, done: Completion, settings: Mapping[str, Any], de
     asked = {} if job is None else {"id": job.id}
     digest = {} if job is None else {"prompt_sha256": job.digest}
     own = {"options": job.options} if job and job.options else {}
-    shown = {name: value for name, value in asdict(done).items() if details or name not in DETAILS}
+    left_out = UNTOLD if details else (*UNTOLD, *DETAILS)
+    shown = {name: value for name, value in asdict(done).items() if name not in left_out}
     return {**asked, **shown, **digest, **own, "settings": dict(settings)}
 
 

@@ -12,7 +12,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from sirius.core import Processor, SamplingConfig
+from sirius.core import SamplingConfig
+from sirius.scoring import Processor
 
 
 def make_processor(sampling: SamplingConfig, model: PreTrainedModel) -> Processor | None:

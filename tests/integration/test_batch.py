@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import greedy, tiny_model
-from sirius.batch import Batch, Completion, Update
+from sirius.batch import Batch
 from sirius.core import CorrectionConfig, SparsityConfig
 from sirius.decoding.probe import probe
 from sirius.engine import Engine
@@ -19,6 +19,7 @@ from sirius.errors import ConfigError, ModelError, RequestError
 from sirius.model.cache import SlotLayer
 from sirius.model.session import Session
 from sirius.sparsity.coarse import CoarseSparsity
+from sirius.texts import Completion, Update
 
 pytestmark = pytest.mark.integration
 

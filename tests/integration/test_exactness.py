@@ -12,7 +12,7 @@ from letters import make_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from conftest import FAMILIES, SHARED, VOCABULARY, greedy, slow, tiny_model
-from sirius.batch import Batch, Update
+from sirius.batch import Batch
 from sirius.core import CorrectionConfig, Mode, SparsityConfig, Window
 from sirius.decoding import loop
 from sirius.decoding.period import AutoPeriod, Probed
@@ -21,6 +21,7 @@ from sirius.engine import Engine
 from sirius.kernels import cpu
 from sirius.model.prepare import prepare
 from sirius.model.session import Session
+from sirius.texts import Update
 
 pytestmark = pytest.mark.integration
 

@@ -12,7 +12,8 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 import sirius
 from conftest import VOCABULARY, greedy, slow, tiny_model
 from sirius.errors import ConfigError, RequestError
-from sirius.model.prepare import cache_argument, sparse_mlps
+from sirius.model.inputs import cache_argument
+from sirius.model.prepare import sparse_mlps
 
 pytestmark = pytest.mark.integration
 

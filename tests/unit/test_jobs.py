@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sirius.batch import Completion
 from sirius.core import CorrectionConfig, Round, SamplingConfig
 from sirius.errors import FileError
 from sirius.jobs import BadLine, Job, Output, read_jobs
 from sirius.stats import DENSE, Parameters, Setting, summarise
+from sirius.texts import Completion
 
 SETTINGS = {"model": "here", "stop": ["\n"], "sparsity": {"method": "coarse", "keep": 0.5}}
 BREAKS = "\u2028 \u2029 \x85 \x0b \x0c \x1c"  # `str.splitlines` breaks a line at each of them

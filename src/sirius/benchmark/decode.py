@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
-from sirius.batch import Batch, Update
+from sirius.batch import Batch
 from sirius.benchmark import replay
 from sirius.benchmark.ceiling import Ceiling, cache_bytes, weight_bytes
 from sirius.benchmark.memory import peak_bytes, reset_peak
@@ -25,6 +25,7 @@ from sirius.model.passes import WARM
 from sirius.model.prepare import context_limit, count_parameters, restore
 from sirius.model.workspace import drop_idle
 from sirius.stats import Parameters
+from sirius.texts import Update
 
 TRANSFORMERS, STATIC, FULL = "transformers", "transformers, static", "full"
 SETTLED = WARM + 1  # rounds of a turn until its passes are recorded

@@ -12,11 +12,12 @@ holds n tokens, by slots of the cache:
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from math import isnan
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from sirius.core import LanguageModel, Mode, Processor, Round, Verdict
+from sirius.core import LanguageModel, Mode, Round, Verdict
 from sirius.decoding.accept import (
     Branches,
     Check,
@@ -31,6 +32,7 @@ from sirius.decoding.period import PROBED, Measured, Period
 from sirius.decoding.sampling import Noise
 from sirius.decoding.tree import Tree
 from sirius.errors import ModelError, RequestError, SiriusError
+from sirius.scoring import Lines, Processor, SharedProcessor
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,7 @@ class Row:
     room     how many more new tokens the budget allows
     slots    of the cache to begin with, enough for the prompt and one tree
     process  applied to the scores of both models before a token is chosen
+    steady   whether it keeps no state; else no row beside it is drafted for, and it is asked once about each token
     noise    what makes the choice a sample; None is greedy
     error    why the text cannot go on; its neighbours do
     """
@@ -70,9 +73,10 @@ class Row:
     tokens: list[int]
     room: int
     slots: int
-    process: Processor | None = None
+    process: Processor | SharedProcessor | None = None
     noise: Noise | None = None
     keep_scores: bool = False
+    steady: bool = True
     new: int = 0
     error: SiriusError | None = None
 
@@ -100,9 +104,23 @@ def start(model: LanguageModel, row: Row) -> Round | None:
 
     Returns None, and the row's error, where its processor fails.
     """
-    prompt = send(row.tokens, model.device)
-    raw = model.open(prompt, row.slots)[None]
-    scores = _row_processed(row, prompt[None], raw)
+    return first_round([row], [open_row(model, row)])[0]
+
+
+def open_row(model: LanguageModel, row: Row) -> Tensor:
+    """Read a row's prompt with the full model, the sparsity method looking on; return the next token's scores [V]."""
+    return model.open(send(row.tokens, model.device), row.slots)
+
+
+def first_round(rows: Sequence[Row], raw: Sequence[Tensor]) -> list[Round | None]:
+    """Give the first tokens of rows by the scores after their prompts, [V] each; None for a row with an error."""
+    lines = [each[None] for each in raw]
+    prompts = [send(row.tokens, each.device)[None] for row, each in zip(rows, lines, strict=True)]
+    answers = _answers(list(map(_Asked, rows, prompts, lines)))
+    return [_first(*each) for each in zip(rows, lines, answers, strict=True)]
+
+
+def _first(row: Row, raw: Tensor, scores: Tensor) -> Round | None:
     token = noisy([row], scores[None], 0)[0].argmax(-1)
     [token, logprob] = fetch(token, raw.log_softmax(-1)[0, token])
     verdict = Verdict((), int(token), "full", ())
@@ -112,7 +130,7 @@ def start(model: LanguageModel, row: Row) -> Round | None:
 def next_round(model: LanguageModel, rows: Sequence[Row], plan: Plan) -> list[Round | None]:
     """Run one round: guess, check, keep what passed and add one token of the judge; None for a row with an error."""
     watch = Stopwatch(model.device)
-    period = plan.period.choose(len(rows))
+    period = plan.period.choose(len(rows)) if all(row.steady for row in rows) else 1
     tree = draft(model, rows, plan, period)
     watch.mark()
     raw, check = verify(model, rows, tree, plan)
@@ -237,30 +255,67 @@ def processed(rows: Sequence[Row], tree: Tree, level: slice, scores: Tensor) -> 
     """Apply each row's processor to the scores [B, m, V] after the nodes of a level."""
     if not any(row.process for row in rows):
         return scores
-    scores = scores.clone()
+    asked, places = [], []
     for b, row in enumerate(rows):
         nodes = tree.alive[b, level].nonzero()[:, 0] + level.start
         if row.process is not None and len(nodes):
             branches = tree.tokens[b].expand(len(nodes), -1)[tree.seen[b, nodes]].view(len(nodes), -1)
             held = torch.tensor(row.tokens[:-1], device=scores.device).expand(len(nodes), -1)
-            within = nodes - level.start
-            scores[b, within] = _row_processed(row, torch.cat([held, branches], 1), scores[b, within])
+            places.append((b, nodes - level.start))
+            asked.append(_Asked(row, torch.cat([held, branches], 1), scores[places[-1]]))
+    scores = scores.clone()
+    for place, answer in zip(places, _answers(asked), strict=True):
+        scores[place] = answer
     return scores
 
 
-def _row_processed(row: Row, tokens: Tensor, scores: Tensor) -> Tensor:
-    """Apply a row's processor to scores [m, V] of what follows tokens [m, n]; a failure becomes the row's error."""
-    if row.process is None or row.error is not None or bool(scores.isnan().any()):
-        return scores
+class _Asked(NamedTuple):
+    """What a row's processor is asked: tokens [m, n] int64, and the scores [m, V] of what follows them."""
+
+    row: Row
+    tokens: Tensor
+    scores: Tensor
+
+
+def _answers(asked: Sequence[_Asked]) -> list[Tensor]:
+    """Return what rows' processors make of their scores; rows that share one are asked about together."""
+    answers = [each.scores for each in asked]
+    together: dict[int, list[int]] = {}
+    for place, (row, _, scores) in enumerate(asked):
+        if row.process is not None and row.error is None and not bool(scores.isnan().any()):
+            key = id(row.process.act if isinstance(row.process, SharedProcessor) else row)
+            together.setdefault(key, []).append(place)
+    for places in together.values():
+        for place, answer in zip(places, _acted([asked[place] for place in places]), strict=True):
+            answers[place] = answer
+    return answers
+
+
+def _acted(asked: Sequence[_Asked]) -> list[Tensor]:
+    """Apply the processor that rows share, or one row's; a failure becomes their error."""
+    process = asked[0].row.process
     try:
-        processed = row.process(tokens, scores.clone())
-        if processed.shape != scores.shape or not bool(processed.amax(-1).isfinite().all()):
-            raise ValueError(f"it must return [{len(scores)}, {scores.shape[1]}] numbers, not all of a line -inf")
-        return processed.to(scores)
-    except Exception as error:  # whatever a user's function raises is this row's affair alone
-        row.error = RequestError(f"a logits processor failed: {error}")
-        row.error.__cause__ = error
-        return scores
+        if isinstance(process, SharedProcessor):
+            texts = [each.row.process.text for each in asked if isinstance(each.row.process, SharedProcessor)]
+            answers = process.act([Lines(t, a.tokens, a.scores.clone()) for t, a in zip(texts, asked, strict=True)])
+        else:
+            assert process is not None
+            answers = [process(asked[0].tokens, asked[0].scores.clone())]
+        return [_checked(answer, each.scores) for answer, each in zip(answers, asked, strict=True)]
+    except Exception as error:  # whatever a user's function raises is these rows' affair alone
+        for row, _, _ in asked:
+            row.error = RequestError(
+                f"a logits processor failed: {error!r}"
+                + ("; if it keeps state from call to call, decode without a draft (correction=1)" if row.steady else "")
+            )
+            row.error.__cause__ = error
+        return [each.scores for each in asked]
+
+
+def _checked(answer: Tensor, scores: Tensor) -> Tensor:
+    if answer.shape != scores.shape or not bool(answer.amax(-1).isfinite().all()):
+        raise ValueError(f"it must return [{len(scores)}, {scores.shape[1]}] numbers, not all of a line -inf")
+    return answer.to(scores)
 
 
 def noisy(rows: Sequence[Row], scores: Tensor, depth: int) -> Tensor:

@@ -3,6 +3,7 @@
 A copy of the processor is asked twice about the same tokens. Its answers must agree, and so must all that it holds.
 """
 
+import logging
 import pickle
 import re
 from collections import deque
@@ -26,6 +27,18 @@ MOST = 20_000  # objects that are looked at
 
 class Opaque(Exception):
     """An object cannot be copied or compared, so that its state cannot be told."""
+
+
+def is_steady(processor: Any, tokens: Tensor, vocabulary: int) -> bool:
+    """Tell whether a processor keeps no state, asked with made-up scores about tokens [B, n] int64.
+
+    One that does is warned of, as it slows its batch. Raises as `keeps_state` does.
+    """
+    made_up = torch.randn(len(tokens), vocabulary, generator=torch.Generator().manual_seed(0)).to(tokens.device)
+    reason = keeps_state(processor, lambda asked: asked(tokens.clone(), made_up.clone()))
+    if reason is not None:
+        logging.getLogger("sirius").warning("nothing is drafted: a logits processor keeps state (%s)", reason)
+    return reason is None
 
 
 def keeps_state(processor: Any, ask: Ask) -> str | None:

@@ -9,12 +9,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import sqrt
 
-from sirius.batch import Completion
 from sirius.core import CorrectionConfig, SparsityConfig
 from sirius.demo.problems import few_shot, final_answer
 from sirius.demo.showcase import NEW_TOKENS
 from sirius.engine import Engine
 from sirius.stats import combine
+from sirius.texts import Completion
 
 BARS = (0.0, 1e-6, 1e-4, 0.01, 0.1, 0.5)
 

@@ -1,6 +1,5 @@
 """Find the gated MLPs of a transformers model by their structure, make them ours, and undo it."""
 
-import inspect
 from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any, cast
@@ -12,6 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from sirius.errors import RequestError, UnsupportedModelError
 from sirius.model import linear, norm
+from sirius.model.inputs import check_preparing
 from sirius.model.mlp import SparseMLP, agrees, check_layers, example, take_over
 from sirius.model.workspace import drop_idle
 from sirius.stats import Parameters
@@ -33,6 +33,7 @@ def prepare(model: PreTrainedModel) -> list[SparseMLP]:
     """
     _check_kind(model)
     _check_weights(model)
+    check_preparing(model)
     if ready := dict(_sparse_mlps(model)):
         for path, mlp in ready.items():
             check_layers(path, mlp, mlp.names, mlp.act)
@@ -93,11 +94,6 @@ def count_parameters(model: PreTrainedModel) -> Parameters:
         up=sum(mlp.neurons.up.numel() for mlp in mlps),
         down=sum(mlp.neurons.down.numel() for mlp in mlps),
     )
-
-
-def cache_argument(model: PreTrainedModel) -> str:
-    """Return what a model's forward calls its KV cache: `cache` since transformers 5.24, `past_key_values` before."""
-    return "cache" if "cache" in inspect.signature(type(model).forward).parameters else "past_key_values"
 
 
 def context_limit(config: PreTrainedConfig) -> int | None:

@@ -16,10 +16,11 @@ from sirius.kernels.dispatch import alike
 from sirius.kernels.launch import is_plain
 from sirius.model import attention
 from sirius.model.cache import SlotCache
+from sirius.model.inputs import cache_argument
 from sirius.model.mask import chain_mask, tree_mask
 from sirius.model.mlp import Chosen, Observe, Route, SparseMLP, fixed_routes
 from sirius.model.passes import compile_model
-from sirius.model.prepare import cache_argument, check_mode, dropouts, rope_turn
+from sirius.model.prepare import check_mode, dropouts, rope_turn
 from sirius.model.workspace import borrow, drop_idle, keep_attention
 from sirius.sparsity.base import PromptSparsity, Sparsity, TokenSparsity
 from sirius.stats import DENSE, Touched

@@ -1,11 +1,11 @@
-"""The door of transformers: `model.generate(**inputs, custom_generate=sirius.decode)` decodes our way.
+"""`decode` in the form of a `custom_generate` of transformers.
 
-transformers does not hand `streamer`, `tokenizer` and `stop_strings` on to a custom function, so bind those first
+transformers hands `streamer`, `tokenizer` and `stop_strings` not on to a custom function, so bind those first
 (`functools.partial(sirius.decode, streamer=...)`), or call `sirius.generate`, which does.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, cast
 
@@ -23,11 +23,16 @@ from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from sirius.batch import Batch, Completion, Text
-from sirius.core import CorrectionConfig, Processor, Request, Round, SamplingConfig, SparsityConfig, as_config
+from sirius.batch import Batch
+from sirius.core import CorrectionConfig, Request, Round, SamplingConfig, SparsityConfig, as_config
 from sirius.errors import ConfigError, RequestError
+from sirius.hf.criteria import BatchCriteria, RowEnding, parted
+from sirius.hf.processors import BatchProcessors
+from sirius.model.inputs import check_inputs
 from sirius.model.prepare import check_length
-from sirius.stats import Stats
+from sirius.scoring import SharedProcessor
+from sirius.stats import Stats, summarise
+from sirius.texts import Completion, Text
 
 
 @dataclass
@@ -45,9 +50,15 @@ def generate(
     stop_strings: str | Sequence[str] | None = None,
     **kwargs: Any,
 ) -> Any:
-    """Call `model.generate(..., custom_generate=sirius.decode)` with streamer and stop strings handed on."""
+    """Call `model.generate(..., custom_generate=sirius.decode)` with streamer and stop strings handed on.
+
+    stop_strings  those of the generation config, given or the model's, if left out
+    """
+    given = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
+    for config in (given, model.generation_config):
+        stop_strings = getattr(config, "stop_strings", None) if stop_strings is None else stop_strings
     bound = partial(decode, streamer=streamer, tokenizer=tokenizer, stop=stop_strings)
-    return model.generate(*args, custom_generate=bound, **kwargs)
+    return model.generate(*args, custom_generate=bound, stop_strings=None, **kwargs)
 
 
 @torch.no_grad()
@@ -77,52 +88,74 @@ def decode(  # noqa: PLR0913 - transformers' own arguments, and ours
     Stopping criteria get scores None, as in assisted decoding. `use_cache` and `cache_implementation` change nothing:
     the cache is ours. A text that passes the model's context is warned of and no more, as in transformers.
 
+    Processors are tried first: of those that keep state from call to call nothing is drafted, and a warning says so.
+    Processors and criteria may hold something for every row: they are shown the batch as transformers shows it.
+
     Returns [B, P + new] int64 padded on the right, or a `SiriusOutput` where `return_dict_in_generate` is set. The
     model is left prepared (it computes what it did before); `sirius.restore(model)` undoes it. Raises ConfigError of
-    beams and outputs that a draft cannot give, RequestError of a cache or embeddings as the prompt.
+    beams and outputs that a draft cannot give, RequestError of what a session does not give to a model: a filled cache,
+    embeddings, images, other positions than those of the tokens.
     """
     _check(generation_config, model_kwargs)
+    mask = model_kwargs.pop("attention_mask", None)
+    check_inputs(input_ids, mask, model_kwargs)
     if streamer is not None and len(input_ids) > 1:
         raise ConfigError(f"a streamer takes one prompt at a time; got {len(input_ids)}")
-    criteria = StoppingCriteriaList(stopping_criteria)
-    if stop:
-        if tokenizer is None:
-            raise ConfigError(
-                "stop strings need the tokenizer: sirius.generate(model, ..., stop_strings=..., tokenizer=...)"
-            )
-        criteria.append(StopStringCriteria(tokenizer, stop_strings=[stop] if isinstance(stop, str) else list(stop)))
     chosen = as_config(SparsityConfig, sparsity)
     corrected = None if correction is None else as_config(CorrectionConfig, correction)
-    job = _Job(model, generation_config, LogitsProcessorList(logits_processor or ()), criteria)
+    _check_rule(corrected, generation_config)
+    own, joint = parted([*stopping_criteria, *_stop_criteria(stop, tokenizer)], len(input_ids))
+    rows = [_Row() for _ in input_ids]
+    job = _Job(model, generation_config, LogitsProcessorList(logits_processor or ()), own, rows)
     batch = Batch(model, chosen, corrected, ends=frozenset(job.ends), rows=len(input_ids))
-    mask = model_kwargs.get("attention_mask")
-    texts = [job.text(input_ids, row, mask) for row in range(len(input_ids))]
-    tickets = {batch.add(text): row for row, text in enumerate(texts)}
+    for row, text in zip(rows, job.texts(input_ids, mask, batch.drafts), strict=True):
+        row.ticket = batch.add(text)
     if streamer is not None:
         streamer.put(input_ids.cpu())
-    rows = [_Row() for _ in texts]
+    _run(batch, rows, BatchCriteria(joint, input_ids, job.pad) if joint else None, streamer)
+    if streamer is not None:
+        streamer.end()
+    return job.packed(input_ids)
+
+
+def _run(batch: Batch, rows: "list[_Row]", joint: BatchCriteria | None, streamer: BaseStreamer | None) -> None:
+    """Bring rows to their ends."""
+    of = {row.ticket: row for row in rows}
     while batch.busy:
         for update in batch.step():
             if update.error is not None:
                 raise update.error
             if streamer is not None:
                 streamer.put(torch.tensor(update.round.tokens))
-            rows[tickets[update.ticket]].add(update.round, update.completion)
-    if streamer is not None:
-        streamer.end()
-    return job.packed(input_ids, rows)
+            of[update.ticket].add(update.round, update.completion)
+        if joint is not None:
+            over = [row.completion is not None for row in rows]
+            for index, count in list(joint.catch_up([row.tokens for row in rows], over)):
+                rows[index].end(batch, count)
 
 
 class _Row:
     """A row's rounds, and in the end its completion."""
 
     def __init__(self) -> None:
+        self.ticket = 0
         self.rounds: list[Round] = []
         self.completion: Completion | None = None
 
     def add(self, done: Round, completion: Completion | None) -> None:
         self.rounds.append(done)
         self.completion = completion
+
+    def end(self, batch: Batch, count: int) -> None:
+        """End the row after `count` of its tokens, be it at work or over."""
+        done = self.completion or batch.end(self.ticket)
+        left, kept = count, []
+        for each in self.rounds:
+            if left > 0:
+                kept.append(each.until(min(left, len(each.tokens))))
+            left -= len(each.tokens)
+        assert done.setting is not None, "a batch gives it"
+        self.rounds, self.completion = kept, replace(done, stats=summarise(kept, done.setting, done.stats.seconds))
 
     @property
     def tokens(self) -> list[int]:
@@ -133,27 +166,6 @@ class _Row:
         return [line for done in self.rounds for line in getattr(done, name)]
 
 
-class _Criteria:
-    """The stopping criteria of one row, asked after every token."""
-
-    def __init__(self, criteria: StoppingCriteriaList, ids: Tensor) -> None:
-        """Take the row's ids [1, P] int64, padding included, as transformers shows them."""
-        self.ask, self.ids = cast("Callable[[Tensor, None], Tensor]", criteria), ids
-        self.text, self.stopped = "", False
-
-    def push(self, tokens: Sequence[int]) -> int:
-        """Take tokens until one ends the text; return how many were taken."""
-        for count, token in enumerate(tokens, start=1):
-            self.ids = torch.cat([self.ids, self.ids.new_tensor([[token]])], dim=1)
-            if bool(self.ask(self.ids, None).all()):  # no scores, as in assisted decoding
-                self.stopped = True
-                return count
-        return len(tokens)
-
-    def finish(self) -> None:
-        """Nothing is held back."""
-
-
 @dataclass(frozen=True)
 class _Job:
     """What the rows of one call share."""
@@ -162,6 +174,12 @@ class _Job:
     generation: GenerationConfig
     processors: LogitsProcessorList
     criteria: StoppingCriteriaList
+    rows: list[_Row]
+
+    @property
+    def pad(self) -> int:
+        pad = self.generation.pad_token_id
+        return next(iter(self.ends), 0) if pad is None else pad
 
     @property
     def ends(self) -> list[int]:
@@ -173,25 +191,33 @@ class _Job:
         asked = self.generation.output_scores or self.generation.output_logits
         return bool(self.generation.return_dict_in_generate and asked)
 
-    def text(self, input_ids: Tensor, index: int, mask: Tensor | None) -> Text:
-        """Return one row of input_ids [B, P] int64 as a text; mask [B, P] marks the tokens that are no padding."""
-        row = input_ids[index]
-        real = row if mask is None else row[mask[index].bool()]
-        if len(real) == 0:
-            raise RequestError("a prompt of the batch is all padding; give it at least one token")
-        if not torch.equal(real, row[len(row) - len(real) :]) or (mask is not None and not mask[index, -1]):
-            raise RequestError(f"row {index} is padded on the right or within; set the tokenizer's padding_side='left'")
-        budget = self.generation.max_length - len(row)
-        check_length(self.model.config, len(real), budget)
-        sampling = SamplingConfig(temperature=1.0 if self.generation.do_sample else 0.0)  # warpers are processors here
-        process = self._row_processor(input_ids, index, len(row) - len(real)) if self.processors else None
-        request = Request(tuple(real.tolist()), budget, (), sampling)
-        return Text(request, partial(_Criteria, self.criteria, row[None]), process, keep_scores=self.wants_scores)
+    def texts(self, input_ids: Tensor, mask: Tensor | None, drafts: bool) -> list[Text]:
+        """Return the rows of input_ids [B, P] int64 as texts; mask [B, P] marks the tokens that are no padding."""
+        prompts = [_without_padding(row, mask, index) for index, row in enumerate(input_ids)]
+        pads = [input_ids.shape[1] - len(prompt) for prompt in prompts]
+        ids = input_ids.to(self.model.device)
+        shared = BatchProcessors(self.processors, ids, pads, self.pad, lambda row: self.rows[row].tokens)
+        steady = not (drafts and self.processors) or shared.are_steady(self.model.config.get_text_config().vocab_size)
+        return [
+            Text(
+                self._request(prompt, input_ids.shape[1]),
+                partial(RowEnding, self.criteria, input_ids[index, None]),
+                SharedProcessor(shared, index) if self.processors else None,
+                keep_scores=self.wants_scores,
+                steady=steady,
+            )
+            for index, prompt in enumerate(prompts)
+        ]
 
-    def packed(self, input_ids: Tensor, rows: list[_Row]) -> Tensor | SiriusOutput:
+    def _request(self, prompt: Tensor, padded: int) -> Request:
+        budget = self.generation.max_length - padded
+        check_length(self.model.config, len(prompt), budget)
+        sampling = SamplingConfig(temperature=1.0 if self.generation.do_sample else 0.0)  # warpers are processors here
+        return Request(tuple(prompt.tolist()), budget, (), sampling)
+
+    def packed(self, input_ids: Tensor) -> Tensor | SiriusOutput:
         """Return the rows in transformers' form, the shorter ones padded on the right."""
-        pad = self.generation.pad_token_id
-        pad = next(iter(self.ends), 0) if pad is None else pad
+        rows, pad = self.rows, self.pad
         longest = max(len(row.tokens) for row in rows)
         new = [row.tokens + [pad] * (longest - len(row.tokens)) for row in rows]
         sequences = torch.cat([input_ids, torch.tensor(new, dtype=input_ids.dtype, device=input_ids.device)], dim=1)
@@ -201,29 +227,44 @@ class _Job:
             sequences=cast("torch.LongTensor", sequences),
             scores=self._stacked(rows, "scores", longest) if self.generation.output_scores else None,
             logits=self._stacked(rows, "logits", longest) if self.generation.output_logits else None,
-            stats=tuple(row.completion.stats for row in rows if row.completion),
+            stats=tuple(row.completion.stats for row in rows if row.completion is not None),
         )
-
-    def _row_processor(self, input_ids: Tensor, index: int, padding: int) -> Processor:
-        """Show the processors what transformers shows them: the padded row, in a batch of as many rows.
-
-        A processor may hold something for every row of the batch, so the row stands for its neighbours too.
-        """
-        processors, pads = cast("Processor", self.processors), input_ids[index : index + 1, :padding]
-
-        def process(tokens: Tensor, scores: Tensor) -> Tensor:
-            padded = torch.cat([pads.to(tokens).expand(len(tokens), -1), tokens], dim=1)
-            lines = zip(padded, scores, strict=True)  # the nodes of a tree, one after the other
-            batches = (processors(ids.repeat(len(input_ids), 1), row.repeat(len(input_ids), 1)) for ids, row in lines)
-            return torch.stack([batch[index] for batch in batches])
-
-        return process
 
     def _stacked(self, rows: list[_Row], name: str, longest: int) -> Any:
         """Return one [B, V] tensor a step; a row that has ended shows zeros."""
         lines = [row.lines(name) for row in rows]
         filled = [each + [torch.zeros_like(each[0])] * (longest - len(each)) for each in lines]
         return tuple(torch.stack(step) for step in zip(*filled, strict=True))
+
+
+def _stop_criteria(
+    stop: str | Sequence[str] | None, tokenizer: PreTrainedTokenizerBase | None
+) -> list[StopStringCriteria]:
+    if not stop:
+        return []
+    if tokenizer is None:
+        raise ConfigError(
+            "stop strings need the tokenizer: sirius.generate(model, ..., stop_strings=..., tokenizer=...)"
+        )
+    return [StopStringCriteria(tokenizer, stop_strings=[stop] if isinstance(stop, str) else list(stop))]
+
+
+def _without_padding(row: Tensor, mask: Tensor | None, index: int) -> Tensor:
+    """Return the tokens of a row [P] that count."""
+    real = row if mask is None else row[mask[index].bool()]
+    if len(real) == 0:
+        raise RequestError("a prompt of the batch is all padding; give it at least one token")
+    if mask is not None and not bool(mask[index, len(row) - len(real) :].all()):
+        raise RequestError(
+            f"row {index} is padded on the right or within: set the tokenizer's padding_side='left', or give an "
+            "attention_mask where a prompt's own token was taken for padding"
+        )
+    return real
+
+
+def _check_rule(correction: CorrectionConfig | None, generation: GenerationConfig) -> None:
+    if generation.do_sample and correction is not None and correction.accept == "argmax":
+        raise ConfigError("accept 'argmax' is for greedy text; use accept 'lossless', or do_sample=False")
 
 
 def _check(generation: GenerationConfig, model_kwargs: Mapping[str, Any]) -> None:
@@ -240,9 +281,3 @@ def _check(generation: GenerationConfig, model_kwargs: Mapping[str, Any]) -> Non
     for name in ("output_attentions", "output_hidden_states"):
         if generation.return_dict_in_generate and getattr(generation, name):
             raise ConfigError(f"{name} would be the draft's as often as the full model's; leave it out")
-    if model_kwargs.get("inputs_embeds") is not None:
-        raise RequestError("sirius reads token ids, not inputs_embeds")
-    for name in ("cache", "past_key_values"):  # since transformers 5.24, and before
-        cache = model_kwargs.get(name)
-        if cache is not None and cache.get_seq_length() > 0:
-            raise RequestError(f"sirius fills a cache of its own; give the whole prompt as input_ids and no {name}")

@@ -1,0 +1,82 @@
+"""Stopping criteria of transformers over the rows of a batch, of which each has come to a place of its own."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers.generation import stopping_criteria as known
+
+Ask = Callable[[Tensor, None], Any]  # with no scores, as in assisted decoding
+
+BY_ROW = known.MaxLengthCriteria, known.MaxTimeCriteria, known.EosTokenCriteria, known.StopStringCriteria
+
+
+def parted(criteria: Sequence[StoppingCriteria], rows: int) -> tuple[StoppingCriteriaList, StoppingCriteriaList]:
+    """Part criteria into those that look at each row alone, and those that may hold something for every row."""
+    own = StoppingCriteriaList(each for each in criteria if rows == 1 or type(each) in BY_ROW)
+    return own, StoppingCriteriaList(each for each in criteria if not any(each is other for other in own))
+
+
+class RowEnding:
+    """The criteria that look at one row, asked after every token."""
+
+    def __init__(self, criteria: StoppingCriteriaList, ids: Tensor) -> None:
+        """Take the row's ids [1, P] int64, padding included, as transformers shows them."""
+        self.ask, self.ids = cast("Ask", criteria), ids
+        self.text, self.stopped = "", False
+
+    def push(self, tokens: Sequence[int]) -> int:
+        """Take tokens until one ends the text; return how many were taken."""
+        for count, token in enumerate(tokens, start=1):
+            self.ids = torch.cat([self.ids, self.ids.new_tensor([[token]])], dim=1)
+            if _stops(self.ask, self.ids)[0]:
+                self.stopped = True
+                return count
+        return len(tokens)
+
+    def finish(self) -> None:
+        """Nothing is held back."""
+
+
+class BatchCriteria:
+    """Criteria that may hold something for every row, asked about the whole batch once for each token, in order.
+
+    Rows advance each at its own pace. So a token of all rows is asked about when the slowest has come to it, and a row
+    that was to stop there loses what it has beyond.
+    """
+
+    def __init__(self, criteria: StoppingCriteriaList, ids: Tensor, pad: int) -> None:
+        """Take the batch's prompts [B, P] int64, padding included, and what fills rows that have ended."""
+        self.ask, self.ids, self.pad = cast("Ask", criteria), ids, pad
+        self.asked = 0  # new tokens of each row that the criteria have seen
+        self.ended: dict[int, int] = {}  # rows that they ended, each with its new tokens
+
+    def catch_up(self, rows: Sequence[Sequence[int]], over: Sequence[bool]) -> Iterator[tuple[int, int]]:
+        """Yield each row that now ends, and after how many new tokens.
+
+        rows  the new tokens of each
+        over  whether a row gets no more
+        """
+        while self._next(rows, over):
+            self.asked += 1
+            new = [[*row[: self.ended.get(i, self.asked)]][: self.asked] for i, row in enumerate(rows)]
+            filled = self.ids.new_tensor([row + [self.pad] * (self.asked - len(row)) for row in new])
+            stops = _stops(self.ask, torch.cat([self.ids, filled], 1))
+            for row, stop in enumerate(stops):
+                if stop and row not in self.ended and len(new[row]) == self.asked:
+                    self.ended[row] = self.asked
+                    yield row, self.asked
+
+    def _next(self, rows: Sequence[Sequence[int]], over: Sequence[bool]) -> bool:
+        """Tell whether every row that goes on has a further token, and any does."""
+        lengths = {i: len(row) for i, row in enumerate(rows) if i not in self.ended}
+        waits = any(length <= self.asked and not over[i] for i, length in lengths.items())
+        return not waits and any(length > self.asked for length in lengths.values())
+
+
+def _stops(ask: Ask, ids: Tensor) -> list[bool]:
+    """Return which rows of ids [B, n] int64 criteria stop; one answer is every row's."""
+    answer = torch.as_tensor(ask(ids, None))
+    return answer.bool().expand(len(ids)).tolist()

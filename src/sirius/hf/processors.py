@@ -1,0 +1,131 @@
+"""Logits processors of transformers over the rows of a batch, of which each has come to a place of its own."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import cast
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList
+from transformers.generation import logits_process as known
+
+from sirius.decoding.steady import is_steady
+from sirius.scoring import Lines, Processor
+
+BY_LINE = (  # those that look at each line alone, so that lines of any rows may go together
+    known.EpsilonLogitsWarper,
+    known.EtaLogitsWarper,
+    known.ExponentialDecayLengthPenalty,
+    known.ForcedBOSTokenLogitsProcessor,
+    known.ForcedEOSTokenLogitsProcessor,
+    known.InfNanRemoveLogitsProcessor,
+    known.LogitNormalization,
+    known.MinLengthLogitsProcessor,
+    known.MinNewTokensLengthLogitsProcessor,
+    known.MinPLogitsWarper,
+    known.NoBadWordsLogitsProcessor,
+    known.NoRepeatNGramLogitsProcessor,
+    known.RepetitionPenaltyLogitsProcessor,
+    known.SequenceBiasLogitsProcessor,
+    known.SuppressTokensAtBeginLogitsProcessor,
+    known.SuppressTokensLogitsProcessor,
+    known.TemperatureLogitsWarper,
+    known.TopKLogitsWarper,
+    known.TopPLogitsWarper,
+    known.TypicalLogitsWarper,
+)
+
+
+@dataclass(frozen=True)
+class BatchProcessors:
+    """The processors of a batch of B rows, which are shown what transformers shows them.
+
+    ids     [B, P] int64, the padded prompts
+    pads    [B] how many tokens of each are padding
+    pad     what fills rows that have ended
+    tokens  returns the new tokens of a row so far
+    """
+
+    processors: LogitsProcessorList
+    ids: Tensor
+    pads: Sequence[int]
+    pad: int
+    tokens: Callable[[int], Sequence[int]]
+
+    @cached_property
+    def by_line(self) -> bool:
+        """Whether lines of any rows may go together."""
+        return all(type(each) in BY_LINE for each in self.processors)
+
+    @cached_property
+    def of_rows(self) -> list[LogitsProcessorList]:
+        """The processors of each row, where they look at each line alone: the same ones if its padding is no matter."""
+        lengths = [getattr(each, "prompt_ignore_length", None) for each in self.processors]
+        if not any(isinstance(each, Tensor) for each in lengths):
+            return [self.processors] * len(self.ids)
+        return [LogitsProcessorList(_of_row(each, row) for each in self.processors) for row in range(len(self.ids))]
+
+    def __call__(self, lines: Sequence[Lines]) -> list[Tensor]:
+        """Return the scores of rows' lines as the processors leave them.
+
+        A processor that may hold something for every row is shown the batch: all rows where they have come to the same
+        place, as all have that are decoded without a draft, else a row in the place of its neighbours too.
+        """
+        padded = [Lines(each.text, self._padded(each), each.scores) for each in lines]
+        if self.by_line:
+            return self._by_length(padded)
+        if all(len(each.tokens) == 1 for each in padded) and len({each.tokens.shape for each in padded}) == 1:
+            return self._as_batch(padded)
+        return [self._repeated(each) for each in padded]
+
+    def are_steady(self, vocabulary: int) -> bool:
+        """Tell whether the processors keep no state from call to call; only copies of them are asked."""
+        return self.by_line or is_steady(self.processors, self.ids, vocabulary)
+
+    def _padded(self, lines: Lines) -> Tensor:
+        pads = self.ids[lines.text, : self.pads[lines.text]].to(lines.tokens)
+        return torch.cat([pads.expand(len(lines.tokens), -1), lines.tokens], 1)
+
+    def _by_length(self, lines: Sequence[Lines]) -> list[Tensor]:
+        groups: dict[tuple[int, int], list[int]] = {}
+        for place, each in enumerate(lines):
+            groups.setdefault((each.tokens.shape[1], id(self.of_rows[each.text])), []).append(place)
+        found: dict[int, Tensor] = {}
+        for places in groups.values():
+            tokens, scores = (torch.cat([getattr(lines[p], name) for p in places]) for name in ("tokens", "scores"))
+            answers = _ask(self.of_rows[lines[places[0]].text], tokens, scores)
+            found |= zip(places, answers.split([len(lines[place].tokens) for place in places]), strict=True)
+        return [found[place] for place in range(len(lines))]
+
+    def _as_batch(self, lines: Sequence[Lines]) -> list[Tensor]:
+        asked = {each.text: each for each in lines}
+        length = lines[0].tokens.shape[1]
+        tokens = [asked[row].tokens[0] if row in asked else self._ended(row, length) for row in range(len(self.ids))]
+        scores = [asked.get(row, lines[0]).scores[0] for row in range(len(self.ids))]
+        answers = _ask(self.processors, torch.stack(tokens), torch.stack(scores))
+        return [answers[each.text, None] for each in lines]
+
+    def _ended(self, row: int, length: int) -> Tensor:
+        """Return the tokens of a row that has ended, filled up to a length."""
+        new = [*self.tokens(row)]
+        fill = [self.pad] * (length - self.ids.shape[1] - len(new))
+        return torch.cat([self.ids[row], self.ids.new_tensor(new + fill)])[:length]
+
+    def _repeated(self, lines: Lines) -> Tensor:
+        rows = len(self.ids)
+        pairs = zip(lines.tokens, lines.scores, strict=True)
+        batches = (_ask(self.processors, ids.repeat(rows, 1), scores.repeat(rows, 1)) for ids, scores in pairs)
+        return torch.stack([batch[lines.text] for batch in batches])
+
+
+def _ask(processors: LogitsProcessorList, tokens: Tensor, scores: Tensor) -> Tensor:
+    return cast("Processor", processors)(tokens, scores)
+
+
+def _of_row(processor: LogitsProcessor, row: int) -> LogitsProcessor:
+    """Return a processor for one row alone, of one that knows how long each row's padding is."""
+    lengths = getattr(processor, "prompt_ignore_length", None)
+    if not isinstance(processor, known.RepetitionPenaltyLogitsProcessor) or not isinstance(lengths, Tensor):
+        return processor
+    return known.RepetitionPenaltyLogitsProcessor(processor.penalty, prompt_ignore_length=int(lengths[row]))
