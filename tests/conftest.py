@@ -13,6 +13,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -25,6 +26,7 @@ from transformers import (
     Phi3Config,
     PreTrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
     SmolLM3Config,
@@ -112,6 +114,16 @@ def bench(monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
         return code, printed.out, printed.err
 
     return run
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One printable character a token, so that every id of a tiny model has a text."""
+    vocabulary = {chr(33 + i) if i < 94 else chr(200 + i): i for i in range(VOCABULARY)}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="!"))
+    words.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    words.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="!", clean_up_tokenization_spaces=False)
 
 
 def greedy(model: PreTrainedModel, prompt: list[int], new_tokens: int, **options: object) -> list[int]:

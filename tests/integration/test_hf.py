@@ -4,13 +4,12 @@ from functools import partial
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, StoppingCriteriaList, TextStreamer
+from transformers import StoppingCriteriaList, TextStreamer
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 import sirius
-from conftest import VOCABULARY, greedy, slow, tiny_model
+from conftest import greedy, slow, tiny_model
 from sirius.errors import ConfigError, RequestError
 from sirius.model.inputs import cache_argument
 from sirius.model.prepare import sparse_mlps
@@ -38,16 +37,6 @@ class Recorder(BaseStreamer):
 @pytest.fixture
 def model():
     return tiny_model(eos_token_id=None)
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    """One printable character a token, so that every id of the model has a text."""
-    vocabulary = {chr(33 + i) if i < 94 else chr(200 + i): i for i in range(VOCABULARY)}
-    words = Tokenizer(models.WordLevel(vocabulary, unk_token="!"))
-    words.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    words.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="!", clean_up_tokenization_spaces=False)
 
 
 def left_padded(prompts: list[list[int]], pad: int = 0) -> dict[str, torch.Tensor]:

@@ -14,9 +14,18 @@ BY_ROW = known.MaxLengthCriteria, known.MaxTimeCriteria, known.EosTokenCriteria,
 
 
 def parted(criteria: Sequence[StoppingCriteria], rows: int) -> tuple[StoppingCriteriaList, StoppingCriteriaList]:
-    """Part criteria into those that look at each row alone, and those that may hold something for every row."""
-    own = StoppingCriteriaList(each for each in criteria if rows == 1 or type(each) in BY_ROW)
+    """Part criteria into those by which each row ends alone, and those that are asked about the whole batch.
+
+    Where no token ends a text, transformers lets every row go on until all have ended.
+    """
+    alone = BY_ROW if ends_rows(criteria) else (known.MaxLengthCriteria,)
+    own = StoppingCriteriaList(each for each in criteria if rows == 1 or type(each) in alone)
     return own, StoppingCriteriaList(each for each in criteria if not any(each is other for other in own))
+
+
+def ends_rows(criteria: Sequence[StoppingCriteria]) -> bool:
+    """Tell whether rows end each for itself, as transformers tells."""
+    return any(hasattr(each, "eos_token_id") for each in criteria)
 
 
 class RowEnding:
@@ -47,11 +56,15 @@ class BatchCriteria:
     that was to stop there loses what it has beyond.
     """
 
-    def __init__(self, criteria: StoppingCriteriaList, ids: Tensor, pad: int) -> None:
-        """Take the batch's prompts [B, P] int64, padding included, and what fills rows that have ended."""
-        self.ask, self.ids, self.pad = cast("Ask", criteria), ids, pad
+    def __init__(self, criteria: StoppingCriteriaList, ids: Tensor, pad: int, together: bool) -> None:
+        """Take the batch's prompts [B, P] int64, padding included, and what fills rows that have ended.
+
+        together  rows end when the last of them is to
+        """
+        self.ask, self.ids, self.pad, self.together = cast("Ask", criteria), ids, pad, together
         self.asked = 0  # new tokens of each row that the criteria have seen
-        self.ended: dict[int, int] = {}  # rows that they ended, each with its new tokens
+        self.stopped: set[int] = set()  # rows that were to end
+        self.ended: dict[int, int] = {}  # rows that the criteria ended, each with its new tokens
 
     def catch_up(self, rows: Sequence[Sequence[int]], over: Sequence[bool]) -> Iterator[tuple[int, int]]:
         """Yield each row that now ends, and after how many new tokens.
@@ -64,10 +77,12 @@ class BatchCriteria:
             new = [[*row[: self.ended.get(i, self.asked)]][: self.asked] for i, row in enumerate(rows)]
             filled = self.ids.new_tensor([row + [self.pad] * (self.asked - len(row)) for row in new])
             stops = _stops(self.ask, torch.cat([self.ids, filled], 1))
-            for row, stop in enumerate(stops):
-                if stop and row not in self.ended and len(new[row]) == self.asked:
-                    self.ended[row] = self.asked
-                    yield row, self.asked
+            self.stopped |= {row for row, stop in enumerate(stops) if stop and len(new[row]) == self.asked}
+            if self.together and len(self.stopped) < len(rows):
+                continue
+            for row in sorted(self.stopped - self.ended.keys()):
+                self.ended[row] = self.asked
+                yield row, self.asked
 
     def _next(self, rows: Sequence[Sequence[int]], over: Sequence[bool]) -> bool:
         """Tell whether every row that goes on has a further token, and any does."""

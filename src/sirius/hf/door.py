@@ -26,7 +26,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from sirius.batch import Batch
 from sirius.core import CorrectionConfig, Request, Round, SamplingConfig, SparsityConfig, as_config
 from sirius.errors import ConfigError, RequestError
-from sirius.hf.criteria import BatchCriteria, RowEnding, parted
+from sirius.hf.criteria import BatchCriteria, RowEnding, ends_rows, parted
 from sirius.hf.processors import BatchProcessors
 from sirius.model.inputs import check_inputs
 from sirius.model.prepare import check_length
@@ -104,7 +104,8 @@ def decode(  # noqa: PLR0913 - transformers' own arguments, and ours
     chosen = as_config(SparsityConfig, sparsity)
     corrected = None if correction is None else as_config(CorrectionConfig, correction)
     _check_rule(corrected, generation_config)
-    own, joint = parted([*stopping_criteria, *_stop_criteria(stop, tokenizer)], len(input_ids))
+    criteria = [*stopping_criteria, *_stop_criteria(stop, tokenizer)]
+    own, joint = parted(criteria, len(input_ids))
     rows = [_Row() for _ in input_ids]
     job = _Job(model, generation_config, LogitsProcessorList(logits_processor or ()), own, rows)
     batch = Batch(model, chosen, corrected, ends=frozenset(job.ends), rows=len(input_ids))
@@ -112,7 +113,8 @@ def decode(  # noqa: PLR0913 - transformers' own arguments, and ours
         row.ticket = batch.add(text)
     if streamer is not None:
         streamer.put(input_ids.cpu())
-    _run(batch, rows, BatchCriteria(joint, input_ids, job.pad) if joint else None, streamer)
+    whole = BatchCriteria(joint, input_ids, job.pad, together=not ends_rows(criteria)) if joint else None
+    _run(batch, rows, whole, streamer)
     if streamer is not None:
         streamer.end()
     return job.packed(input_ids)

@@ -54,6 +54,8 @@ def _obstacle(name: str, value: Any, ids: Tensor, mask: Tensor | None) -> str | 
     way = "leave it out, or decode with model.generate alone"
     if name == "position_ids":
         return f"position_ids are not those of the tokens one after the other, which sirius counts itself; {way}"
+    if name == "mm_encoder_outputs":  # transformers has replaced them by now
+        name = "pixel_values (or other images or sound)"
     return f"{name} would have no effect, as sirius gives a model token ids, positions and a mask alone; {way}"
 
 
