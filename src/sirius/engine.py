@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sirius.batch import Batch, Completion, Text, Update
 from sirius.core import CorrectionConfig, Request, SamplingConfig, SparsityConfig, as_config, check_together
-from sirius.errors import RequestError, SiriusError
+from sirius.errors import ConfigError, RequestError, SiriusError
 from sirius.model.loading import Source, load_model, load_tokenizer
 from sirius.model.prepare import check_length, context_limit, prepare, rope_turn, sliding_window
 from sirius.model.workspace import check_compiles
@@ -59,23 +59,35 @@ class Engine:
     """A model made sparse, with its tokenizer, ready to decode; not thread-safe."""
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None, *, compile: bool = False
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        compile: bool = False,
+        max_context: int | None = None,
     ) -> None:
         """Prepare a transformers model that is already loaded; its MLPs become ours (`sirius.restore` undoes it).
 
         compile  compile the passes of a GPU: minutes at the first text, then less time at each token
+        max_context  the most tokens of prompt and text together, in place of the model's own limit; past that one the
+                     model was not trained, and what it writes may be worthless
 
         Raises ConfigError where there is nothing to compile, UnsupportedModelError where the structure does not fit.
         """
+        if max_context is not None and (type(max_context) is not int or max_context < 2):
+            raise ConfigError(
+                f"max_context counts tokens, a prompt's and a new one at least, so 2; got {max_context!r}"
+            )
         if compile:
             check_compiles(model)
         prepare(model)
         self.compile = compile
+        self.limit = context_limit(model.config) if max_context is None else max_context
         self.model, self.tokenizer = model.eval(), tokenizer
         self.ends = end_tokens(model)
 
     @classmethod
-    def load(
+    def load(  # noqa: PLR0913 - a place, and options by their names
         cls,
         path: str | Path,
         *,
@@ -85,6 +97,7 @@ class Engine:
         trust_remote_code: bool = False,
         gguf_file: str | None = None,
         compile: bool = False,
+        max_context: int | None = None,
     ) -> "Engine":
         """Load a model folder, a GGUF file or a hub id.
 
@@ -92,11 +105,13 @@ class Engine:
         device  "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1", ...
         gguf_file  the file's name, where the folder or hub id holds GGUF files; its weights are dequantised
         compile compile the passes of a GPU: minutes at the first text, then less time at each token
+        max_context  the most tokens of prompt and text together, see `Engine`
 
         Raises ModelError where it cannot be loaded, otherwise as `Engine` does.
         """
         source = Source(str(path), revision, trust_remote_code, gguf_file).found()
-        return cls(load_model(source, dtype, device), load_tokenizer(source), compile=compile)
+        model, tokenizer = load_model(source, dtype, device), load_tokenizer(source)
+        return cls(model, tokenizer, compile=compile, max_context=max_context)
 
     def generate(self, prompt: Prompt, **options: Unpack[Options]) -> Completion:
         """Decode one prompt to its end; the arguments are those of `stream`."""
@@ -178,7 +193,7 @@ class Engine:
             check_length(self.model.config, len(tokens), budget)
             raise RequestError(
                 f"prompt {len(tokens)} + max_new_tokens {budget} = {len(tokens) + budget} tokens pass the limit "
-                f"of {len(tokens) + room}; set max_new_tokens to at most {room}"
+                f"of {len(tokens) + room}; set max_new_tokens to at most {room}, or raise max_context"
             )
         if request.stop and self.tokenizer is None:
             raise RequestError("stop strings need a tokenizer, and this model has none; stop at token ids instead")
@@ -207,12 +222,12 @@ class Engine:
         return self._room(len(self.encode(prompt)))
 
     def _room(self, prompt: int) -> int:
-        limit = context_limit(self.model.config)
+        limit = self.limit
         check_length(self.model.config, prompt, 1)
         if limit is not None and prompt >= limit:
             raise RequestError(
                 f"the prompt has {prompt} tokens and the model's context holds {limit}, at least one of them new; "
-                "shorten the prompt"
+                f"shorten the prompt, or set max_context to {prompt + 1} or more"
             )
         sliding, turn = sliding_window(self.model.config), rope_turn(self.model.config)
         limits = [each for each in (limit, sliding and sliding[1]) if each is not None]

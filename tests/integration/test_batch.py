@@ -645,11 +645,10 @@ def test_texts_of_any_length_that_join_while_the_cache_grows_are_theirs_alone(en
     assert done == {ticket: greedy(engine.model, *line) for ticket, line in wanted.items()}
 
 
-def test_memory_is_reserved_for_what_is_written_and_not_for_the_budget(monkeypatch):
+def test_memory_is_reserved_for_what_is_written_and_not_for_the_budget():
     model = tiny_model(eos_token_id=None)
-    monkeypatch.setattr("sirius.engine.context_limit", lambda config: None)
     want = greedy(model, PROMPTS[0], 60)
-    engine = Engine(model)
+    engine = Engine(model, max_context=2 * 10**8)
     engine.ends = frozenset({next(token for token in want[30:] if token not in want[:30])})
     batch = engine.batch(rows=1)
     ticket = batch.add(engine.text(PROMPTS[0], max_new_tokens=10**8))
