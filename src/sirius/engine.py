@@ -30,7 +30,7 @@ class TextOptions(TypedDict, total=False):
     """What one text may ask for.
 
     max_new_tokens  None: 256, or as many as the model's context has room for
-    stop            strings that end the text; None: no strings
+    stop            strings that end the text; None: those of the checkpoint's generation config, () none
     sampling        a temperature, a SamplingConfig or a mapping of its fields; greedy if left out
     """
 
@@ -84,7 +84,7 @@ class Engine:
         self.compile = compile
         self.limit = context_limit(model.config) if max_context is None else max_context
         self.model, self.tokenizer = model.eval(), tokenizer
-        self.ends = end_tokens(model)
+        self.ends, self.stops = end_tokens(model), stop_strings(model)
 
     @classmethod
     def load(  # noqa: PLR0913 - a place, and options by their names
@@ -187,6 +187,8 @@ class Engine:
         _check_known(options, TextOptions)
         tokens = self.encode(prompt)
         room = self._room(len(tokens))
+        if options.get("stop") is None:
+            options = {**options, "stop": self.stops}
         request = _request(tokens, options, budget=min(DEFAULT_NEW_TOKENS, room))
         budget = request.max_new_tokens
         if budget > room:
@@ -196,7 +198,9 @@ class Engine:
                 f"of {len(tokens) + room}; set max_new_tokens to at most {room}, or raise max_context"
             )
         if request.stop and self.tokenizer is None:
-            raise RequestError("stop strings need a tokenizer, and this model has none; stop at token ids instead")
+            raise RequestError(
+                f"stop strings {list(request.stop)} need a tokenizer, and this model has none; set stop to ()"
+            )
         make_ending = partial(StopAt, self.tokenizer, self.ends, request.stop)
         return Text(request, make_ending, make_processor(request.sampling, self.model))
 
@@ -281,6 +285,12 @@ def end_tokens(model: PreTrainedModel) -> frozenset[int]:
     ids = model.generation_config.eos_token_id if model.generation_config else None
     ids = model.config.get_text_config().eos_token_id if ids is None else ids
     return frozenset([ids] if isinstance(ids, int) else ids or ())
+
+
+def stop_strings(model: PreTrainedModel) -> tuple[str, ...]:
+    """Return the strings that end a text, from the model's generation config."""
+    found = getattr(model.generation_config, "stop_strings", None) or ()
+    return (found,) if isinstance(found, str) else tuple(found)
 
 
 def _request(prompt: tuple[int, ...], options: TextOptions, budget: int) -> Request:

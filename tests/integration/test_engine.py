@@ -155,6 +155,26 @@ def test_a_checkpoints_repetition_penalty_is_applied_as_transformers_applies_it(
     assert list(got.token_ids) == want != free
 
 
+@pytest.mark.parametrize("kind", [str, list])
+def test_a_checkpoints_stop_strings_end_a_text_unless_others_are_given(engine, kind, monkeypatch):
+    whole = engine.generate([5, 6, 7], max_new_tokens=20)
+    word = engine.decode([next(token for token in whole.token_ids if token < 60)])
+    stored = word if kind is str else [word, "no such word"]
+    monkeypatch.setattr(engine.model.generation_config, "stop_strings", stored, raising=False)
+    again = Engine(engine.model, engine.tokenizer)
+    want = engine.generate([5, 6, 7], max_new_tokens=20, stop=word)
+    assert want.finish_reason == "stop" and len(want.token_ids) < 20
+    for options in {}, {"stop": None}:
+        assert again.generate([5, 6, 7], max_new_tokens=20, **options).token_ids == want.token_ids
+        [(_, done)] = again.generate_many([[5, 6, 7]], max_new_tokens=20, **options)
+        assert done.token_ids == want.token_ids
+    for stop in (), [], "no such word":
+        assert again.generate([5, 6, 7], max_new_tokens=20, stop=stop).token_ids == whole.token_ids
+    with pytest.raises(RequestError, match=r"need a tokenizer, and this model has none; set stop to \(\)"):
+        Engine(engine.model).generate([5, 6, 7])
+    assert Engine(engine.model).generate([5, 6, 7], max_new_tokens=20, stop=()).token_ids == whole.token_ids
+
+
 def test_configs_may_be_mappings_of_their_fields(engine):
     options = {"sparsity": {"method": "fine", "keep": 0.3}, "correction": {"period": 4}}
     assert engine.generate([5, 6], max_new_tokens=9, **options).stats.period == 4
