@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, TypedDict, Unpack, cast, get_type_hints
 
 import torch
-from jinja2 import TemplateError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sirius.batch import Batch, Completion, Text, Update
@@ -151,6 +150,8 @@ class Engine:
         """
         if isinstance(prompts, str | bytes) or (isinstance(prompts, Sequence) and prompts and is_chat(prompts)):
             raise RequestError("generate_many takes several prompts; give a single one to generate, or in a list")
+        if _is_ids(prompts):
+            raise RequestError("generate_many takes several prompts, and these are one's token ids: put them in a list")
         shared, own = _sorted_out(options)
         batch = self.batch(rows=batch_size, **shared)
         check_together(_request((0,), own, budget=1).sampling, batch.asked)
@@ -263,8 +264,8 @@ class Engine:
             raise RequestError("this model's tokenizer has no chat template; give the prompt as a text")
         try:
             text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        except (TemplateError, TypeError, AttributeError, ValueError) as error:  # what templates raise of odd messages
-            raise RequestError(f"the model's chat template refuses these messages: {error}") from error
+        except Exception as error:  # a template is a program that came with the checkpoint: it may raise anything
+            raise RequestError(f"the model's chat template refuses these messages: {error!r}") from error
         return tokenizer.encode(str(text), add_special_tokens=False)  # the template writes them itself
 
     def _needed_tokenizer(self) -> PreTrainedTokenizerBase:
@@ -278,6 +279,12 @@ def is_chat(prompt: Any) -> bool:
     return isinstance(prompt, Sequence) and all(
         isinstance(m, Mapping) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in prompt
     )
+
+
+def _is_ids(prompt: Any) -> bool:
+    """Tell whether a prompt is token ids: a list of whole numbers, or a 1-D tensor or array of them."""
+    ids = prompt.tolist() if hasattr(prompt, "tolist") else prompt
+    return isinstance(ids, Sequence) and len(ids) > 0 and all(isinstance(token, Integral) for token in ids)
 
 
 def end_tokens(model: PreTrainedModel) -> frozenset[int]:

@@ -55,6 +55,30 @@ def test_a_prompt_that_cannot_be_decoded_is_refused(engine, prompt, says):
         engine.generate(prompt)
 
 
+@pytest.mark.parametrize(
+    ("template", "says"),
+    [
+        ("{{ 1 / 0 }}", "ZeroDivisionError"),
+        ("{{ nothing.at.all }}", "UndefinedError"),
+        ("{{ messages[7].content.x }}", "UndefinedError"),
+        ("{% for m in messages %}{{ m.content", "TemplateSyntaxError"),
+        ("{{ {}['key'].x }}", "UndefinedError"),
+        ("{{ range(10, 0, 0) | list }}", "ValueError"),
+        ("{{ raise_exception('begin anew') }}", r"TemplateError\('begin anew'\)"),
+    ],
+)
+def test_whatever_a_chat_template_raises_is_an_error_of_the_prompt(engine, template, says, monkeypatch):
+    monkeypatch.setattr(engine.tokenizer, "chat_template", template)
+    with pytest.raises(RequestError, match=f"the model's chat template refuses these messages: {says}"):
+        engine.generate([{"role": "user", "content": "w5"}])
+
+
+@pytest.mark.parametrize("prompts", [[5, 6], (5,), torch.tensor([5, 6])], ids=str)
+def test_token_ids_are_not_taken_for_prompts(engine, prompts):
+    with pytest.raises(RequestError, match="token ids: put them in a list"):
+        engine.generate_many(prompts)
+
+
 def test_the_room_is_exact_by_one_token(engine):
     prompt = list(range(3, 13))
     assert engine.room(prompt) == 30

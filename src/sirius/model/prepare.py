@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from sirius.errors import RequestError, UnsupportedModelError
+from sirius.errors import ModelError, RequestError, UnsupportedModelError
 from sirius.model import linear, norm
 from sirius.model.mlp import SparseMLP, agrees, check_layers, example, take_over
 from sirius.model.workspace import drop_idle
@@ -30,9 +30,10 @@ def prepare(model: PreTrainedModel) -> list[SparseMLP]:
 
     The model computes what it did before. Preparing twice lays out anew what was taken apart, and changes nothing else.
     Raises UnsupportedModelError, naming the module and the reason, and leaves the model as it was where anything does
-    not fit.
+    not fit; ModelError where weights are no finite numbers.
     """
     _check_kind(model)
+    _check_head(model)
     if ready := dict(_sparse_mlps(model)):
         for path, mlp in ready.items():
             check_layers(path, mlp, mlp.names, mlp.act)
@@ -70,6 +71,21 @@ def _check_kind(model: object) -> None:
     if not isinstance(model, nn.Module):
         raise UnsupportedModelError(
             f"a model is needed, such as AutoModelForCausalLM.from_pretrained gives; got a {type(model).__name__}"
+        )
+
+
+def _check_head(model: object) -> None:
+    """Raise UnsupportedModelError of what wraps a model, and of a model that scores no tokens."""
+    kind = type(model).__name__
+    if not isinstance(model, PreTrainedModel):
+        merge = hasattr(model, "merge_and_unload")
+        raise UnsupportedModelError(
+            f"a {kind} is no model of transformers but may hold one; give "
+            + ("what its merge_and_unload() returns, adapters are merged then" if merge else "the model inside it")
+        )
+    if model.get_output_embeddings() is None and not model.can_generate():
+        raise UnsupportedModelError(
+            f"a {kind} has no head that scores tokens; load the checkpoint with AutoModelForCausalLM.from_pretrained"
         )
 
 
@@ -250,8 +266,19 @@ def _take_over(path: str, module: nn.Module, undo: ExitStack) -> SparseMLP:
     except (TypeError, RuntimeError) as error:
         raise UnsupportedModelError(f"{path} computes something else than {FORMULA}: {error}") from error
     if not same:
+        _check_finite(path, mlp)
         raise UnsupportedModelError(f"{path} computes something else than {FORMULA}")
     return mlp
+
+
+def _check_finite(path: str, module: nn.Module) -> None:
+    """Raise ModelError where weights of the model's `path` are no numbers."""
+    for name, weight in module.named_parameters():
+        if count := int((~weight.isfinite()).sum()):
+            raise ModelError(
+                f"{path}.{name} holds {count} numbers of {weight.numel()} that are not finite (NaN or infinite); the "
+                f"checkpoint is damaged, or {weight.dtype} is too narrow for it"
+            )
 
 
 def _blocks(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
