@@ -15,7 +15,7 @@ from sirius.batch import Batch, Completion, Update
 from sirius.core import CorrectionConfig, SparsityConfig
 from sirius.decoding.probe import probe
 from sirius.engine import Engine
-from sirius.errors import ConfigError, ModelError, RequestError
+from sirius.errors import ConfigError, ModelError, OutOfMemoryError, RequestError
 from sirius.model.cache import SlotLayer
 from sirius.model.session import Session
 from sirius.sparsity.coarse import CoarseSparsity
@@ -696,6 +696,20 @@ def test_where_slots_cannot_grow_the_texts_that_need_them_end_alone(monkeypatch,
         else:
             want = greedy(engine.model, PROMPTS[index], budgets[index])
             assert list(done[ticket].token_ids) == want
+
+
+@pytest.mark.parametrize("place", [0, 2, 3], ids=["first", "among them", "last"])
+def test_memory_that_really_runs_out_costs_the_text_alone(place, monkeypatch):
+    monkeypatch.setattr("sirius.batch.GROWTH", 10**14)
+    model = tiny_model(eos_token_id=None)
+    want = [greedy(model, prompt, NEW) for prompt in PROMPTS[:3]]
+    each = [{"max_new_tokens": NEW}] * 3
+    each.insert(place, {"max_new_tokens": 9 * 10**13})
+    prompts = [*PROMPTS[:place], [9, 8], *PROMPTS[place:3]]
+    done = dict(Engine(model, max_context=10**14).generate_many(prompts, each=each, batch_size=2))
+    error = done.pop(place)
+    assert isinstance(error, OutOfMemoryError) and "90000000000033 cache slots for a text, where" in str(error)
+    assert [list(done[index].token_ids) for index in sorted(done)] == want
 
 
 def test_a_cache_that_cannot_double_grows_by_a_step(monkeypatch):
