@@ -200,7 +200,8 @@ class Engine:
             )
         if request.stop and self.tokenizer is None:
             raise RequestError(
-                f"stop strings {list(request.stop)} need a tokenizer, and this model has none; set stop to ()"
+                f"stop strings need a tokenizer, and this model has none; set stop to () to do without "
+                f"{', '.join(map(repr, request.stop))}"
             )
         make_ending = partial(StopAt, self.tokenizer, self.ends, request.stop)
         return Text(request, make_ending, make_processor(request.sampling, self.model))
