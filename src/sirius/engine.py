@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any, TypedDict, Unpack, cast, get_type_hints
 
 import torch
-from jinja2 import TemplateError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sirius.batch import Batch
 from sirius.core import CorrectionConfig, Request, SamplingConfig, SparsityConfig, as_config, check_together
-from sirius.errors import RequestError, SiriusError
+from sirius.errors import ConfigError, RequestError, SiriusError
 from sirius.model.loading import Source, load_model, load_tokenizer
 from sirius.model.prepare import check_length, context_limit, prepare, rope_turn, sliding_window
 from sirius.model.workspace import check_compiles
@@ -31,7 +30,7 @@ class TextOptions(TypedDict, total=False):
     """What one text may ask for.
 
     max_new_tokens  None: 256, or as many as the model's context has room for
-    stop            strings that end the text; None: no strings
+    stop            strings that end the text; None: those of the checkpoint's generation config, () none
     sampling        a temperature, a SamplingConfig or a mapping of its fields; greedy if left out
     """
 
@@ -60,23 +59,35 @@ class Engine:
     """A model made sparse, with its tokenizer, ready to decode; not thread-safe."""
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None, *, compile: bool = False
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        compile: bool = False,
+        max_context: int | None = None,
     ) -> None:
         """Prepare a transformers model that is already loaded; its MLPs become ours (`sirius.restore` undoes it).
 
         compile  compile the passes of a GPU: minutes at the first text, then less time at each token
+        max_context  the most tokens of prompt and text together, in place of the model's own limit; past that one the
+                     model was not trained, and what it writes may be worthless
 
         Raises ConfigError where there is nothing to compile, UnsupportedModelError where the structure does not fit.
         """
+        if max_context is not None and (type(max_context) is not int or max_context < 2):
+            raise ConfigError(
+                f"max_context counts tokens, a prompt's and a new one at least, so 2; got {max_context!r}"
+            )
         if compile:
             check_compiles(model)
         prepare(model)
         self.compile = compile
+        self.limit = context_limit(model.config) if max_context is None else max_context
         self.model, self.tokenizer = model.eval(), tokenizer
-        self.ends = end_tokens(model)
+        self.ends, self.stops = end_tokens(model), stop_strings(model)
 
     @classmethod
-    def load(
+    def load(  # noqa: PLR0913 - a place, and options by their names
         cls,
         path: str | Path,
         *,
@@ -86,6 +97,7 @@ class Engine:
         trust_remote_code: bool = False,
         gguf_file: str | None = None,
         compile: bool = False,
+        max_context: int | None = None,
     ) -> "Engine":
         """Load a model folder, a GGUF file or a hub id.
 
@@ -93,11 +105,13 @@ class Engine:
         device  "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1", ...
         gguf_file  the file's name, where the folder or hub id holds GGUF files; its weights are dequantised
         compile compile the passes of a GPU: minutes at the first text, then less time at each token
+        max_context  the most tokens of prompt and text together, see `Engine`
 
         Raises ModelError where it cannot be loaded, otherwise as `Engine` does.
         """
         source = Source(str(path), revision, trust_remote_code, gguf_file).found()
-        return cls(load_model(source, dtype, device), load_tokenizer(source), compile=compile)
+        model, tokenizer = load_model(source, dtype, device), load_tokenizer(source)
+        return cls(model, tokenizer, compile=compile, max_context=max_context)
 
     def generate(self, prompt: Prompt, **options: Unpack[Options]) -> Completion:
         """Decode one prompt to its end; the arguments are those of `stream`."""
@@ -137,6 +151,8 @@ class Engine:
         """
         if isinstance(prompts, str | bytes) or (isinstance(prompts, Sequence) and prompts and is_chat(prompts)):
             raise RequestError("generate_many takes several prompts; give a single one to generate, or in a list")
+        if _is_ids(prompts):
+            raise RequestError("generate_many takes several prompts, and these are one's token ids: put them in a list")
         shared, own = _sorted_out(options)
         batch = self.batch(rows=batch_size, **shared)
         check_together(_request((0,), own, budget=1).sampling, batch.asked)
@@ -173,16 +189,21 @@ class Engine:
         _check_known(options, TextOptions)
         tokens = self.encode(prompt)
         room = self._room(len(tokens))
+        if options.get("stop") is None:
+            options = {**options, "stop": self.stops}
         request = _request(tokens, options, budget=min(DEFAULT_NEW_TOKENS, room))
         budget = request.max_new_tokens
         if budget > room:
             check_length(self.model.config, len(tokens), budget)
             raise RequestError(
                 f"prompt {len(tokens)} + max_new_tokens {budget} = {len(tokens) + budget} tokens pass the limit "
-                f"of {len(tokens) + room}; set max_new_tokens to at most {room}"
+                f"of {len(tokens) + room}; set max_new_tokens to at most {room}, or raise max_context"
             )
         if request.stop and self.tokenizer is None:
-            raise RequestError("stop strings need a tokenizer, and this model has none; stop at token ids instead")
+            raise RequestError(
+                f"stop strings need a tokenizer, and this model has none; set stop to () to do without "
+                f"{', '.join(map(repr, request.stop))}"
+            )
         make_ending = partial(StopAt, self.tokenizer, self.ends, request.stop)
         return Text(request, make_ending, make_processor(request.sampling, self.model), steady=True)
 
@@ -208,12 +229,12 @@ class Engine:
         return self._room(len(self.encode(prompt)))
 
     def _room(self, prompt: int) -> int:
-        limit = context_limit(self.model.config)
+        limit = self.limit
         check_length(self.model.config, prompt, 1)
         if limit is not None and prompt >= limit:
             raise RequestError(
                 f"the prompt has {prompt} tokens and the model's context holds {limit}, at least one of them new; "
-                "shorten the prompt"
+                f"shorten the prompt, or set max_context to {prompt + 1} or more"
             )
         sliding, turn = sliding_window(self.model.config), rope_turn(self.model.config)
         limits = [each for each in (limit, sliding and sliding[1]) if each is not None]
@@ -245,8 +266,8 @@ class Engine:
             raise RequestError("this model's tokenizer has no chat template; give the prompt as a text")
         try:
             text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        except (TemplateError, TypeError, AttributeError, ValueError) as error:  # what templates raise of odd messages
-            raise RequestError(f"the model's chat template refuses these messages: {error}") from error
+        except Exception as error:  # a template is a program that came with the checkpoint: it may raise anything
+            raise RequestError(f"the model's chat template refuses these messages: {error!r}") from error
         return tokenizer.encode(str(text), add_special_tokens=False)  # the template writes them itself
 
     def _needed_tokenizer(self) -> PreTrainedTokenizerBase:
@@ -262,11 +283,23 @@ def is_chat(prompt: Any) -> bool:
     )
 
 
+def _is_ids(prompt: Any) -> bool:
+    """Tell whether a prompt is token ids: a list of whole numbers, or a 1-D tensor or array of them."""
+    ids = prompt.tolist() if hasattr(prompt, "tolist") else prompt
+    return isinstance(ids, Sequence) and len(ids) > 0 and all(isinstance(token, Integral) for token in ids)
+
+
 def end_tokens(model: PreTrainedModel) -> frozenset[int]:
     """Return the token ids that end a text, from the model's generation config."""
     ids = model.generation_config.eos_token_id if model.generation_config else None
     ids = model.config.get_text_config().eos_token_id if ids is None else ids
     return frozenset([ids] if isinstance(ids, int) else ids or ())
+
+
+def stop_strings(model: PreTrainedModel) -> tuple[str, ...]:
+    """Return the strings that end a text, from the model's generation config."""
+    found = getattr(model.generation_config, "stop_strings", None) or ()
+    return (found,) if isinstance(found, str) else tuple(found)
 
 
 def _request(prompt: tuple[int, ...], options: TextOptions, budget: int) -> Request:

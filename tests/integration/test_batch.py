@@ -15,7 +15,7 @@ from sirius.batch import Batch
 from sirius.core import CorrectionConfig, SparsityConfig
 from sirius.decoding.probe import probe
 from sirius.engine import Engine
-from sirius.errors import ConfigError, ModelError, RequestError
+from sirius.errors import ConfigError, ModelError, OutOfMemoryError, RequestError
 from sirius.model.cache import SlotLayer
 from sirius.model.session import Session
 from sirius.sparsity.coarse import CoarseSparsity
@@ -646,11 +646,10 @@ def test_texts_of_any_length_that_join_while_the_cache_grows_are_theirs_alone(en
     assert done == {ticket: greedy(engine.model, *line) for ticket, line in wanted.items()}
 
 
-def test_memory_is_reserved_for_what_is_written_and_not_for_the_budget(monkeypatch):
+def test_memory_is_reserved_for_what_is_written_and_not_for_the_budget():
     model = tiny_model(eos_token_id=None)
-    monkeypatch.setattr("sirius.engine.context_limit", lambda config: None)
     want = greedy(model, PROMPTS[0], 60)
-    engine = Engine(model)
+    engine = Engine(model, max_context=2 * 10**8)
     engine.ends = frozenset({next(token for token in want[30:] if token not in want[:30])})
     batch = engine.batch(rows=1)
     ticket = batch.add(engine.text(PROMPTS[0], max_new_tokens=10**8))
@@ -698,6 +697,20 @@ def test_where_slots_cannot_grow_the_texts_that_need_them_end_alone(monkeypatch,
         else:
             want = greedy(engine.model, PROMPTS[index], budgets[index])
             assert list(done[ticket].token_ids) == want
+
+
+@pytest.mark.parametrize("place", [0, 2, 3], ids=["first", "among them", "last"])
+def test_memory_that_really_runs_out_costs_the_text_alone(place, monkeypatch):
+    monkeypatch.setattr("sirius.batch.GROWTH", 10**14)
+    model = tiny_model(eos_token_id=None)
+    want = [greedy(model, prompt, NEW) for prompt in PROMPTS[:3]]
+    each = [{"max_new_tokens": NEW}] * 3
+    each.insert(place, {"max_new_tokens": 9 * 10**13})
+    prompts = [*PROMPTS[:place], [9, 8], *PROMPTS[place:3]]
+    done = dict(Engine(model, max_context=10**14).generate_many(prompts, each=each, batch_size=2))
+    error = done.pop(place)
+    assert isinstance(error, OutOfMemoryError) and "90000000000033 cache slots for a text, where" in str(error)
+    assert [list(done[index].token_ids) for index in sorted(done)] == want
 
 
 def test_a_cache_that_cannot_double_grows_by_a_step(monkeypatch):

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -143,6 +144,18 @@ def test_a_stop_string_ends_the_text_before_it(generate):
     assert stopped["finish_reason"] == "stop"
 
 
+def test_the_checkpoints_stop_strings_end_a_text_where_none_are_given(generate, folder, tmp_path):
+    [whole] = generate("w5 w6", "--json", *SHORT).records
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    config = json.loads((copy / "generation_config.json").read_text())
+    word = whole["text"][-2:]
+    (copy / "generation_config.json").write_text(json.dumps({**config, "stop_strings": [word]}))
+    [stopped] = generate("w5 w6", "--json", *SHORT, "--model", copy).records
+    assert stopped["text"] == whole["text"].partition(word)[0] and stopped["finish_reason"] == "stop"
+    [other] = generate("w5 w6", "--json", *SHORT, "--model", copy, "--stop", "nothing of the kind").records
+    assert other["text"] == whole["text"]
+
+
 def test_chat_puts_the_prompt_in_the_template(generate, folder):
     want = Engine.load(folder).generate([{"role": "user", "content": " w5 w6 "}], max_new_tokens=6)
     chat = generate(" w5 w6 ", *SHORT, "--chat", "--json").records[0]
@@ -154,6 +167,14 @@ def test_chat_puts_the_prompt_in_the_template(generate, folder):
 def test_the_budget_is_the_room_left_where_none_is_given(generate):
     record = generate("w5 " * 50, "--json").records[0]
     assert (len(record["token_ids"]), record["finish_reason"]) == (CONTEXT - 50, "length")
+
+
+def test_a_larger_context_than_the_models_own_may_be_asked_for(generate):
+    printed = generate("w5 w6", "--json", "--max-new-tokens", 70, "--max-context", 80)
+    [record] = printed.records
+    assert record["settings"]["max_context"] == 80 and record["finish_reason"] in ("stop", "length")
+    printed = generate("w5 w6", "--max-context", 20, "--max-new-tokens", 19)
+    assert printed.code == 2 and "limit of 20; set max_new_tokens to at most 18, or raise max_context" in printed.err
 
 
 def test_version_and_help_are_printed(sirius):

@@ -55,6 +55,30 @@ def test_a_prompt_that_cannot_be_decoded_is_refused(engine, prompt, says):
         engine.generate(prompt)
 
 
+@pytest.mark.parametrize(
+    ("template", "says"),
+    [
+        ("{{ 1 / 0 }}", "ZeroDivisionError"),
+        ("{{ nothing.at.all }}", "UndefinedError"),
+        ("{{ messages[7].content.x }}", "UndefinedError"),
+        ("{% for m in messages %}{{ m.content", "TemplateSyntaxError"),
+        ("{{ {}['key'].x }}", "UndefinedError"),
+        ("{{ range(10, 0, 0) | list }}", "ValueError"),
+        ("{{ raise_exception('begin anew') }}", r"TemplateError\('begin anew'\)"),
+    ],
+)
+def test_whatever_a_chat_template_raises_is_an_error_of_the_prompt(engine, template, says, monkeypatch):
+    monkeypatch.setattr(engine.tokenizer, "chat_template", template)
+    with pytest.raises(RequestError, match=f"the model's chat template refuses these messages: {says}"):
+        engine.generate([{"role": "user", "content": "w5"}])
+
+
+@pytest.mark.parametrize("prompts", [[5, 6], (5,), torch.tensor([5, 6])], ids=str)
+def test_token_ids_are_not_taken_for_prompts(engine, prompts):
+    with pytest.raises(RequestError, match="token ids: put them in a list"):
+        engine.generate_many(prompts)
+
+
 def test_the_room_is_exact_by_one_token(engine):
     prompt = list(range(3, 13))
     assert engine.room(prompt) == 30
@@ -153,6 +177,26 @@ def test_a_checkpoints_repetition_penalty_is_applied_as_transformers_applies_it(
     want = greedy(model, [5, 6, 7], 30)
     got = Engine(model).generate([5, 6, 7], max_new_tokens=30, correction=CorrectionConfig(5, accept="argmax"))
     assert list(got.token_ids) == want != free
+
+
+@pytest.mark.parametrize("kind", [str, list])
+def test_a_checkpoints_stop_strings_end_a_text_unless_others_are_given(engine, kind, monkeypatch):
+    whole = engine.generate([5, 6, 7], max_new_tokens=20)
+    word = engine.decode([next(token for token in whole.token_ids if token < 60)])
+    stored = word if kind is str else [word, "no such word"]
+    monkeypatch.setattr(engine.model.generation_config, "stop_strings", stored, raising=False)
+    again = Engine(engine.model, engine.tokenizer)
+    want = engine.generate([5, 6, 7], max_new_tokens=20, stop=word)
+    assert want.finish_reason == "stop" and len(want.token_ids) < 20
+    for options in {}, {"stop": None}:
+        assert again.generate([5, 6, 7], max_new_tokens=20, **options).token_ids == want.token_ids
+        [(_, done)] = again.generate_many([[5, 6, 7]], max_new_tokens=20, **options)
+        assert done.token_ids == want.token_ids
+    for stop in (), [], "no such word":
+        assert again.generate([5, 6, 7], max_new_tokens=20, stop=stop).token_ids == whole.token_ids
+    with pytest.raises(RequestError, match=r"need a tokenizer, and this model has none; set stop to \(\)"):
+        Engine(engine.model).generate([5, 6, 7])
+    assert Engine(engine.model).generate([5, 6, 7], max_new_tokens=20, stop=()).token_ids == whole.token_ids
 
 
 def test_configs_may_be_mappings_of_their_fields(engine):

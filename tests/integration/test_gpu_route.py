@@ -252,6 +252,21 @@ def test_inference_mode_may_end_between_two_texts(recorded):
     assert engine.generate(PROMPT, **options).token_ids == first.token_ids
 
 
+def test_a_cache_that_grows_drops_records_and_changes_no_text(recorded, monkeypatch):
+    monkeypatch.setattr("sirius.batch.GROWTH", 8)
+    monkeypatch.setattr(workspace, "STEP", 16)
+    engine, sizes = Engine(tiny_model(eos_token_id=None)), []
+    batch = engine.batch(rows=2, correction=argmax(4))
+    wanted = {batch.add(engine.text(prompt, max_new_tokens=70)): prompt for prompt in (PROMPT, OTHER)}
+    done = {}
+    while batch.busy:
+        done |= {update.ticket: update.completion for update in batch.step() if update.completion}
+        sizes.append(batch.session.slots)
+    assert recorded and len(set(sizes)) > 2 and all(size % 16 == 0 for size in sizes)
+    for ticket, prompt in wanted.items():
+        assert list(done[ticket].token_ids) == greedy(engine.model, prompt, 70)
+
+
 def test_memory_that_runs_out_leaves_no_record_of_what_has_moved(recorded, monkeypatch):
     engine = Engine(tiny_model(eos_token_id=None))
     batch = engine.batch(rows=2, correction=argmax(4))

@@ -7,13 +7,18 @@ import pytest
 import torch
 from snapshots import assert_as_before, snapshot
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from conftest import greedy, tiny_model
+from conftest import greedy, tiny_config, tiny_model
 from sirius import CorrectionConfig
 from sirius.engine import Engine
-from sirius.errors import UnsupportedModelError
+from sirius.errors import ModelError, UnsupportedModelError
 from sirius.kernels import cpu
 from sirius.model import memory
 from sirius.model.prepare import prepare, restore, sparse_mlps
@@ -41,6 +46,63 @@ def test_what_is_no_model_or_has_no_weights_is_refused():
             refused()
     with pytest.raises(UnsupportedModelError, match=r"^the model is on meta, where it has no weights"):
         prepare(tiny_model().to("meta"))
+
+
+@pytest.mark.parametrize("kind", [AutoModel, AutoModelForSequenceClassification, AutoModelForTokenClassification])
+@pytest.mark.parametrize("prepared", [Engine, prepare])
+def test_a_model_that_scores_no_tokens_is_refused_before_anything_is_changed(kind, prepared):
+    model = kind.from_config(tiny_config("llama"))
+    before = snapshot(model)
+    with pytest.raises(UnsupportedModelError, match=r"^a Llama\w* has no head .* AutoModelForCausalLM"):
+        prepared(model)
+    assert_as_before(model, before)
+    assert sparse_mlps(model) == []
+
+
+class PeftModel(nn.Module):
+    """A wrapper that hands everything on, as adapters have it."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.base_model = model
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("base_model"), name)
+
+    def merge_and_unload(self):
+        return self.base_model
+
+
+@pytest.mark.parametrize(
+    ("wrap", "says"),
+    [
+        (PeftModel, r"^a PeftModel .* merge_and_unload\(\)"),
+        (nn.Sequential, "^a Sequential .* give the model inside it"),
+    ],
+)
+@pytest.mark.parametrize("prepared", [Engine, prepare])
+def test_what_wraps_a_model_is_refused_by_its_name(wrap, says, prepared):
+    model = tiny_model()
+    before = snapshot(model)
+    with pytest.raises(UnsupportedModelError, match=says):
+        prepared(wrap(model))
+    assert_as_before(model, before)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("layer", ["gate_proj", "up_proj", "down_proj"])
+def test_weights_that_are_no_numbers_are_told_of_by_name(value, layer):
+    model = tiny_model()
+    with torch.no_grad():
+        model.get_submodule(f"model.layers.1.mlp.{layer}").weight[3, 5] = value
+    with pytest.raises(
+        ModelError, match=rf"^model\.layers\.1\.mlp\.{layer}\.weight holds 1 numbers of 1620 .* not finite"
+    ):
+        prepare(model)
+    assert sparse_mlps(model) == []
 
 
 class AdaptedLinear(nn.Linear):

@@ -3,7 +3,7 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models
+from tokenizers import AddedToken, Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
@@ -159,3 +159,167 @@ def test_a_stop_string_that_is_a_special_token_ends_the_text_though_it_has_none(
     ending = StopAt(TOKENIZER, frozenset(), ["<p>"])
     assert ending.push([AB, TOKENIZER.pad_token_id, AB]) == 2
     assert ending.stopped and ending.text == "ab"
+
+
+def with_added(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
+    """Add two special tokens and one that is not."""
+    tokenizer.add_special_tokens([AddedToken("<|end|>", special=True), AddedToken("<s>", special=True)])
+    tokenizer.add_tokens([AddedToken("</think>", special=False, normalized=False)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False)
+
+
+def byte_level() -> PreTrainedTokenizerFast:
+    letters = bytes_to_unicode()
+    pieces = [*(bytes([b]) for b in b"</>think|ed\n \xe2\x82\xac"), *PIECES, b"</thi", b"nk>", b">\n"]
+    symbols = dict.fromkeys("".join(letters[b] for b in piece) for piece in pieces)
+    bpe = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(symbols)}, merges=[]))
+    bpe.decoder = decoders.ByteLevel()
+    return with_added(bpe)
+
+
+def byte_fallback() -> PreTrainedTokenizerFast:
+    """As SentencePiece has it: a token of one byte for what has no piece of its own, 0x0A among them."""
+    names = [f"<0x{b:02X}>" for b in b"\xf0\x9f\x98\x80\xe2\x82\xac\n"]
+    pieces = [
+        "\N{LOWER ONE EIGHTH BLOCK}",
+        "\N{LOWER ONE EIGHTH BLOCK}a",
+        *"ab</>think",
+        "</thi",
+        "nk>",
+        "\N{EURO SIGN}b",
+    ]
+    symbols = {"<unk>": 0, **{symbol: i for i, symbol in enumerate(dict.fromkeys([*names, *pieces]), start=1)}}
+    bpe = Tokenizer(models.BPE(vocab=symbols, merges=[], unk_token="<unk>", byte_fallback=True))
+    spaces, first = decoders.Replace("\N{LOWER ONE EIGHTH BLOCK}", " "), decoders.Strip(" ", 1, 0)
+    bpe.decoder = decoders.Sequence([spaces, decoders.ByteFallback(), decoders.Fuse(), first])
+    return with_added(bpe)
+
+
+def words() -> PreTrainedTokenizerFast:
+    block = "\N{LOWER ONE EIGHTH BLOCK}"
+    known = Tokenizer(models.WordLevel({word: i for i, word in enumerate([f"{block}a", block, "b", "</thi", "nk>"])}))
+    known.decoder = decoders.Metaspace()
+    return with_added(known)
+
+
+ADDED = {"byte level": byte_level(), "byte fallback": byte_fallback(), "words": words()}
+every_kind = pytest.mark.parametrize("kind", ADDED)
+STOPS = [
+    "</think>",
+    "<|end|>\n",
+    "\n<|end|>",
+    "a<s>",
+    "|>",
+    "k>\n",
+    "\N{EURO SIGN}",
+    "b",
+    " a",
+    "<s>",
+    "\N{EURO SIGN}b",
+]
+
+
+def spelled(tokenizer: PreTrainedTokenizerFast, *pieces: str | int) -> list[int]:
+    return [piece if isinstance(piece, int) else tokenizer.convert_tokens_to_ids(piece) for piece in pieces]
+
+
+def taken(ending: StopAt, tokens: list[int], at_once: int = 1) -> int:
+    """Feed tokens as they come and end the text; what was shown is never taken back, and holds no stop string."""
+    count, shown = 0, ""
+    while count < len(tokens) and not ending.stopped:
+        count += ending.push(tokens[count : count + at_once])
+        assert ending.text.startswith(shown), "what was shown cannot be taken back"
+        shown = ending.text
+        assert not any(stop in shown for stop in ending.stops)
+    ending.finish()
+    assert ending.text.startswith(shown)
+    return count
+
+
+@often
+@every_kind
+@given(st.data())
+def test_the_text_is_what_the_tokenizer_decodes_wherever_it_is_cut(kind, data):
+    tokenizer = ADDED[kind]
+    tokens = data.draw(st.lists(st.integers(0, len(tokenizer) - 1), max_size=16))
+    stream, ending = TextStream(tokenizer), StopAt(tokenizer, frozenset(), ())
+    pieces = []
+    for count, token in enumerate(tokens, start=1):
+        pieces.append(stream.push(token))
+        assert stream.peek() == tokenizer.decode(tokens[:count], skip_special_tokens=True)
+    want = tokenizer.decode(tokens, skip_special_tokens=True)
+    assert "".join([*pieces, stream.finish()]) == stream.text == want
+    assert taken(ending, tokens) == len(tokens) and ending.text == want
+
+
+@often
+@every_kind
+@given(st.data())
+def test_a_stop_is_what_the_text_shows_however_it_is_tokenised(kind, data):
+    tokenizer = ADDED[kind]
+    tokens = data.draw(st.lists(st.integers(0, len(tokenizer) - 1), max_size=16))
+    stops = data.draw(st.lists(st.sampled_from(STOPS), min_size=1, max_size=2))
+    ending = StopAt(tokenizer, frozenset(), stops)
+    count = taken(ending, tokens, data.draw(st.integers(1, 4)))
+
+    def decoded(number: int, special: bool) -> str:
+        return tokenizer.decode(tokens[:number], skip_special_tokens=not special)
+
+    def found(number: int) -> bool:
+        return any(stop in decoded(number, special) for stop in stops for special in (True, False))
+
+    first = next((number for number in range(len(tokens) + 1) if found(number)), None)
+    assert (count, ending.stopped) == (len(tokens) if first is None else first, first is not None)
+    if first is None:
+        assert ending.text == decoded(len(tokens), False)
+        return
+    written, shown = decoded(first, True), decoded(first, False)
+    place, hidden = find_stop(written, stops), find_stop(shown, stops)
+    if hidden is not None:
+        assert shown[:hidden].startswith(ending.text)
+    if place is None or (hidden is not None and written == shown):
+        assert ending.text == shown[:hidden]
+    elif hidden is None:
+        whole = [n for n in range(first) if decoded(n, True) == written[:place]]
+        assert not whole or ending.text in [decoded(n, False) for n in whole]
+
+
+@every_kind
+@pytest.mark.parametrize("spelling", [("</think>",), ("</thi", "nk>"), (*"</think>",)], ids=" ".join)
+def test_a_stop_ends_the_text_before_it_as_one_token_or_in_pieces(kind, spelling):
+    tokenizer = ADDED[kind]
+    if kind == "words" and len(spelling) == 8:
+        pytest.skip("it has no letters")
+    tokens = spelled(tokenizer, *spelling)
+    ending = StopAt(tokenizer, frozenset(), ["</think>"])
+    assert taken(ending, [*tokens, tokens[0]]) == len(tokens)
+    assert (ending.text, ending.stopped) == ("", True)
+
+
+def test_a_stop_of_a_special_token_and_text_is_seen_and_the_token_stays_hidden():
+    tokenizer = ADDED["byte level"]
+    ab, end, line = spelled(tokenizer, "ab", "<|end|>", "\N{LATIN CAPITAL LETTER C WITH DOT ABOVE}")
+    for stop, tokens, text in (
+        ("<|end|>\n", [ab, end, ab, end, line, ab], "abab"),
+        ("\n<|end|>", [ab, line, ab, line, end], "ab\nab"),
+        ("<|end|>", [ab, end], "ab"),
+        ("b<|end|>a", [ab, line, ab, end, ab], "ab\na"),
+    ):
+        ending = StopAt(tokenizer, frozenset(), [stop])
+        assert taken(ending, tokens) == min(5, len(tokens)) and ending.stopped and ending.text == text
+
+
+def test_a_character_cut_by_the_budget_is_what_the_tokenizer_makes_of_it():
+    tokenizer = ADDED["byte fallback"]
+    tokens = spelled(tokenizer, "a", "<0xE2>", "<0x82>", "<0xAC>", "<0xF0>", "<0x9F>")
+    for count in range(1, len(tokens) + 1):
+        ending = StopAt(tokenizer, frozenset(), ())
+        taken(ending, tokens[:count])
+        assert ending.text == tokenizer.decode(tokens[:count], skip_special_tokens=True)
+
+
+def test_a_run_of_bytes_is_shown_with_the_token_after_it():
+    tokenizer = ADDED["byte fallback"]
+    stream = TextStream(tokenizer)
+    tokens = spelled(tokenizer, "a", "<0xE2>", "<0x82>", "<0xAC>", "<s>", "b")
+    assert [stream.push(token) for token in tokens] == ["a", "", "", "", "", "\N{EURO SIGN}b"]

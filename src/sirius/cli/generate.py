@@ -78,7 +78,14 @@ def generate(
     max_new_tokens: Annotated[
         int | None, typer.Option(help="Budget of new tokens. [default: 256 or the room left]")
     ] = None,
-    stop: Annotated[list[str] | None, typer.Option(help="A string that ends the text; may be given again.")] = None,
+    max_context: Annotated[
+        int | None,
+        typer.Option(help="Most tokens of a prompt and its text, past the model's own limit too. [default: that]"),
+    ] = None,
+    stop: Annotated[
+        list[str] | None,
+        typer.Option(help="A string that ends the text; may be given again. [default: the checkpoint's]"),
+    ] = None,
     chat: Annotated[
         bool | None,
         typer.Option("--chat/--no-chat", help="Put the prompt in the chat template. [default: embedded model only]"),
@@ -119,12 +126,14 @@ def generate(
     check_together(sampling, corrected)
     options = {
         "max_new_tokens": max_new_tokens,
-        "stop": tuple(stop or ()),
+        "stop": tuple(stop) if stop else None,
         "sparsity": SparsityConfig(sparsity, keep, sparsity_threshold, per_branch, shared_set, refresh),
         "correction": corrected,
         "sampling": sampling,
     }
     source = {"model": model or "embedded", "revision": revision, "dtype": dtype}
+    if max_context is not None:
+        source["max_context"] = max_context
     lossless = corrected is not None and corrected.lossless(temperature > 0)
     shared = batch_size if shared_set and not lossless else None  # the company that a text may depend on
     settings = {**source, "chat": _chats(chat, model), **_flat(options), "batch_size": shared, "logprobs": logprobs}
@@ -132,7 +141,7 @@ def generate(
     @cache  # a file of which nothing is left to do loads no model
     def load() -> "Engine":
         hub = {"revision": revision, "trust_remote_code": trust_remote_code}
-        return terminal.load(model, dtype=dtype, device=device, compile=compile, **hub)
+        return terminal.load(model, dtype=dtype, device=device, compile=compile, max_context=max_context, **hub)
 
     form = _Form(settings, json, logprobs, corrected)
     if input is not None:

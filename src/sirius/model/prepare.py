@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from sirius.errors import RequestError, UnsupportedModelError
+from sirius.errors import ModelError, RequestError, UnsupportedModelError
 from sirius.model import linear, norm
 from sirius.model.inputs import check_preparing
 from sirius.model.mlp import SparseMLP, agrees, check_layers, example, take_over
@@ -21,6 +21,7 @@ FUSED = {"gate_up": "gate_up_proj", "down": "down_proj"}
 ACTIVATIONS = ("act_fn", "activation_fn")
 FORMULA = "down(act(gate(x)) * up(x))"
 ATTENTION = ("sdpa", "eager")
+SCALED, DYNAMIC = ("linear", "dynamic", "ntk", "yarn"), "dynamic"
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 
@@ -29,9 +30,10 @@ def prepare(model: PreTrainedModel) -> list[SparseMLP]:
 
     The model computes what it did before. Preparing twice lays out anew what was taken apart, and changes nothing else.
     Raises UnsupportedModelError, naming the module and the reason, and leaves the model as it was where anything does
-    not fit.
+    not fit; ModelError where weights are no finite numbers.
     """
     _check_kind(model)
+    _check_head(model)
     _check_weights(model)
     check_preparing(model)
     if ready := dict(_sparse_mlps(model)):
@@ -73,6 +75,21 @@ def _check_kind(model: object) -> None:
         )
 
 
+def _check_head(model: object) -> None:
+    """Raise UnsupportedModelError of what wraps a model, and of a model that scores no tokens."""
+    kind = type(model).__name__
+    if not isinstance(model, PreTrainedModel):
+        merge = hasattr(model, "merge_and_unload")
+        raise UnsupportedModelError(
+            f"a {kind} is no model of transformers but may hold one; give "
+            + ("what its merge_and_unload() returns, adapters are merged then" if merge else "the model inside it")
+        )
+    if model.get_output_embeddings() is None and not model.can_generate():
+        raise UnsupportedModelError(
+            f"a {kind} has no head that scores tokens; load the checkpoint with AutoModelForCausalLM.from_pretrained"
+        )
+
+
 def sparse_mlps(model: nn.Module) -> list[SparseMLP]:
     """Return the MLPs of a prepared model, first block first; none where it is not prepared."""
     return [mlp for _, mlp in _sparse_mlps(model)]
@@ -97,8 +114,27 @@ def count_parameters(model: PreTrainedModel) -> Parameters:
 
 
 def context_limit(config: PreTrainedConfig) -> int | None:
-    """Return how many tokens a model was made for, None where it does not say."""
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
+    """Return how many tokens a model was made for, scaled positions included, None where it does not say.
+
+    Scaled by a factor are `max_position_embeddings`, of yarn what it was before. Longrope, Llama 3 and Gemma 3 give it
+    scaled already. So vLLM derives its max_model_len.
+    """
+    text = config.get_text_config()
+    own = getattr(text, "max_position_embeddings", None)
+    if own is None or text.model_type.startswith("gemma3"):
+        return own
+    scaled = [
+        (rope.get("original_max_position_embeddings") or own if rope["rope_type"] == "yarn" else own) * rope["factor"]
+        for rope in _ropes(config)
+        if rope.get("rope_type") in SCALED and rope.get("factor")
+    ]
+    return int(max([own, *scaled]))
+
+
+def _ropes(config: PreTrainedConfig) -> list[dict[str, Any]]:
+    """Return how a model turns positions: one for all layers, or one for each kind of layer."""
+    rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    return [each for each in (rope, *rope.values()) if isinstance(each, dict)]
 
 
 def check_length(config: PreTrainedConfig, prompt: int, new: int) -> None:
@@ -133,23 +169,27 @@ def rope_turn(config: PreTrainedConfig) -> int | None:
     A window across it would give the tokens before it what those after it get, unlike a token at a time.
     """
     text = config.get_text_config()
-    rope = getattr(text, "rope_parameters", None) or {}
-    for each in (rope, *(inner for inner in rope.values() if isinstance(inner, dict))):
-        if each.get("rope_type") == "longrope":
-            return each.get("original_max_position_embeddings") or text.original_max_position_embeddings
-        if each.get("rope_type") == "dynamic":
-            return context_limit(config)
+    for rope in _ropes(config):
+        if rope.get("rope_type") == "longrope":
+            return rope.get("original_max_position_embeddings") or text.original_max_position_embeddings
+        if rope.get("rope_type") == DYNAMIC:
+            return text.max_position_embeddings
     return None
 
 
 def _check_rope(config: PreTrainedConfig, prompt: int, new: int) -> None:
-    """Raise RequestError where prompt + new tokens come to where the model turns positions in another way."""
+    """Raise RequestError where prompt + new tokens come to where the model turns positions in another way.
+
+    Dynamic positions are turned in another way by each token from there on, so no text goes beyond.
+    """
     turn = rope_turn(config)
-    if turn is not None and prompt <= turn < prompt + new:
+    dynamic = any(rope.get("rope_type") == DYNAMIC for rope in _ropes(config))
+    if turn is not None and turn < prompt + new and (dynamic or prompt <= turn):
+        way = "shorten the prompt" if dynamic else "lengthen the prompt by a token"
         raise RequestError(
             f"prompt {prompt} + {new} new tokens pass the {turn} after which this model's positions are scaled anew "
             "(longrope, dynamic), and a window cannot be on both sides; "
-            + (f"set max_new_tokens to at most {turn - prompt}" if prompt < turn else "lengthen the prompt by a token")
+            + (f"set max_new_tokens to at most {turn - prompt}" if prompt < turn else way)
         )
 
 
@@ -222,8 +262,19 @@ def _take_over(path: str, module: nn.Module, undo: ExitStack) -> SparseMLP:
     except (TypeError, RuntimeError) as error:
         raise UnsupportedModelError(f"{path} computes something else than {FORMULA}: {error}") from error
     if not same:
+        _check_finite(path, mlp)
         raise UnsupportedModelError(f"{path} computes something else than {FORMULA}")
     return mlp
+
+
+def _check_finite(path: str, module: nn.Module) -> None:
+    """Raise ModelError where weights of the model's `path` are no numbers."""
+    for name, weight in module.named_parameters():
+        if count := int((~weight.isfinite()).sum()):
+            raise ModelError(
+                f"{path}.{name} holds {count} numbers of {weight.numel()} that are not finite (NaN or infinite); the "
+                f"checkpoint is damaged, or {weight.dtype} is too narrow for it"
+            )
 
 
 def _blocks(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
