@@ -56,7 +56,9 @@ def generate(
     accept_temperature: Annotated[float, typer.Option(help="Temperature of that probability.")] = 0.6,
     tree_width: Annotated[int, typer.Option(help="Branches drafted side by side.")] = 1,
     prune: Annotated[float, typer.Option(help="Drop branches under this share of the best one's probability.")] = 0.0,
-    per_branch: Annotated[bool, typer.Option(help="For fine: a set of neurons for each branch of a tree.")] = False,
+    per_branch: Annotated[
+        bool, typer.Option("--per-branch", help="For fine: a set of neurons for each branch of a tree.")
+    ] = False,
     shared_set: Annotated[
         bool, typer.Option("--shared-set", help="For coarse: one set of neurons for all prompts of a batch.")
     ] = False,
@@ -88,7 +90,9 @@ def generate(
         bool, typer.Option("--compile", help="Compile a GPU's passes: minutes at first, then less time a token.")
     ] = False,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
-    trust_remote_code: Annotated[bool, typer.Option(help="Run code that comes with the checkpoint.")] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that comes with the checkpoint.")
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print a JSON object for each completion.")] = False,
     logprobs: Annotated[
         bool, typer.Option("--logprobs", help="In JSON: each token's origin and the full model's log-probability.")
