@@ -13,6 +13,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 TREES = {path: ast.parse(path.read_text()) for path in FILES}
 
 LAYERS = [  # from the top down; a module imports from its own layer's package or from below
+    {"__main__"},
     {"cli"},
     {"demo", "benchmark"},
     {"jobs", "hf"},
@@ -20,7 +21,7 @@ LAYERS = [  # from the top down; a module imports from its own layer's package o
     {"batch"},
     {"decoding", "model", "text", "texts", "processors"},
     {"sparsity"},
-    {"kernels", "stats"},
+    {"kernels", "stats", "table"},
     {"core", "scoring", "shortage"},
     {"errors"},
 ]

@@ -28,6 +28,7 @@ PAPER = "paper"
 OWN = ("lossless", "argmax", "sampling")  # rules under which nothing but the full model's own choice passes
 THRESHOLD = 0.1  # of the other rules, where none is given
 LONGEST = 32  # the longest window that period "auto" chooses
+MOST_GUESSES = 1024  # of a check: it reads all of them in one pass, and each looks at every other one before it
 COLDEST = 1e-5  # the lowest temperature above 0: scores divided by less overflow
 SEEDS = 2**32  # as many as torch's generator on the CPU tells apart
 
@@ -118,6 +119,11 @@ class CorrectionConfig:
             raise ConfigError(f"accept_temperature must be a positive number; got {self.accept_temperature}")
         if self.tree_width < 1:
             raise ConfigError(f"tree_width counts branches, at least 1 (a chain); got {self.tree_width}")
+        if (guesses := (self.longest - 1) * self.tree_width) > MOST_GUESSES:
+            raise ConfigError(
+                f"tree_width {self.tree_width} with a period of up to {self.longest} makes {guesses} guesses, and a "
+                f"check reads at most {MOST_GUESSES} in its one pass; lower tree_width or period"
+            )
         if not 0 <= self.prune <= 1:
             raise ConfigError(f"prune is a share of the best branch's probability, from 0 to 1; got {self.prune}")
         if not isinstance(self.ablate, tuple | list) or any(part not in get_args(Ablation) for part in self.ablate):
@@ -193,6 +199,13 @@ class SamplingConfig:
             raise ConfigError(f"seed is a whole number from 0 to {SEEDS - 1}; got {self.seed}")
 
 
+FORMS: dict[type, tuple[Any, str]] = {  # what stands for a configuration by itself, and how to say it
+    SparsityConfig: (str, "sparsity is a method's name, SparsityConfig(method='coarse', keep=0.3), or {'keep': 0.3}"),
+    CorrectionConfig: (int | str, "correction is a period, 'auto', 'paper', CorrectionConfig(period=16), or None"),
+    SamplingConfig: (float | int, "sampling is a temperature, SamplingConfig(temperature=0.7) or {'temperature': 0.7}"),
+}
+
+
 def as_config(kind: type[Config], value: Any) -> Config:
     """Return a configuration given as itself, as a mapping of its fields, or as its first field.
 
@@ -201,6 +214,9 @@ def as_config(kind: type[Config], value: Any) -> Config:
     """
     if isinstance(value, kind):
         return value
+    short, forms = FORMS[kind]
+    if isinstance(value, bool) or not isinstance(value, Mapping | short):
+        raise ConfigError(f"{forms}; got {value!r}")
     if kind is CorrectionConfig and isinstance(value, str):
         return cast("Config", _correction(value))
     try:

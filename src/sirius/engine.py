@@ -31,12 +31,12 @@ class TextOptions(TypedDict, total=False):
 
     max_new_tokens  None: 256, or as many as the model's context has room for
     stop            strings that end the text; None: those of the checkpoint's generation config, () none
-    sampling        a temperature, a SamplingConfig or a mapping of its fields; greedy if left out
+    sampling        a temperature, a SamplingConfig or a mapping of its fields; None, or left out: greedy
     """
 
     max_new_tokens: int | None
     stop: str | Sequence[str] | None
-    sampling: SamplingConfig | Mapping[str, Any] | float
+    sampling: SamplingConfig | Mapping[str, Any] | float | None
 
 
 class BatchOptions(TypedDict, total=False):
@@ -304,10 +304,11 @@ def stop_strings(model: PreTrainedModel) -> tuple[str, ...]:
 
 def _request(prompt: tuple[int, ...], options: TextOptions, budget: int) -> Request:
     """Return a prompt with its options, checked but for the model; `budget` is the one where none is asked for."""
-    asked, stop = options.get("max_new_tokens"), options.get("stop") or ()
-    sampling = as_config(SamplingConfig, options.get("sampling", SamplingConfig()))
+    asked, stop, sampling = options.get("max_new_tokens"), options.get("stop"), options.get("sampling")
+    sampled = SamplingConfig() if sampling is None else as_config(SamplingConfig, sampling)
+    stop = () if stop is None else stop
     texts = tuple(stop) if isinstance(stop, Iterable) and not isinstance(stop, str) else (stop,)
-    return Request(prompt, budget if asked is None else asked, texts, sampling)
+    return Request(prompt, budget if asked is None else asked, texts, sampled)
 
 
 def _sorted_out(options: Options) -> tuple[BatchOptions, TextOptions]:

@@ -1,7 +1,9 @@
 """Files of prompts in, files of completions out: line by line, saved as it goes, resumed where it stopped."""
 
+import codecs
 import json
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -9,7 +11,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from sirius.core import Request, SamplingConfig
+from sirius.core import CorrectionConfig, Request, SamplingConfig, SparsityConfig
 from sirius.engine import Completion, Prompt, TextOptions, is_chat
 from sirius.errors import ConfigError, FileError
 
@@ -19,7 +21,15 @@ OPENING = b'{"id": '  # how every line that `Output` writes begins
 DETAILS = ("origins", "logprobs")
 UNTOLD = ("setting",)  # of a completion, what its figures tell
 SAMPLING = tuple(each.name for each in fields(SamplingConfig))
+HOT = ("top_p", "top_k", "min_p", "seed")  # those that choose among tokens, so that greedy text has no use for them
 OPTIONS = ("max_new_tokens", "stop", *SAMPLING)  # what a line may say for itself
+PROMPTS = ("prompt", "messages", "prompt_ids")
+KEYS = ("id", *PROMPTS, *OPTIONS)
+WHOLE = {  # what only the command may say, for all lines
+    *(each.name for kind in (CorrectionConfig, SparsityConfig) for each in fields(kind)),
+    *("sparsity", "preset", "chat", "logprobs", "model", "revision", "dtype", "device", "threads", "batch_size"),
+} - {"method"}
+STDIN = Path("-")
 
 
 @dataclass(frozen=True)
@@ -29,12 +39,14 @@ class Job:
     line     its number from 1
     id       the number where it gives none
     options  those of `OPTIONS` that it gives, which go before the command's
+    named    whether it gives an id
     """
 
     line: int
     id: Identity
     prompt: Prompt
     options: dict[str, Any] = field(default_factory=dict)
+    named: bool = field(default=True, compare=False)
 
     @property
     def digest(self) -> str:
@@ -57,29 +69,52 @@ class BadLine:
     reason: str
 
 
-def read_jobs(path: Path) -> Iterator[Job | BadLine]:
-    """Read a JSONL file; a line has `prompt` (text or chat messages) or `prompt_ids`, and may have `id` and `OPTIONS`.
+def read_jobs(path: Path, temperature: float = 0.0) -> Iterator[Job | BadLine]:
+    """Read a JSONL file in UTF-8, `STDIN` being standard input; a line has one of `PROMPTS`, and others of `KEYS`.
 
-    Whatever else a line holds is the user's own.
-    Blank lines are passed over, broken ones are yielded as `BadLine`. Raises FileError where it cannot be read.
+    prompt       a text, or chat messages
+    messages     chat messages: [{"role": ..., "content": ...}, ...]
+    prompt_ids   token ids
+    temperature  the command's, which holds where a line gives none
+
+    Blank lines are passed over, broken ones are yielded as `BadLine`, as are those with other keys than `KEYS`, or with
+    one that would change nothing. Raises FileError where the file cannot be read.
     """
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")  # a text may hold the other line breaks
-    except (OSError, UnicodeDecodeError) as error:
-        raise FileError(f"cannot read {path}: {_reason(error)}") from error
-    first: dict[Identity, int] = {}
-    for number, line in enumerate(lines, start=1):
+    first: dict[Identity, Job] = {}
+    for number, line in enumerate(read_text(path).split("\n"), start=1):  # a text may hold the other line breaks
         if not line.strip():
             continue
-        job = _parse(number, line)
-        if isinstance(job, Job) and job.id in first:
-            job = BadLine(number, f"id {job.id!r} is line {first[job.id]}'s (its number, if it gives no id)")
-        elif isinstance(job, Job):
-            first[job.id] = number
-        yield job
+        job = _parse(number, line, temperature)
+        if isinstance(job, Job):
+            before = first.setdefault(job.id, job)
+            yield job if before is job else BadLine(number, _used(job, before))
+        else:
+            yield job
 
 
-def _parse(number: int, line: str) -> Job | BadLine:
+def read_text(path: Path) -> str:
+    """Return what a file in UTF-8 holds, or standard input; raise FileError where it cannot be read."""
+    if path == STDIN and sys.stdin is None:  # so Python calls one that was closed
+        raise FileError(f"cannot read {name_of(path)}: it is closed")
+    try:
+        raw = sys.stdin.buffer.read() if path == STDIN else path.read_bytes()
+        return raw.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise FileError(f"cannot read {name_of(path)}: {_reason(error)}") from error
+
+
+def name_of(path: Path) -> str:
+    """Return what messages call an input."""
+    return "standard input" if path == STDIN else str(path)
+
+
+def _used(job: Job, before: Job) -> str:
+    own = "" if job.named else "; this line gives none, so its number is its id"
+    other = "" if before.named else ", whose number it is, as that line gives no id"
+    return f"id {job.id!r} was used before, by line {before.line}{other}{own}; give each line an id of its own"
+
+
+def _parse(number: int, line: str, temperature: float) -> Job | BadLine:
     try:
         record = json.loads(line)
         json.dumps(record, ensure_ascii=False).encode()
@@ -91,23 +126,43 @@ def _parse(number: int, line: str) -> Job | BadLine:
         return BadLine(number, f"not JSON: {error}")
     if not isinstance(record, dict):
         return BadLine(number, f"not an object: {line.strip()[:40]}")
-    given = [name for name in ("prompt", "prompt_ids") if name in record]
-    if len(given) != 1:
-        return BadLine(number, f"give one of prompt and prompt_ids; got {' and '.join(given) or 'neither'}")
-    prompt, identity = record[given[0]], record.get("id", number)
-    if not _is_identity(identity):
-        return BadLine(number, f"id must be a string or a whole number; got {identity!r}")
-    if given == ["prompt_ids"] and not (isinstance(prompt, list) and all(isinstance(t, int) for t in prompt)):
-        return BadLine(number, "prompt_ids must be a list of whole numbers")
-    if given == ["prompt"] and not (isinstance(prompt, str) or is_chat(prompt)):
-        return BadLine(number, 'prompt must be a string or a list of {"role": ..., "content": ...}')
-    options = {name: record[name] for name in OPTIONS if record.get(name) is not None}
     try:
-        SamplingConfig(**{name: value for name, value in options.items() if name in SAMPLING})
-        Request((0,), options.get("max_new_tokens", 1), _stops(options.get("stop", ())))
+        return _job(number, record, temperature)
     except ConfigError as error:
         return BadLine(number, str(error))
-    return Job(number, identity, prompt, options)
+
+
+def _job(number: int, record: dict[str, Any], temperature: float) -> Job:
+    """Return the job of a line; raise ConfigError where it says what it cannot."""
+    if whole := [f"--{name.replace('_', '-')}" for name in record if name in WHOLE]:
+        raise ConfigError(f"an option of the whole command, not of a line: {', '.join(whole)}")
+    if unknown := [name for name in record if name not in KEYS]:
+        raise ConfigError(f"unknown {', '.join(unknown)}; a line may have {', '.join(KEYS)}")
+    given = [name for name in PROMPTS if name in record]
+    if len(given) != 1:
+        raise ConfigError(f"give one of {', '.join(PROMPTS)}; got {' and '.join(given) or 'none'}")
+    prompt, identity = record[given[0]], record.get("id")
+    _check_prompt(given[0], prompt)
+    if not (identity is None or _is_identity(identity)):
+        raise ConfigError(f"id must be a string or a whole number; got {identity!r}")
+    options = {name: record[name] for name in OPTIONS if record.get(name) is not None}
+    SamplingConfig(**{name: value for name, value in options.items() if name in SAMPLING})
+    Request((0,), options.get("max_new_tokens", 1), _stops(options.get("stop", ())))
+    if not options.get("temperature", temperature) and (idle := [name for name in HOT if name in options]):
+        raise ConfigError(
+            f"{', '.join(idle)} would change nothing at temperature 0, which is greedy; give the line a temperature, "
+            "or the command --temperature"
+        )
+    return Job(number, number if identity is None else identity, prompt, options, named=identity is not None)
+
+
+def _check_prompt(name: str, prompt: Any) -> None:
+    if name == "prompt_ids" and not (isinstance(prompt, list) and all(isinstance(t, int) for t in prompt)):
+        raise ConfigError("prompt_ids must be a list of whole numbers")
+    if name == "prompt" and not (isinstance(prompt, str) or is_chat(prompt)):
+        raise ConfigError('prompt must be a string or a list of {"role": ..., "content": ...}')
+    if name == "messages" and not (is_chat(prompt) and prompt):
+        raise ConfigError('messages must be a list of {"role": ..., "content": ...}, at least one')
 
 
 def _stops(value: Any) -> tuple[str, ...]:
@@ -118,21 +173,41 @@ def _is_identity(value: Any) -> bool:
     return isinstance(value, str | int) and not isinstance(value, bool)
 
 
-def to_record(job: Job | None, done: Completion, settings: Mapping[str, Any], details: bool) -> dict[str, Any]:
-    """Return a completion as the JSON object that sirius writes; `details` are each token's origin and logprob."""
+def to_record(
+    job: Job | None, done: Completion, settings: Mapping[str, Any], details: bool, prompt_tokens: int
+) -> dict[str, Any]:
+    """Return a completion as the JSON object that sirius writes.
+
+    details        whether each token's origin and logprob are in it
+    prompt_tokens  the prompt's length, for `usage`, which has the names of other programs
+    """
     asked = {} if job is None else {"id": job.id}
     digest = {} if job is None else {"prompt_sha256": job.digest}
     own = {"options": job.options} if job and job.options else {}
     left_out = UNTOLD if details else (*UNTOLD, *DETAILS)
     shown = {name: value for name, value in asdict(done).items() if name not in left_out}
-    return {**asked, **shown, **digest, **own, "settings": dict(settings)}
+    shown["stats"] |= {name: getattr(done.stats, name) for name in ("acceptance_rate", "mean_acceptance_length")}
+    new = len(done.token_ids)
+    usage = {"prompt_tokens": prompt_tokens, "completion_tokens": new, "total_tokens": prompt_tokens + new}
+    return {**asked, **shown, "usage": usage, **digest, **own, "settings": dict(settings)}
+
+
+def to_line(record: Mapping[str, Any], encoding: str = "utf-8") -> str:
+    """Return an object as a line of JSON, by ASCII alone where an encoding may not have its characters."""
+    line = json.dumps(record, ensure_ascii=codecs.lookup(encoding).name != "utf-8")
+    try:
+        line.encode()
+    except UnicodeEncodeError:  # a byte of a file's name that is no UTF-8
+        line = json.dumps(record)
+    return line + "\n"
 
 
 class Output:
     """A JSONL file that grows by a line for each finished job.
 
     Opening one that is there takes up where it stopped: `done` knows its whole lines, and an unfinished last
-    line is cut off. Raises FileError where it cannot be written, or was made with other settings.
+    line is cut off. A pipe or a device holds nothing to take up. Raises FileError where it cannot be written, or was
+    made with other settings.
     """
 
     def __init__(self, path: Path, settings: Mapping[str, Any], details: bool = False) -> None:
@@ -152,13 +227,14 @@ class Output:
                 os.truncate(path, len(whole))
             self._file: BinaryIO = path.open("ab")
 
-    def write(self, job: Job, done: Completion) -> None:
-        """Add a line and see it to the disk."""
-        record = to_record(job, done, self.settings, self.details)
+    def write(self, job: Job, done: Completion, prompt_tokens: int) -> None:
+        """Add a line and see it to the disk, if it is a file on one; arguments as for `to_record`."""
+        record = to_record(job, done, self.settings, self.details, prompt_tokens)
         with self._writing():
-            self._file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+            self._file.write(to_line(record).encode())
             self._file.flush()
-            os.fsync(self._file.fileno())
+            if self.path.is_file():
+                os.fsync(self._file.fileno())
         self.done[job.id] = job.digest
 
     def has(self, job: Job) -> bool:

@@ -90,6 +90,8 @@ class Stats:
                          a temperature the sample that its seed gives. False where rounding may differ with the number
                          of tokens in a pass: on a GPU, and in 16 bits on a CPU without the compiled kernels or of a
                          model whose attention they do not take
+
+    By the names that other programs give them (vLLM's): `acceptance_rate` and `mean_acceptance_length`.
     """
 
     rounds: int
@@ -112,6 +114,19 @@ class Stats:
     seconds: float
     tokens_per_second: float
     lossless: bool
+
+    @property
+    def acceptance_rate(self) -> float | None:
+        """The share of the guesses that stand in the text, accepted / drafted, 0 to 1; None where there was none.
+
+        In a tree a level of branches counts as one guess.
+        """
+        return self.accepted / self.drafted if self.drafted else None
+
+    @property
+    def mean_acceptance_length(self) -> float | None:
+        """The tokens that a window moves on, its token of the full model included: `aal` by another name."""
+        return self.aal
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from sirius import __version__, cli
 from sirius.cli import terminal
 from sirius.engine import Engine
 from sirius.jobs import Output
+from sirius.sparsity import base, fine
 
 pytestmark = pytest.mark.integration
 
@@ -101,7 +103,7 @@ def test_a_prompts_text_goes_to_stdout_and_nothing_else(generate, folder):
 
 def test_json_holds_the_fields_that_are_promised(generate, folder):
     [record] = generate("w5 w6", *SHORT, "--json", "--period", "4").records
-    assert list(record) == ["text", "token_ids", "finish_reason", "stats", "settings"]
+    assert list(record) == ["text", "token_ids", "finish_reason", "stats", "usage", "settings"]
     assert len(record["token_ids"]) == record["stats"]["tokens"] == 6
     assert record["finish_reason"] == "length"
     assert record["stats"].keys() >= set(
@@ -109,6 +111,9 @@ def test_json_holds_the_fields_that_are_promised(generate, folder):
         "acceptance_histogram seconds tokens_per_second lossless".split()
     )
     assert len(record["stats"]["acceptance_histogram"]) == record["stats"]["period"] == 4
+    assert record["usage"] == {"prompt_tokens": 2, "completion_tokens": 6, "total_tokens": 8}
+    assert record["stats"]["acceptance_rate"] == record["stats"]["accepted"] / record["stats"]["drafted"]
+    assert record["stats"]["mean_acceptance_length"] == record["stats"]["aal"]
     assert record["settings"]["model"] == folder
     assert record["settings"]["correction"]["period"] == 4
     assert record["settings"]["sparsity"].items() >= {"method": "coarse", "keep": 0.5, "threshold": None}.items()
@@ -197,7 +202,8 @@ def test_every_line_of_a_file_is_decoded_as_it_would_be_alone(generate, tmp_path
     first, second = read_results(out)
     alone = generate("w5 w6", *SHORT, "--json").records[0]
     assert same(first) == {"id": 1, **same(alone)}
-    assert list(first) == ["id", "text", "token_ids", "finish_reason", "stats", "prompt_sha256", "settings"]
+    assert list(first) == ["id", "text", "token_ids", "finish_reason", "stats", "usage", "prompt_sha256", "settings"]
+    assert first["usage"] == {"prompt_tokens": 2, "completion_tokens": 6, "total_tokens": 8}
     assert second["id"] == "b"
 
 
@@ -229,10 +235,10 @@ def test_an_interrupted_run_keeps_what_is_finished_and_is_gone_on_with(generate,
     alone = (*SHORT, "--preset", "paper")  # lossy, and yet the same in any company
     generate("--input", jobs, "--output", whole, *alone)
 
-    def interrupted(self, job, done):
+    def interrupted(self, job, done, prompt_tokens):
         if self.done:
             raise KeyboardInterrupt
-        write(self, job, done)
+        write(self, job, done, prompt_tokens)
 
     monkeypatch.setattr(Output, "write", interrupted)
     printed = generate("--input", jobs, "--output", out, *alone)
@@ -279,7 +285,7 @@ def test_logprobs_come_with_the_origin_of_each_token(generate):
 
 def test_a_line_is_decoded_by_its_own_options_where_it_has_some(generate, tmp_path):
     own = {"max_new_tokens": 2, "temperature": 1.0, "seed": 3}
-    jobs = write_jobs(tmp_path / "in.jsonl", {"prompt": "w5"}, {"prompt": "w5", **own}, {"prompt": "w5", "seed": 4})
+    jobs = write_jobs(tmp_path / "in.jsonl", {"prompt": "w5"}, {"prompt": "w5", **own}, {"prompt": "w5", "id": None})
     lossless = ("--accept", "sampling")
     first, second, third = generate("--input", jobs, "--json", *lossless, *SHORT).records
     by_id = {record["id"]: record for record in (first, second, third)}
@@ -298,7 +304,6 @@ def test_other_settings_do_not_go_on_with_an_output(generate, tmp_path):
         ("--period", "3"),
         ("--dtype", "float64"),
         ("--chat",),
-        ("--revision", "v2"),
     ):
         message = mistake(generate("--input", jobs, "--output", out, *SHORT, *changed))
         assert "was made with other settings (" in message
@@ -363,11 +368,11 @@ def mistake(printed: Printed) -> str:
         (["--keep", "1.5"], "got 1.5"),
         (["--keep", "nan"], "got nan"),
         (["--keep", "0.01"], "keep 0.01 of 45 neurons keeps none"),
-        (["--sparsity-threshold", "0.1"], "coarse keeps a fixed fraction and knows no threshold"),
+        (["--sparsity-threshold", "0.1"], "--sparsity-threshold would change nothing with --sparsity coarse"),
         (["--sparsity", "fine", "--sparsity-threshold", "-1"], "at least 0; got -1.0"),
         (["--threshold", "-1"], "threshold is a probability, from 0 to 1; got -1.0"),
         (["--threshold", "2"], "threshold is a probability, from 0 to 1; got 2.0"),
-        (["--accept-temperature", "0"], "accept_temperature must be a positive number; got 0.0"),
+        (["--accept-temperature", "0", "--tree-width", "2"], "accept_temperature must be a positive number; got 0.0"),
         (["--period", "0"], "period counts the tokens of a check, at least 1 (plain decoding); got 0"),
         (
             ["--accept", "anything"],
@@ -383,16 +388,83 @@ def mistake(printed: Printed) -> str:
         (["--output", "out.jsonl"], "--output goes with --input"),
         (["--no-correct", "--tree-width", "4"], "--tree-width would change nothing without correction"),
         (["--top-p", "0.5", "--top-k", "3"], "--top-p, --top-k would change nothing at temperature 0"),
-        (["--per-branch"], "coarse has one set for all tokens"),
-        (["--sparsity", "fine", "--shared-set"], "fine has a set for each token, so none for all rows"),
         (["--threshold", "0.3"], "threshold 0.3 would change nothing: accept 'lossless' passes only"),
         (["--preset", "papers"], "--preset is paper; got 'papers'"),
         (["--preset", "paper", "--no-correct"], "--preset would change nothing without correction"),
-        (["--sparsity", "none", "--refresh", "0.1"], "sparsity 'none' keeps every neuron"),
+        (["--output", "-"], "--output goes with --input"),
+        (["--tree-width", "10000000"], "makes 310000000 guesses, and a check reads at most 1024"),
+        (["--threads", "0"], None),
     ],
 )
 def test_a_wrong_option_is_one_line(generate, options, words):
-    assert words in mistake(generate("w5 w6", *options))
+    printed = generate("w5 w6", *options)
+    if words is None:  # typer says it
+        assert printed.code == 2 and "--threads" in printed.err
+    else:
+        assert words in mistake(printed)
+
+
+IDLE = [
+    ("--logprobs", "in plain text; give --json"),
+    ("--prune 0.1", "in a chain, which is one branch; give --tree-width"),
+    ("--accept-temperature 0.7", "in a chain under a lossless rule; give --tree-width, or a lossy --accept"),
+    ("--per-branch --sparsity fine", "in a chain"),
+    ("--per-branch --tree-width 2", "with --sparsity coarse, which keeps a fixed fraction for a whole prompt"),
+    ("--refresh 0.1 --sparsity fine", "with --sparsity fine, which has a set for each token; use coarse"),
+    ("--refresh 0.1 --no-correct", "without correction; leave out --no-correct"),
+    ("--sparsity-threshold 0.1", "with --sparsity coarse"),
+    ("--keep 0.4 --sparsity-threshold 0.1 --sparsity fine", "beside --sparsity-threshold; give one of them"),
+    *((f"{option} --period 1", "at --period 1, which drafts nothing") for option in (
+        "--tree-width 4", "--ablate rewrite", "--refresh 0.1", "--preset paper", "--threshold 0.2 --accept relative")),
+    *((f"{option} --sparsity none", "with --sparsity none, which keeps every neuron") for option in (
+        "--keep 0.4", "--sparsity-threshold 0.1", "--per-branch", "--shared-set", "--refresh 0.1", "--tree-width 2")),
+    *((option, "with one prompt; give --input") for option in ("--shared-set", "--batch-size 3")),
+    *((option, "at temperature 0, which is greedy") for option in ("--seed 3", "--top-k 5", "--min-p 0.1")),
+    ("--revision v2", "with a model that is on this machine; it is of a hub id"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("options", "words"), IDLE)
+def test_an_option_that_would_change_nothing_is_refused_by_name_with_a_way_out(generate, options, words):
+    message = mistake(generate("w5 w6", *options.split()))
+    assert message.startswith(f"{options.split()[0]} would change nothing ") and words in message
+
+
+def test_options_of_a_hub_are_refused_beside_the_embedded_model(sirius):
+    for option in (["--revision", "v2"], ["--trust-remote-code"]):
+        message = mistake(sirius("generate", "hi", *option))
+        assert message == f"{option[0]} would change nothing with the embedded model; give --model"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        "--logprobs --json",
+        "--tree-width 2 --prune 0.1 --accept-temperature 0.7",
+        "--accept relative --accept-temperature 0.7",
+        "--preset paper --accept-temperature 0.7",
+        "--sparsity fine --tree-width 2 --per-branch --sparsity-threshold 0.1",
+        "--refresh 0.1 --period 4",
+        "--seed 3 --temperature 0.5 --top-k 5",
+        "--sparsity none --period 4",
+        "--period 1 --accept argmax",
+    ],
+)
+def test_an_option_that_changes_something_is_taken(generate, options):
+    assert generate("w5 w6", *SHORT, *options.split()).code == 0
+
+
+def test_a_third_partys_method_takes_what_options_it_will(generate, monkeypatch):
+    factory = lambda config, neurons: fine.FineSparsity(config, neurons)  # noqa: E731 - a factory that is no class
+    monkeypatch.setitem(base._METHODS, "mine", factory)
+    assert generate("w5", *SHORT, "--sparsity", "mine", "--keep", "0.4", "--sparsity-threshold", "0.1").code == 0
+
+
+def test_sampling_options_of_a_file_need_a_temperature_of_the_command_or_a_line(generate, tmp_path):
+    cold = write_jobs(tmp_path / "cold.jsonl", {"prompt": "w5"})
+    assert "--seed would change nothing, as neither" in mistake(generate("--input", cold, "--seed", 3, *SHORT))
+    hot = write_jobs(tmp_path / "hot.jsonl", {"prompt": "w5"}, {"prompt": "w5", "temperature": 1.0})
+    assert generate("--input", hot, "--seed", 3, *SHORT).code == 0
 
 
 def test_a_prompt_that_cannot_be_decoded_is_one_line(generate):
@@ -423,18 +495,50 @@ def test_files_that_cannot_be_used_are_one_line(generate, tmp_path):
     assert jobs.read_text() == '{"prompt": "w5"}\n'
 
 
+# --- the line beside a text
+
+
+def line(printed: Printed) -> str:
+    """Return the one line on stderr that is said of a text."""
+    assert printed.code == 0
+    [told] = printed.err.splitlines()
+    return told
+
+
+@pytest.mark.parametrize(
+    ("options", "drafting", "faith"),
+    [
+        ("", r"nothing drafted: it did not promise to be faster", "text of the full model"),
+        ("--period 1", "nothing drafted", "text of the full model"),
+        ("--sparsity none", "nothing drafted", "text of the full model"),
+        (
+            "--period 4",
+            r"drafted: [\d.]+ of [\d.]+ guesses stood, \d+% of the weights read per token.*",
+            "text of the .*",
+        ),
+        ("--no-correct", "sparse model alone", r"LOSSY: .* \(--no-correct\); the defaults give that"),
+        ("--preset paper", "drafted: .*", r"LOSSY: .* \(threshold 0\.1\); the defaults give that"),
+        ("--period 4 --ablate rollback", "drafted: .*", r"LOSSY: .* \(--ablate rollback\); the defaults give that"),
+    ],
+)
+def test_one_line_beside_a_text_says_how_fast_it_came_and_whose_it_is(generate, options, drafting, faith):
+    printed = generate("w5 w6", *SHORT, *options.split())
+    assert re.fullmatch(rf"[\d.]+ tok/s \N{{MIDDLE DOT}} {drafting} \N{{MIDDLE DOT}} {faith}", line(printed))
+    assert "tok/s" not in printed.out
+
+
+def test_each_text_of_a_file_has_its_line_and_json_has_none(generate, tmp_path):
+    jobs = write_jobs(tmp_path / "in.jsonl", {"prompt": "w5 w6"}, {"prompt": "w7"})
+    assert generate("--input", jobs, *SHORT).err.count("tok/s") == 2
+    assert generate("--input", jobs, *SHORT, "--json").err == generate("w5", *SHORT, "--json").err == ""
+
+
 def test_a_text_that_rounding_may_change_is_told_apart_from_a_lossy_one(generate, monkeypatch):
     monkeypatch.setattr("sirius.kernels.cpu.library", lambda: None)
-    assert generate("w5 w6", *SHORT).err == ""
-    printed = generate("w5 w6", *SHORT, "--dtype", "bfloat16")
-    assert "not certain to be the full model's text" in printed.err and "lossy" not in printed.err
-    assert generate("w5 w6", *SHORT, "--dtype", "bfloat16", "--period", "1").err == ""
-
-
-def test_a_lossy_text_is_called_lossy_beside_it_and_a_lossless_one_is_not(generate):
-    for options, lossy in ((("--preset", "paper"), True), (("--no-correct",), True), ((), False)):
-        printed = generate("w5 w6", *SHORT, *options)
-        assert ("lossy" in printed.err) is lossy and "lossy" not in printed.out
+    assert line(generate("w5 w6", *SHORT)).endswith("text of the full model")
+    told = line(generate("w5 w6", *SHORT, "--dtype", "bfloat16"))
+    assert "not certain to be the full model's text" in told and "LOSSY" not in told
+    assert line(generate("w5 w6", *SHORT, "--dtype", "bfloat16", "--period", "1")).endswith("text of the full model")
 
 
 START = """

@@ -96,6 +96,7 @@ def test_the_room_is_exact_by_one_token(engine):
         ({"max_new_tokens": 0}, "at least 1; got 0"),
         ({"stop": ["w1", ""]}, "none of them empty"),
         ({"stop": 5}, r"stop takes strings.*got \[5\]"),
+        ({"stop": ""}, "none of them empty"),
         ({"sparsity": "dense"}, "known are cats, coarse, fine, griffin, none"),
         ({"sparsity": SparsityConfig("coarse", keep=0.001)}, "keeps none"),
     ],
@@ -204,6 +205,10 @@ def test_configs_may_be_mappings_of_their_fields(engine):
     assert engine.generate([5, 6], max_new_tokens=9, **options).stats.period == 4
 
 
+def test_no_sampling_is_greedy(engine):
+    assert engine.generate([5, 6], max_new_tokens=5, sampling=None).token_ids == tuple(greedy(engine.model, [5, 6], 5))
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -214,6 +219,9 @@ def test_configs_may_be_mappings_of_their_fields(engine):
         {"sparsity": {"keep": "0.5"}},
         {"correction": {"period": 2.5}},
         {"correction": {"threshold": "x"}},
+        {"correction": False},
+        {"correction": []},
+        {"sampling": "x"},
         {"stop": [3]},
     ],
     ids=str,

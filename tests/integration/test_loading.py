@@ -1,11 +1,16 @@
 """What is loaded and what is refused: the message names the thing that does not fit, and the model stays as it was."""
 
 import json
+import logging
 import shutil
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 import torch
+from huggingface_hub.errors import GatedRepoError
+from huggingface_hub.utils import are_progress_bars_disabled
+from huggingface_hub.utils import logging as hub_logging
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
@@ -18,11 +23,12 @@ from transformers import (
     T5Config,
     ViTConfig,
 )
+from transformers.utils import logging as transformers_logging
 
 from conftest import tiny_model
 from sirius.engine import Engine
 from sirius.errors import ConfigError, ModelError, RequestError, UnsupportedModelError
-from sirius.model.loading import Source, load_model, load_tokenizer
+from sirius.model.loading import Source, load_model, load_tokenizer, quiet
 from sirius.model.prepare import prepare
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("offline")]
@@ -220,7 +226,81 @@ def test_a_hub_id_is_refused_when_offline_and_nothing_is_connected_to(monkeypatc
     message = refused("somebody/some-model")
     assert "cannot load the config.json of somebody/some-model" in message
     assert "couldn't connect" in message
+    assert message.endswith(
+        "HF_HUB_OFFLINE is set, so nothing is fetched: unset it, or name a local folder that holds the model"
+    )
     assert connected == []
+
+
+@pytest.mark.parametrize(("token", "said"), [(None, "HF_TOKEN is not set"), ("x", "the one in HF_TOKEN has no access")])
+def test_a_gated_model_is_refused_with_the_token_that_it_needs(monkeypatch, token, said):
+    def gated(*_, **__):
+        cause = GatedRepoError("401", response=MagicMock())
+        raise OSError("You are trying to access a gated repo.\nMake sure.") from cause
+
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    if token:
+        monkeypatch.setenv("HF_TOKEN", token)
+    monkeypatch.setattr("sirius.model.loading.AutoConfig.from_pretrained", gated)
+    message = refused("somebody/some-model")
+    assert "You are trying to access a gated repo; a gated or private model needs the token" in message
+    assert f"({said}); or name a local folder" in message
+
+
+def test_a_hub_that_cannot_be_reached_leaves_a_local_folder(monkeypatch):
+    def unreachable(*_, **__):
+        raise OSError("We couldn't connect to 'https://huggingface.co' to load the files.\nCheck.")
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("sirius.model.loading.AutoConfig.from_pretrained", unreachable)
+    assert refused("somebody/some-model").endswith("to load the files; name a local folder that holds the model")
+
+
+# --- what is said
+
+
+def test_loading_prints_nothing_and_leaves_what_others_print_as_it_was(saved, capfd, monkeypatch):
+    seen = []
+    load = AutoModelForCausalLM.from_pretrained
+    monkeypatch.setattr(
+        "sirius.model.loading.AutoModelForCausalLM.from_pretrained",
+        lambda *place, **options: (seen.append(verbosity()), load(*place, **options))[1],
+    )
+    before = verbosity()
+    Engine.load(str(saved))
+    assert seen == [(logging.ERROR, logging.ERROR, False, True)]
+    assert verbosity() == before == (logging.WARNING, logging.WARNING, True, False)
+    assert capfd.readouterr() == ("", "")
+
+
+def verbosity() -> tuple[int, int, bool, bool]:
+    return (
+        transformers_logging.get_verbosity(),
+        hub_logging.get_verbosity(),
+        transformers_logging.is_progress_bar_enabled(),
+        are_progress_bars_disabled(),
+    )
+
+
+def test_notes_that_were_asked_for_are_shown(saved, monkeypatch):
+    transformers_logging.set_verbosity_info()
+    try:
+        with quiet():
+            assert transformers_logging.get_verbosity() == logging.INFO
+    finally:
+        transformers_logging.set_verbosity_warning()
+
+
+def test_weights_that_the_model_has_no_place_for_are_told_in_one_line(folder, caplog):
+    Engine.load(str(folder))
+    set_weights(folder, {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(3)})
+    Engine.load(str(folder))
+    assert not caplog.records
+    set_weights(folder, {"value_head.weight": torch.zeros(3), "value_head.bias": torch.zeros(3)})
+    Engine.load(str(folder))
+    assert caplog.messages == [
+        f"{folder}: the model has no place for 2 of the checkpoint's weights, which are left out; first value_head.bias"
+    ]
 
 
 # --- models that do not fit
@@ -296,7 +376,8 @@ def test_unknown_dtypes_and_devices_are_refused_with_a_way_out(saved):
     for device in ("abacus", "cuda:99", ""):
         message = refused(saved, ConfigError, device=device)
         assert message.startswith(f"device {device!r} cannot be used here: ")
-        assert message.endswith("'cpu' always can")
+        assert message.endswith("'cpu' always can") and len(message) < 140
+    assert "it is none of auto, cpu, cuda, cuda:1, ..." in refused(saved, ConfigError, device="abacus")
 
 
 def test_a_tokenizer_that_its_library_cannot_build_is_told_in_one_line(tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ import pytest
 
 from sirius.core import (
     LONGEST,
+    MOST_GUESSES,
     CorrectionConfig,
     Request,
     SamplingConfig,
@@ -184,3 +185,29 @@ def test_a_threshold_beside_a_rule_that_has_none_is_refused_with_both(rule):
 def test_a_correction_by_an_unknown_word_names_those_there_are(word):
     with pytest.raises(ConfigError, match=rf"'auto' or 'paper'; got '{word}'"):
         as_config(CorrectionConfig, word)
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "said"),
+    [
+        *[(CorrectionConfig, v, "a period, 'auto', 'paper', CorrectionConfig(period=16)") for v in (False, True, [])],
+        *[(SparsityConfig, v, "a method's name, SparsityConfig(method='coarse', keep=0.3)") for v in (None, 0.3, True)],
+        *[(SamplingConfig, v, "a temperature, SamplingConfig(temperature=0.7)") for v in ("x", True, [0.5])],
+    ],
+)
+def test_a_value_of_another_kind_is_refused_with_an_example_of_what_was_expected(kind, value, said):
+    with pytest.raises(ConfigError) as caught:
+        as_config(kind, value)
+    assert said in str(caught.value) and str(caught.value).endswith(f"; got {value!r}")
+
+
+def test_a_check_reads_so_many_guesses_and_no_more():
+    assert CorrectionConfig(period=2, tree_width=MOST_GUESSES).tree_width == MOST_GUESSES
+    assert CorrectionConfig(period=MOST_GUESSES + 1).longest == MOST_GUESSES + 1
+    for fields, named in (
+        ({"period": 2, "tree_width": MOST_GUESSES + 1}, "tree_width 1025 with a period of up to 2 makes 1025 guesses"),
+        ({"tree_width": 10_000_000}, "tree_width 10000000 with a period of up to 32 makes 310000000 guesses"),
+        ({"period": 100_000}, "tree_width 1 with a period of up to 100000 makes 99999 guesses"),
+    ):
+        with pytest.raises(ConfigError, match=f"{named}, and a check reads at most {MOST_GUESSES} in its one pass"):
+            CorrectionConfig(**fields)

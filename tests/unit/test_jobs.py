@@ -1,8 +1,11 @@
 """Files of jobs: every line is a job or a reason, and a cut-off output is gone on with where it stopped."""
 
+import io
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
+from threading import Thread
 
 import pytest
 from hypothesis import given, settings
@@ -10,7 +13,7 @@ from hypothesis import strategies as st
 
 from sirius.core import CorrectionConfig, Round, SamplingConfig
 from sirius.errors import FileError
-from sirius.jobs import BadLine, Job, Output, read_jobs
+from sirius.jobs import STDIN, BadLine, Job, Output, read_jobs, to_line
 from sirius.stats import DENSE, Parameters, Setting, summarise
 from sirius.texts import Completion
 
@@ -39,7 +42,7 @@ def jobs_of(path: Path, *lines: object) -> list[Job | BadLine]:
 def write(path: Path, *jobs: Job) -> None:
     output = Output(path, SETTINGS)
     for job in jobs:
-        output.write(job, replace(DONE, text=f"done {job.prompt}"))
+        output.write(job, replace(DONE, text=f"done {job.prompt}"), 2)
     output.close()
 
 
@@ -51,11 +54,13 @@ def resume(path: Path, **changes: object) -> set[str | int]:
 
 def test_a_line_is_a_text_a_chat_or_token_ids(path):
     chat = [{"role": "user", "content": "hi"}]
-    assert jobs_of(path, {"prompt": "hi"}, {"id": "b", "prompt": chat}, {"id": 7, "prompt_ids": [1, 2]}) == [
-        Job(1, 1, "hi"),
-        Job(2, "b", chat),
-        Job(3, 7, [1, 2]),
-    ]
+    lines = (
+        {"prompt": "hi"},
+        {"id": "b", "prompt": chat},
+        {"id": 7, "prompt_ids": [1, 2]},
+        {"messages": chat, "id": None},
+    )
+    assert jobs_of(path, *lines) == [Job(1, 1, "hi"), Job(2, "b", chat), Job(3, 7, [1, 2]), Job(4, 4, chat)]
 
 
 def test_blank_lines_are_passed_over_and_counted(path):
@@ -80,13 +85,28 @@ def test_unicode_line_breaks_inside_a_string_break_no_line(path, ascii_only):
         ("9" * 5000, "not JSON"),
         ("[" * 100_000, "not JSON"),
         ('["a"]', 'not an object: ["a"]'),
-        ({"id": 1}, "prompt and prompt_ids; got neither"),
+        ({"id": 1}, "give one of prompt, messages, prompt_ids; got none"),
         ({"prompt": "a", "prompt_ids": [1]}, "got prompt and prompt_ids"),
+        ({"messages": "a"}, 'messages must be a list of {"role": ..., "content": ...}'),
+        ({"messages": []}, "at least one"),
+        (
+            {"prompt": "a", "answer": 5, "n": 1},
+            "unknown answer, n; a line may have id, prompt, messages, prompt_ids, max_",
+        ),
+        (
+            {"prompt": "a", "accept": "x", "tree_width": 2},
+            "option of the whole command, not of a line: --accept, --tree-",
+        ),
+        ({"prompt": "a", "sparsity": "fine"}, "an option of the whole command, not of a line: --sparsity"),
+        (
+            {"prompt": "a", "top_p": 0.5, "seed": 1},
+            "top_p, seed would change nothing at temperature 0, which is greedy",
+        ),
+        ({"prompt": "a", "top_k": 5, "temperature": 0}, "top_k would change nothing"),
         ({"prompt": 5}, "prompt must be a string or a list"),
         ({"prompt": [{"role": "user"}]}, "prompt must be a string or a list"),
         ({"prompt_ids": "12"}, "prompt_ids must be a list of whole numbers"),
         ({"prompt_ids": [1, 2.5]}, "prompt_ids must be a list of whole numbers"),
-        ({"prompt": "a", "id": None}, "id must be a string or a whole number; got None"),
         ({"prompt": "a", "id": True}, "got True"),
         ({"prompt": "a", "id": [1]}, "got [1]"),
         ('{"prompt": "\\ud83d"}', "surrogate"),
@@ -106,19 +126,43 @@ def test_a_broken_line_is_named_with_its_reason_and_the_others_are_read(path, li
 
 def test_an_id_that_stands_twice_is_broken_the_second_time(path):
     jobs = jobs_of(path, "", {"prompt": "a", "id": "x"}, {"prompt": "b", "id": "x"}, {"prompt": "c", "id": 5})
-    assert jobs == [Job(2, "x", "a"), BadLine(3, "id 'x' is line 2's (its number, if it gives no id)"), Job(4, 5, "c")]
+    assert [jobs[0], jobs[2]] == [Job(2, "x", "a"), Job(4, 5, "c")]
+    assert jobs[1] == BadLine(3, "id 'x' was used before, by line 2; give each line an id of its own")
 
 
-def test_a_line_number_taken_for_an_id_may_not_stand_before_it(path):
-    second = jobs_of(path, {"prompt": "a", "id": 2}, {"prompt": "b"})[1]
-    assert second == BadLine(2, "id 2 is line 1's (its number, if it gives no id)")
+def test_a_line_number_taken_for_an_id_may_not_stand_before_or_after_it(path):
+    after, before = (
+        jobs_of(path, {"prompt": "a", "id": 2}, {"prompt": "b"})[1],
+        jobs_of(path, {"prompt": "a"}, {"prompt": "b", "id": 1})[1],
+    )
+    assert isinstance(after, BadLine) and isinstance(before, BadLine)
+    assert after.reason.startswith("id 2 was used before, by line 1; this line gives none, so its number is its id; ")
+    assert before.reason.startswith("id 1 was used before, by line 1, whose number it is, as that line gives no id; ")
+
+
+def test_a_lines_sampling_options_may_rest_on_the_commands_temperature(path):
+    path.write_text('{"prompt": "a", "top_p": 0.5}\n{"prompt": "b", "top_p": 0.5, "temperature": 0}')
+    first, second = read_jobs(path, temperature=0.7)
+    assert first == Job(1, 1, "a", {"top_p": 0.5})
+    assert isinstance(second, BadLine) and "top_p would change nothing" in second.reason
+
+
+def test_standard_input_is_read_like_a_file_and_named_where_it_cannot_be(path, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO('{"prompt": "ü"}\r\n'.encode()), encoding="ascii"))
+    assert list(read_jobs(STDIN)) == [Job(1, 1, "ü")]
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff")))
+    with pytest.raises(FileError, match=r"cannot read standard input: .*0xff in position 0"):
+        list(read_jobs(STDIN))
+    monkeypatch.setattr("sys.stdin", None)
+    with pytest.raises(FileError, match="cannot read standard input: it is closed"):
+        list(read_jobs(STDIN))
 
 
 def test_a_line_may_have_options_of_its_own_and_a_digest_with_them(path):
     plain, own = jobs_of(
         path,
-        {"prompt": "a", "id": 1, "answer": 5, "seed": None},
-        {"prompt": "a", "seed": 3, "stop": "x", "max_new_tokens": 7},
+        {"prompt": "a", "id": 1, "seed": None},
+        {"prompt": "a", "temperature": 0.5, "seed": 3, "stop": "x", "max_new_tokens": 7},
     )
     common = {"stop": ("y",), "sampling": SamplingConfig(0.5, seed=1), "max_new_tokens": 9}
     assert plain.over(common) == {"sampling": common["sampling"]}
@@ -146,7 +190,8 @@ def test_a_result_holds_the_completion_its_id_and_the_settings(path):
         "text": "done a",
         "token_ids": [5, 6, 7],
         "finish_reason": "length",
-        "stats": json.loads(json.dumps(STATS.__dict__)),
+        "stats": json.loads(json.dumps(STATS.__dict__)) | {"acceptance_rate": 1.0, "mean_acceptance_length": 2.0},
+        "usage": {"prompt_tokens": 2, "completion_tokens": 3, "total_tokens": 5},
         "prompt_sha256": Job(1, "first", "a").digest,
         "settings": SETTINGS,
     }
@@ -155,7 +200,7 @@ def test_a_result_holds_the_completion_its_id_and_the_settings(path):
 
 def test_a_result_is_in_the_file_before_the_next_job_begins(path):
     output = Output(path, SETTINGS)
-    output.write(Job(1, 1, "a"), DONE)
+    output.write(Job(1, 1, "a"), DONE, 2)
     assert path.read_text(encoding="utf-8").count("\n") == 1
     output.close()
 
@@ -211,11 +256,36 @@ def test_output_that_cannot_be_written_is_told_with_its_name(tmp_path):
         Output(tmp_path, SETTINGS)
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes that have a name")
+def test_a_pipe_or_a_device_takes_lines_and_holds_none(tmp_path):
+    pipe, got = tmp_path / "pipe", []
+    os.mkfifo(pipe)
+    reader = Thread(target=lambda: got.append(pipe.read_bytes()))
+    reader.start()
+    write(pipe, Job(1, 1, "a"), Job(2, 2, "b"))
+    reader.join()
+    assert [json.loads(line)["id"] for line in got[0].splitlines()] == [1, 2]
+    write(Path(os.devnull), Job(1, 1, "a"))
+    assert resume(Path(os.devnull)) == set()
+
+
+def test_a_line_of_json_keeps_what_no_encoding_can_show(path):
+    for text in ("ü🌲", "\udcff"):
+        for encoding in ("utf-8", "cp1252", "ascii"):
+            line = to_line({"text": text}, encoding)
+            assert json.loads(line.encode(encoding).decode(encoding)) == {"text": text}
+    assert to_line({"text": "ü"}) == '{"text": "ü"}\n'
+    output = Output(path, {"model": "\udcff"})
+    output.write(Job(1, 1, "a"), DONE, 2)
+    output.close()
+    assert json.loads(path.read_text(encoding="utf-8"))["settings"] == {"model": "\udcff"}
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
 def test_a_full_disk_is_told_and_the_job_is_not_done():
     output = Output(Path("/dev/full"), SETTINGS)
     with pytest.raises(FileError, match=r"cannot write /dev/full: No space left"):
-        output.write(Job(1, 1, "a"), DONE)
+        output.write(Job(1, 1, "a"), DONE, 2)
     output.close()
     assert not output.done
 

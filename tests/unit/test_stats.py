@@ -135,6 +135,13 @@ def test_without_correction_every_token_costs_the_density():
     assert got.aal is None and got.aal_complete is None
 
 
+def test_figures_have_the_names_that_other_programs_give_them_too():
+    got = figures(window(3, 3), window(3, 1))
+    assert (got.acceptance_rate, got.mean_acceptance_length) == (4 / 6, got.aal)
+    plain = figures(Round((1,)), period=1)
+    assert plain.acceptance_rate is None and plain.mean_acceptance_length is None
+
+
 def test_a_text_of_one_token_has_no_windows():
     got = figures()
     assert got.aal is None and got.tokens == 1 and got.acceptance_histogram == (0, 0, 0, 0)

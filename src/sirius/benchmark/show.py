@@ -3,14 +3,13 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from sirius.benchmark import growth, kernels
 from sirius.benchmark.ceiling import Ceiling
 from sirius.benchmark.decode import Row
+from sirius.table import Figures
 
 LEGEND = """\
 wall: share of the ceiling at which the bytes that a token must read are moved.
@@ -28,7 +27,7 @@ guess: the chance with which each guess must stand for that.
 
 def decoding(rows: Sequence[Row], ceiling: Ceiling) -> RenderableType:
     """Return the figures of decoding as a table under the ceiling."""
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = Figures(padding=(0, 1, 0, 0))
     for name in ("", "ms/token", "GB/s", "wall", "full", "hf", "GB", "time"):
         table.add_column(name, justify="right" if name else "left", no_wrap=name != "time", overflow="fold")
     for row in rows:
@@ -48,7 +47,7 @@ def decoding(rows: Sequence[Row], ceiling: Ceiling) -> RenderableType:
 
 def operations(rows: Sequence[kernels.Row], ceiling: Ceiling) -> RenderableType:
     """Return the figures of the kernels as a table under the ceiling."""
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = Figures(padding=(0, 1, 0, 0))
     for name in ("operation", "batch", "density", "kernel ms", "reference ms", "GB/s", "wall", "GFLOP/s"):
         table.add_column(name, justify="left" if name == "operation" else "right", no_wrap=True)
     for row in rows:
@@ -59,7 +58,7 @@ def operations(rows: Sequence[kernels.Row], ceiling: Ceiling) -> RenderableType:
 
 def growing(workload: growth.Workload, rows: Sequence[growth.Row], ceiling: Ceiling) -> RenderableType:
     """Return the figures of growth as a table, axis by axis, under the ceiling."""
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = Figures(padding=(0, 1, 0, 0))
     for name in ("", "full", "plain", "sparse", "draft", "check", "rest", "AAL", "guess"):
         table.add_column(name, justify="right" if name else "left", no_wrap=True)
     for name, line in _lines(workload, rows):

@@ -9,14 +9,15 @@ from sirius import __version__
 from sirius.cli.bench import bench_app
 from sirius.cli.demo import demo_app
 from sirius.cli.generate import generate
-from sirius.cli.terminal import INTERRUPTED, WRONG_INPUT, complain, out
+from sirius.cli.streams import guarded
+from sirius.cli.terminal import INTERRUPTED, UNREAD, WRONG_INPUT, complain, out
 from sirius.errors import SiriusError
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # its boxes cut the options' names at 80 columns
+    context_settings={"help_option_names": ["-h", "--help"]},
     help="Faster decoding of large language models: a sparse model drafts, the full model corrects.",
 )
 app.command()(generate)
@@ -27,10 +28,13 @@ app.add_typer(bench_app, name="bench")
 def main() -> None:
     """Run the command; a user's mistake is one line and exit code 2, never a traceback."""
     try:
-        app()
+        with guarded():
+            app(prog_name="sirius")
     except SiriusError as error:
         complain(str(error))
         sys.exit(WRONG_INPUT)
+    except BrokenPipeError:
+        sys.exit(UNREAD)
     except SystemExit as end:
         if end.code == INTERRUPTED:  # typer's exit code of Ctrl-C
             complain("interrupted")
@@ -46,7 +50,7 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def root(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+        bool, typer.Option("--version", "-V", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
     """Faster decoding of large language models: a sparse model drafts, the full model corrects."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sirius.cli.terminal import out, progress, quieten, saved_as_it_goes
+from sirius.cli.terminal import Threads, out, progress, quieten, saved_as_it_goes, use_threads
 from sirius.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -24,7 +24,6 @@ Shape = Annotated[str, typer.Option(help="llama-3.2-1b, llama-3-8b, ..., a confi
 Layers = Annotated[int | None, typer.Option(min=1, help="Only so many of its layers.")]
 Dtype = Annotated[str, typer.Option(help="float32, float64, bfloat16 or float16.")]
 Device = Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu, cuda.")]
-Threads = Annotated[int | None, typer.Option(min=1, help="Of the CPU. [default: torch's]")]
 Compile = Annotated[bool, typer.Option("--compile", help="Compile our passes on a GPU: minutes at first.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the weights.")]
 FIRST = "The first is the base point's. [default:"
@@ -176,8 +175,7 @@ def _begin(threads: int | None) -> dict[str, Any]:
 
     from sirius.benchmark.facts import facts
 
-    if threads is not None:
-        torch.set_num_threads(threads)
+    use_threads(threads)
     return facts(" ".join(["sirius", *sys.argv[1:]]), torch.get_num_threads())
 
 

@@ -8,6 +8,8 @@ import typer
 
 from sirius.cli.terminal import load, out, progress, quieten, saved_as_it_goes
 
+Threads = Annotated[int, typer.Option(min=1, help="Of the CPU; the model is too small to share out.")]
+
 demo_app = typer.Typer(rich_markup_mode=None, help="See the method at work on the embedded model.")
 
 
@@ -19,6 +21,7 @@ def demo(
     keep: Annotated[float | None, typer.Option(help="Fraction of neurons that coarse keeps. [default: 0.4]")] = None,
     model: Annotated[Path | None, typer.Option(help="A folder that `sirius demo train` wrote.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, ...; the model is too small to gain by a GPU.")] = "cpu",
+    threads: Threads = 1,
     json: Annotated[bool, typer.Option("--json", help="Print the table as JSON, and no example.")] = False,
 ) -> None:
     """Compare full, sparse and corrected decoding on two tasks, then show one problem token by token."""
@@ -26,14 +29,11 @@ def demo(
         return
     from dataclasses import asdict
 
-    import torch
-
     from sirius.demo import show, showcase
     from sirius.demo.problems import TASKS
 
-    torch.set_num_threads(1)  # the model is too small to share out: a second thread only waits
     settings = showcase.make_settings() if keep is None else showcase.make_settings(keep)
-    engine = load(None if model is None else str(model), device=device)
+    engine = load(None if model is None else str(model), threads, device=device)
     with progress("decoding", problems * len(TASKS) * len(settings)) as advance:
         rows = showcase.run(engine, settings, problems, seed, on_problem=advance)
     if json:
@@ -51,21 +51,19 @@ def oracle(
     seed: Annotated[int, typer.Option(help="Which problems.")] = 0,
     sparsity: Annotated[str, typer.Option(help="coarse or fine.")] = "coarse",
     keep: Annotated[float, typer.Option(help="Fraction of the neurons kept.")] = 0.4,
+    threads: Threads = 1,
     json: Annotated[bool, typer.Option("--json", help="Print the points as JSON.")] = False,
 ) -> None:
     """Step both models side by side and replace unlikely tokens: accuracy against the share replaced."""
     import json as encoder
     from dataclasses import asdict
 
-    import torch
-
     from sirius.core import SparsityConfig
     from sirius.demo import oracle as study
     from sirius.demo import show
 
     chosen = SparsityConfig(sparsity, keep)
-    torch.set_num_threads(1)
-    engine = load(None, device="cpu")
+    engine = load(None, threads, device="cpu")
     with progress("decoding", problems * len(study.BARS)) as advance:
         points = study.run(engine, chosen, problems, seed, on_problem=advance)
     if json:

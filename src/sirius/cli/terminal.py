@@ -2,9 +2,10 @@
 
 import gc
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -14,12 +15,22 @@ if TYPE_CHECKING:
 
 out, err = Console(soft_wrap=True, emoji=False), Console(stderr=True, soft_wrap=True, emoji=False)
 
-WRONG_INPUT, INTERRUPTED = 2, 130
+WRONG_INPUT, INTERRUPTED, UNREAD = 2, 130, 141  # the last two as a shell names an end by Ctrl-C or SIGPIPE
+NARROW = 60  # columns under which a progress bar has no room beside its figures
+
+Threads = Annotated[int | None, typer.Option(min=1, help="Of the CPU. [default: torch's]")]
 
 
 def complain(message: str) -> None:
     """Name a mistake in one line."""
-    err.print(f"[bold red]error:[/] {escape(message)}", highlight=False)
+    with suppress(OSError):  # there is nowhere left to tell of it
+        err.print(f"[bold red]error:[/] {escape(message)}", highlight=False)
+
+
+def remark(message: str) -> None:
+    """Say something about the output beside it, in one dim line."""
+    with suppress(OSError):  # the output itself is there
+        err.print(message, style="dim", highlight=False, markup=False)
 
 
 @contextmanager
@@ -44,13 +55,15 @@ def saved_as_it_goes() -> Iterator[None]:
         raise
 
 
-def load(model: str | None, **options: Any) -> "Engine":
+def load(model: str | None, threads: int | None = None, **options: Any) -> "Engine":
     """Return the engine of a model folder or hub id, of the embedded model where there is none.
 
+    threads  of the CPU; None leaves torch's
     options  those of `Engine.load`
     """
     with uncollected():
         quieten()
+        use_threads(threads)
         from sirius.demo.embedded import FOLDER, check_embedded
         from sirius.engine import Engine
 
@@ -58,6 +71,14 @@ def load(model: str | None, **options: Any) -> "Engine":
         check_embedded()
     with err.status("loading the model"):
         return Engine.load(model or str(FOLDER), **options)
+
+
+def use_threads(count: int | None) -> None:
+    """Let torch, and our kernels, run on so many threads of the CPU; None leaves it as it is."""
+    if count is not None:
+        import torch
+
+        torch.set_num_threads(count)
 
 
 def quieten() -> None:
@@ -73,14 +94,9 @@ def quieten() -> None:
 @contextmanager
 def progress(what: str, total: int, shown: bool = True) -> Iterator[Callable[..., None]]:
     """Show a progress bar on the terminal's error stream; yields what moves it on by one, or to a step."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=err, disable=not shown) as bar:
+    figures = (MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    columns = figures[::2] if err.width < NARROW else (BarColumn(), *figures)
+    with Progress(TextColumn("{task.description}"), *columns, console=err, disable=not shown) as bar:
         task = bar.add_task(what, total=total)
 
         def advance(to: int | None = None, now: str = what) -> None:

@@ -2,10 +2,8 @@
 
 from collections.abc import Sequence
 
-from rich.box import SIMPLE_HEAD
-from rich.console import Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.rule import Rule
-from rich.table import Table
 from rich.text import Text
 
 from sirius.core import Round
@@ -13,6 +11,7 @@ from sirius.demo.oracle import Point
 from sirius.demo.problems import TASKS, few_shot
 from sirius.demo.showcase import NEW_TOKENS, Row, Setting
 from sirius.engine import Engine
+from sirius.table import Figures
 
 LEGEND = """\
 Correction has the paper's setting: windows of 16 tokens, guesses of probability 0.1 or more stay (lossy).
@@ -45,13 +44,13 @@ def example(engine: Engine, settings: Sequence[Setting], seed: int) -> Renderabl
         ("drafted and kept", KEPT), "  ", ("[rejected]", REJECTED), "  ", ("correction", CORRECTED), "  ",
         ("the full model's own", FULL),
     )  # fmt: skip
-    heading = Rule(f"one problem, {setting.name}, a line for each round", align="left")
-    return Group(heading, Text(question), Text(), *(_marked(engine, step) for step in rounds), legend)
+    heading = f"one problem, {setting.name}, a line for each round"
+    return Group(_Heading(heading), Text(question), Text(), *(_marked(engine, step) for step in rounds), legend)
 
 
 def curve(points: Sequence[Point]) -> RenderableType:
     """Return the oracle study's points as a table."""
-    shown = Table(title=f"reasoning, {points[0].problems} problems", title_justify="left", box=SIMPLE_HEAD, padding=0)
+    shown = Figures(title=f"reasoning, {points[0].problems} problems", title_style="", padding=0)
     for name in ("replaced if less likely than", "accuracy", "tokens replaced"):
         shown.add_column(name, justify="right", no_wrap=True)
     for point in points:
@@ -59,14 +58,19 @@ def curve(points: Sequence[Point]) -> RenderableType:
     return shown
 
 
-def _table(task: str, rows: Sequence[Row]) -> Table:
-    shown = Table(
-        title=f"{task} ({rows[0].problems} problems)",
-        title_justify="left",
-        title_style="bold",
-        box=SIMPLE_HEAD,
-        padding=0,
-    )
+class _Heading:
+    """A heading in a rule, or without one where a terminal is too narrow for that."""
+
+    def __init__(self, words: str) -> None:
+        self.words = words
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        room = options.max_width >= len(self.words) + 4
+        yield Rule(self.words, align="left") if room else Text(self.words)
+
+
+def _table(task: str, rows: Sequence[Row]) -> Figures:
+    shown = Figures(title=f"{task} ({rows[0].problems} problems)", padding=0)
     shown.add_column("setting", no_wrap=True)
     for name in ("keep", "accuracy", "AAL", "density", "effective", "tok/s", "text"):
         shown.add_column(name, justify="right", no_wrap=True)

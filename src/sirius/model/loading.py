@@ -1,16 +1,24 @@
 """Load a causal language model and its tokenizer from a folder, GGUF file or hub; refuse what cannot be used."""
 
-from contextlib import nullcontext
+import logging
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
+import huggingface_hub.constants
 import torch
-from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub.errors import RepositoryNotFoundError, StrictDataclassError
+from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars
+from huggingface_hub.utils import logging as hub_logging
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file
 
 from sirius.errors import ConfigError, ModelError, UnsupportedModelError
@@ -20,6 +28,9 @@ from sirius.model.prepare import check_config
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 GGUF = ".gguf"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+HARMLESS = re.compile(
+    r"(^|\.)(inv_freq|position_ids|masked_bias|attn\.bias)$"
+)  # what older versions saved besides weights
 BROKEN = (  # what transformers raises of a broken checkpoint
     OSError,
     ValueError,
@@ -134,6 +145,7 @@ def _load(source: Source, dtype: str | torch.dtype, **options: Any) -> PreTraine
     )
     _check_complete(source, report)
     _check_depth(source, report)
+    _tell_left_out(source, report)
     return model
 
 
@@ -165,6 +177,10 @@ def find_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
+    except RuntimeError as error:  # it lists some twenty kinds, most of which no one has
+        why = "it is none of auto, cpu, cuda, cuda:1, ..."
+        raise ConfigError(f"device {name!r} cannot be used here: {why}; 'cpu' always can") from error
+    try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"device {name!r} cannot be used here: {_first_line(error)}; 'cpu' always can") from error
@@ -205,13 +221,54 @@ def _check_folder(path: str) -> None:
 
 
 def _attempt(source: Source, what: str, load: Any, **options: Any) -> Any:
-    """Call one of transformers' loaders and turn what it raises of a bad checkpoint into one line."""
+    """Call one of transformers' loaders, quietly, and turn what it raises of a bad checkpoint into one line."""
     try:
-        return load(source.place, **options)
+        with quiet():
+            return load(source.place, **options)
     except Exception as error:
         if not isinstance(error, BROKEN) and type(error) is not Exception:  # so the tokenizers' library raises
             raise
-        raise ModelError(f"cannot load the {what} of {source.name}: {_first_line(error)}") from error
+        said = f"cannot load the {what} of {source.name}: {_first_line(error)}"
+        way = "" if source.gguf_file or Path(source.place).exists() else _way_out(error)
+        raise ModelError(said.rstrip(".") + "; " + way if way else said) from error
+
+
+def _way_out(error: BaseException) -> str:
+    """Return what a user can do about a hub id that was not loaded."""
+    folder = "name a local folder that holds the model"
+    causes = [error]
+    while (cause := causes[-1].__cause__) is not None and cause not in causes:
+        causes.append(cause)
+    if any(isinstance(each, RepositoryNotFoundError) for each in causes):  # as the hub calls what it does not show
+        token = "the one in HF_TOKEN has no access" if os.environ.get("HF_TOKEN") else "HF_TOKEN is not set"
+        return f"a gated or private model needs the token of an account with access ({token}); or {folder}"
+    if huggingface_hub.constants.HF_HUB_OFFLINE:
+        return f"HF_HUB_OFFLINE is set, so nothing is fetched: unset it, or {folder}"
+    return folder
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep notes and progress bars of transformers and its hub off a user's terminal; what was set comes back.
+
+    Who asks for more than warnings, or with HF_HUB_DISABLE_PROGRESS_BARS=0 for bars, has them.
+    """
+    loggers = [each for each in (transformers_logging, hub_logging) if each.get_verbosity() == logging.WARNING]
+    asked = huggingface_hub.constants.HF_HUB_DISABLE_PROGRESS_BARS is False
+    bars, hidden = transformers_logging.is_progress_bar_enabled() and not asked, are_progress_bars_disabled()
+    for each in loggers:
+        each.set_verbosity_error()
+    if bars:
+        transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for each in loggers:
+            each.set_verbosity_warning()
+        if bars:
+            transformers_logging.enable_progress_bar()
+        if bars and hidden:
+            disable_progress_bars()
 
 
 def _check_complete(source: Source, report: dict[str, Any]) -> None:
@@ -228,6 +285,17 @@ def _check_depth(source: Source, report: dict[str, Any]) -> None:
     """Refuse a checkpoint with blocks that its configuration leaves out: it would run as a shorter model."""
     if left := sorted(key for key in report.get("unexpected_keys") or () if ".layers." in key):
         raise ModelError(f"config.json of {source.name} has no place for {len(left)} of its weights, first {left[0]}")
+
+
+def _tell_left_out(source: Source, report: dict[str, Any]) -> None:
+    """Say in one line of the log which weights of a checkpoint the model has no place for."""
+    if left := sorted(key for key in report.get("unexpected_keys") or () if not HARMLESS.search(key)):
+        logging.getLogger("sirius").warning(
+            "%s: the model has no place for %d of the checkpoint's weights, which are left out; first %s",
+            source.name,
+            len(left),
+            left[0],
+        )
 
 
 def _named(key: Any) -> str:

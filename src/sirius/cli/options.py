@@ -1,0 +1,165 @@
+"""What the options of `sirius generate` ask for together; those that would change nothing are refused by name."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sirius.errors import ConfigError
+
+if TYPE_CHECKING:
+    from sirius.sparsity.base import Factory
+
+CORRECTING = ("period", "accept", "threshold", "accept_temperature", "tree_width", "prune", "ablate")
+SPARSE = ("keep", "sparsity_threshold", "per_branch", "shared_set", "refresh")
+HOT = ("top_p", "top_k", "min_p", "seed")  # `sirius.jobs` has them too, and is slow to import
+LOSSLESS = ("lossless", "argmax", "sampling")
+PRESETS = ("paper",)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The command line of `sirius generate`.
+
+    values  of all options, by their names in Python
+    given   the names of those that stand on the command line
+    """
+
+    values: Mapping[str, Any]
+    given: frozenset[str]
+
+    def __getitem__(self, name: str) -> Any:
+        return self.values[name]
+
+    @property
+    def own_rule(self) -> bool:
+        """Whether only the full model's own choice passes."""
+        return self["accept"] in LOSSLESS and (self["preset"] is None or "accept" in self.given)
+
+    @property
+    def local(self) -> bool:
+        """Whether the model lies in a folder or file."""
+        model = self["model"]
+        return model is not None and Path(model).expanduser().exists()
+
+
+@dataclass(frozen=True)
+class Idle:
+    """Options that change nothing where something holds.
+
+    why  the end of "--x would change nothing ...", with a way out
+    """
+
+    where: Callable[[Asked], bool]
+    names: tuple[str, ...]
+    why: str
+
+
+IDLE = (
+    Idle(lambda a: not a["correct"], ("preset", *CORRECTING, "refresh"), "without correction; leave out --no-correct"),
+    Idle(
+        lambda a: a["sparsity"] == "none",
+        (*SPARSE, "preset", "tree_width", "prune", "ablate"),
+        "with --sparsity none, which keeps every neuron and so drafts nothing; name a method, as --sparsity coarse",
+    ),
+    Idle(
+        lambda a: a["period"] == "1",
+        ("preset", "threshold", "accept_temperature", "tree_width", "prune", "ablate", "refresh"),
+        "at --period 1, which drafts nothing; give a longer period",
+    ),
+    Idle(lambda a: a["tree_width"] == 1, ("prune", "per_branch"), "in a chain, which is one branch; give --tree-width"),
+    Idle(
+        lambda a: a["tree_width"] == 1 and a.own_rule,
+        ("accept_temperature",),
+        "in a chain under a lossless rule; give --tree-width, or a lossy --accept",
+    ),
+    Idle(lambda a: a["input"] is None, ("shared_set", "batch_size"), "with one prompt; give --input"),
+    Idle(
+        lambda a: a["input"] is None and a["temperature"] == 0,  # a file's lines may have temperatures
+        HOT,
+        "at temperature 0, which is greedy; give --temperature",
+    ),
+    Idle(
+        lambda a: not a["json"] and a["output"] is None,
+        ("logprobs",),
+        "in plain text; give --json, or --output with --input",
+    ),
+    Idle(lambda a: a["model"] is None, ("revision", "trust_remote_code"), "with the embedded model; give --model"),
+    Idle(lambda a: a.local, ("revision",), "with a model that is on this machine; it is of a hub id"),
+)
+
+
+def check_effect(asked: Asked) -> None:
+    """Raise ConfigError of options that were given and would change nothing, and of words that are none."""
+    if asked["preset"] is not None and asked["preset"] not in PRESETS:
+        raise ConfigError(f"--preset is {', '.join(PRESETS)}; got {asked['preset']!r}")
+    for idle in IDLE:
+        if (found := _flags(asked, idle.names)) and idle.where(asked):
+            raise ConfigError(f"{found} would change nothing {idle.why}")
+
+
+def check_method(asked: Asked, factory: "Factory | None") -> None:
+    """Raise ConfigError of options that a sparsity method has no use for; what a plug-in makes of them is its own."""
+    from sirius.sparsity import PromptSparsity, TokenSparsity, fine
+
+    name, kind = asked["sparsity"], factory if isinstance(factory, type) else object
+    if issubclass(kind, TokenSparsity) and (found := _flags(asked, ("refresh", "shared_set"))):
+        raise ConfigError(
+            f"{found} would change nothing with --sparsity {name}, which has a set for each token; use coarse"
+        )
+    if issubclass(kind, PromptSparsity) and (found := _flags(asked, ("per_branch", "sparsity_threshold"))):
+        raise ConfigError(
+            f"{found} would change nothing with --sparsity {name}, which keeps a fixed fraction for a whole prompt; "
+            "use fine"
+        )
+    if issubclass(kind, fine.FineSparsity) and {"keep", "sparsity_threshold"} <= asked.given:
+        raise ConfigError("--keep would change nothing beside --sparsity-threshold; give one of them")
+
+
+def check_hot(asked: Asked, any_hot: bool) -> None:
+    """Raise ConfigError of sampling options beside a file of which no line has a temperature."""
+    if not any_hot and asked["temperature"] == 0 and (found := _flags(asked, HOT)):
+        raise ConfigError(
+            f"{found} would change nothing, as neither the command nor a line has a temperature; give --temperature"
+        )
+
+
+def make_options(asked: Asked) -> dict[str, Any]:
+    """Return the options of `Engine.generate`; raise ConfigError where they are out of range or contradict."""
+    from sirius.core import CorrectionConfig, Request, SamplingConfig, SparsityConfig, check_together
+    from sirius.sparsity import find
+
+    check_method(asked, find(asked["sparsity"]))  # a wrong name is told before a large model is loaded
+    stop, budget = tuple(asked["stop"]) if asked["stop"] else None, asked["max_new_tokens"]
+    Request((0,), 1 if budget is None else budget, stop or ())  # so are these
+    threshold = asked["sparsity_threshold"]
+    sparse = (asked[name] for name in ("per_branch", "shared_set", "refresh"))
+    correction = None
+    if asked["correct"]:
+        rules = {name: asked[name] for name in CORRECTING if asked["preset"] is None or name in asked.given}
+        changed = {"period": _period, "ablate": lambda parts: tuple(parts or ())}
+        rules = {name: changed[name](value) if name in changed else value for name, value in rules.items()}
+        correction = (CorrectionConfig if asked["preset"] is None else CorrectionConfig.paper)(**rules)
+    sampling = SamplingConfig(
+        **{name: asked[name] for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed")}
+    )
+    check_together(sampling, correction)
+    return {
+        "max_new_tokens": budget,
+        "stop": stop,
+        "sparsity": SparsityConfig(asked["sparsity"], asked["keep"], threshold, *sparse),
+        "correction": correction,
+        "sampling": sampling,
+    }
+
+
+def _period(text: str) -> int | str:
+    try:
+        return text if text == "auto" else int(text)
+    except ValueError as error:
+        raise ConfigError(f"--period is a whole number or auto; got {text!r}") from error
+
+
+def _flags(asked: Asked, names: tuple[str, ...]) -> str:
+    """Return those of some options that were given, as they are written."""
+    return ", ".join(f"--{name.replace('_', '-')}" for name in names if name in asked.given)
