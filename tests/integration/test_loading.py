@@ -259,18 +259,18 @@ def test_a_hub_that_cannot_be_reached_leaves_a_local_folder(monkeypatch):
 # --- what is said
 
 
-def test_loading_prints_nothing_and_leaves_what_others_print_as_it_was(saved, capfd, monkeypatch):
-    seen = []
-    load = AutoModelForCausalLM.from_pretrained
-    monkeypatch.setattr(
-        "sirius.model.loading.AutoModelForCausalLM.from_pretrained",
-        lambda *place, **options: (seen.append(verbosity()), load(*place, **options))[1],
-    )
+@pytest.fixture
+def loud():
+    """Let transformers and its hub say what they say by themselves; other tests may have quietened them."""
     before = verbosity()
-    Engine.load(str(saved))
-    assert seen == [(logging.ERROR, logging.ERROR, False, True)]
-    assert verbosity() == before == (logging.WARNING, logging.WARNING, True, False)
-    assert capfd.readouterr() == ("", "")
+    transformers_logging.set_verbosity_warning()
+    hub_logging.set_verbosity_warning()
+    transformers_logging.enable_progress_bar()
+    yield
+    transformers_logging.set_verbosity(before[0])
+    hub_logging.set_verbosity(before[1])
+    if not before[2]:
+        transformers_logging.disable_progress_bar()
 
 
 def verbosity() -> tuple[int, int, bool, bool]:
@@ -282,13 +282,25 @@ def verbosity() -> tuple[int, int, bool, bool]:
     )
 
 
-def test_notes_that_were_asked_for_are_shown(saved, monkeypatch):
+def test_loading_prints_nothing_and_leaves_what_others_print_as_it_was(saved, loud, capfd, monkeypatch):
+    seen, load = [], AutoModelForCausalLM.from_pretrained
+
+    def watched(*place, **options):
+        seen.append(verbosity())
+        return load(*place, **options)
+
+    monkeypatch.setattr("sirius.model.loading.AutoModelForCausalLM.from_pretrained", watched)
+    Engine.load(str(saved))
+    assert seen == [(logging.ERROR, logging.ERROR, False, True)]
+    assert verbosity() == (logging.WARNING, logging.WARNING, True, False)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_notes_that_were_asked_for_are_shown(loud):
     transformers_logging.set_verbosity_info()
-    try:
-        with quiet():
-            assert transformers_logging.get_verbosity() == logging.INFO
-    finally:
-        transformers_logging.set_verbosity_warning()
+    with quiet():
+        assert transformers_logging.get_verbosity() == logging.INFO
+    assert transformers_logging.get_verbosity() == logging.INFO
 
 
 def test_weights_that_the_model_has_no_place_for_are_told_in_one_line(folder, caplog):
