@@ -120,7 +120,7 @@ def test_the_dense_route_computes_what_the_original_did(original):
 
 def test_weights_are_neuron_major_and_kept_once(original):
     before = sum(p.numel() for p in original.parameters())
-    mlp = sparse_mlp(original)
+    mlp = sparse_mlp(original.eval())
     assert sum(p.numel() for p in mlp.parameters()) == before
     for matrix in (mlp.neurons.gate, mlp.neurons.up, mlp.neurons.down):
         assert matrix.shape == (F, H) and matrix.stride() == (H, 1)

@@ -1,7 +1,7 @@
 """What a model's gated MLP becomes: the same weights, neuron by neuron."""
 
 from collections.abc import Callable, Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -78,10 +78,19 @@ class SparseMLP(nn.Module):
         self.__class__ = self.__dict__.pop("original")
 
     def train(self, mode: bool = True) -> "SparseMLP":
-        """Set the mode, PyTorch's way; fused optimisers want weights dense, so they are side by side in evaluation."""
+        """Set the mode, PyTorch's way; optimisers want weights in one piece, so they are laid out in evaluation."""
         super().train(mode)
         self.settle()
         return self
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Return the weights by name, PyTorch's way; those that lie apart as copies in one piece, for files."""
+        found: dict[str, Any] = super().state_dict(*args, **kwargs)
+        if not kwargs.get("keep_vars", False):
+            own = {f"{kwargs.get('prefix', '')}{name}" for name, _ in self.named_parameters()}
+            for name in own & found.keys():
+                found[name] = found[name].contiguous()
+        return found
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SparseMLP":
         """Move or convert the weights, PyTorch's way, and lay them out anew where that took them apart."""
@@ -98,12 +107,16 @@ class SparseMLP(nn.Module):
             self._lay_out()
 
     def _lay_out(self) -> None:
-        """Put the rows of each neuron together, where they are not."""
+        """Put the rows of each neuron together, where they are not; in training lay weights out as PyTorch does."""
         neurons = self.neurons
-        separate = not self.training and "gate_up" not in self.names and lie_together(neurons.up, neurons.down)
+        separate = "gate_up" not in self.names and lie_together(neurons.up, neurons.down)
         with torch.inference_mode(False):  # the weights stay trainable, wherever they are prepared
             down = self._linear("down").weight
-            if separate and not _beside(neurons):
+            if self.training:
+                for role in self.names:
+                    weight = self._linear(role).weight
+                    weight.data = weight.data.contiguous()
+            elif separate and not _beside(neurons):
                 gate, up = self._linear("gate").weight, self._linear("up").weight
                 gate.data = moved(gate.data)
                 up.data, rows = side_by_side(up.data, down.data.t())
