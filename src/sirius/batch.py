@@ -1,10 +1,13 @@
 """Texts decoded side by side: they join and leave between rounds, and none disturbs another."""
 
 from collections import deque
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
+from functools import wraps
 from itertools import islice
+from threading import RLock
 from time import perf_counter
+from typing import Any, TypeVar, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -35,7 +38,9 @@ from sirius.shortage import telling
 from sirius.stats import Setting, density, summarise
 from sirius.texts import Completion, Ending, Text, Update
 
+_locks: "WeakKeyDictionary[PreTrainedModel, RLock]" = WeakKeyDictionary()  # of models: one pass at a time
 _learnt: "WeakKeyDictionary[PreTrainedModel, dict[Hashable, Learnt]]" = WeakKeyDictionary()  # of each setting
+Method = TypeVar("Method", bound=Callable[..., Any])
 PLAIN = CorrectionConfig(period=1)  # every round is one dense pass of the whole model
 GROWTH = 1024  # slots of the cache that a text begins with beyond its prompt; they double when it has filled them
 
@@ -56,11 +61,27 @@ class _Entry:
     seconds: float = 0.0
 
 
+def _lock_of(model: PreTrainedModel) -> "RLock":
+    return _locks.setdefault(model, RLock())
+
+
+def _one_at_a_time(method: Method) -> Method:
+    """Let a batch's method wait for the model: passes set its routes, and share the memory of its workspace."""
+
+    @wraps(method)
+    def waiting(self: "Batch", *args: Any) -> Any:
+        with self.lock:
+            return method(self, *args)
+
+    return cast("Method", waiting)
+
+
 class Batch:
     """Up to `rows` texts at a time on one model, with one sparsity and one correction; further ones wait their turn.
 
     `step` brings every text on by a round. Rows are independent: under a lossless rule a text is what it would be
-    alone, and one that ends, fails or is cancelled leaves the others as they are. Not thread-safe.
+    alone, and one that ends, fails or is cancelled leaves the others as they are. Threads may share a model: their
+    batches take turns, step by step.
     """
 
     def __init__(
@@ -79,10 +100,11 @@ class Batch:
         """
         if type(rows) is not int or rows < 1:
             raise ConfigError(f"a batch has a whole number of rows, at least 1; got {rows!r}")
-        mlps = prepare(model)
-        neurons = tuple(mlp.size for mlp in mlps)
-        self.model, self.rows, self.sparsity = model, rows, chosen
-        self.session = Session(model, mlps, lambda: sparsity.create(chosen, neurons), compiled)
+        self.model, self.rows, self.sparsity, self.lock = model, rows, chosen, _lock_of(model)
+        with self.lock:
+            mlps = prepare(model)
+            neurons = tuple(mlp.size for mlp in mlps)
+            self.session = Session(model, mlps, lambda: sparsity.create(chosen, neurons), compiled)
         self.asked = correction
         self.correction = PLAIN if self.session.shared is None else correction
         self.plan = _make_plan(self.correction, self._period(compiled), ends)
@@ -98,6 +120,7 @@ class Batch:
         """Whether there is anything left to do."""
         return bool(self.waiting or self.active)
 
+    @_one_at_a_time
     def add(self, text: Text) -> int:
         """Put a text in line and return its ticket; raise ConfigError where its sampling contradicts the rule."""
         request = text.request
@@ -127,6 +150,7 @@ class Batch:
         prompt = torch.tensor([text.request.prompt], device=self.model.device)
         return is_steady(text.process, prompt, self.model.config.get_text_config().vocab_size)
 
+    @_one_at_a_time
     def end(self, ticket: int) -> Completion:
         """End a text between rounds, as its reader has enough of it, and return what there is.
 
@@ -140,6 +164,7 @@ class Batch:
                 return completion
         raise RequestError(f"text {ticket} is not at work in this batch")
 
+    @_one_at_a_time
     def cancel(self, ticket: int) -> None:
         """Drop a text, between rounds; its row is free at once. A ticket that has ended is passed over."""
         self.waiting = deque(entry for entry in self.waiting if entry.ticket != ticket)
@@ -148,6 +173,7 @@ class Batch:
                 self._close(index)
                 return
 
+    @_one_at_a_time
     def step(self) -> list[Update]:
         """Read the prompts of texts for which there is a row, or bring every row on by a round.
 

@@ -56,7 +56,7 @@ class Options(TextOptions, BatchOptions, total=False):
 
 
 class Engine:
-    """A model made sparse, with its tokenizer, ready to decode; not thread-safe."""
+    """A model made sparse, with its tokenizer, ready to decode. Threads may share it: their texts take turns."""
 
     def __init__(
         self,

@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM, DogeConfig
 
 from conftest import VOCABULARY, greedy
 from sirius.engine import Engine
+from sirius.errors import RequestError
 from sirius.kernels import cpu
 
 pytestmark = pytest.mark.integration
@@ -16,7 +17,7 @@ PROMPTS = [[5, 17, 93, 41, 8], [60, 22]]
 SHORT, LONG = 30, 90  # texts within the slots of a mask in our form, and past them
 
 
-def doge(implementation: str, dtype: torch.dtype = torch.float32):
+def doge(implementation: str, dtype: torch.dtype = torch.float32, **changes: object):
     config = DogeConfig(
         vocab_size=VOCABULARY,
         hidden_size=36,
@@ -29,6 +30,7 @@ def doge(implementation: str, dtype: torch.dtype = torch.float32):
         initializer_range=0.3,
         eos_token_id=None,
         tie_word_embeddings=False,
+        **changes,
     )
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -65,3 +67,9 @@ def test_that_it_runs_is_told_once(caplog):
 def test_in_16_bits_its_text_is_not_called_lossless():
     done = Engine(doge("sdpa", torch.bfloat16)).generate(PROMPTS[0], max_new_tokens=SHORT, correction=5)
     assert not done.stats.lossless
+
+
+def test_a_text_past_the_tokens_that_a_layer_picks_is_refused():
+    """Which of equal tokens it picks is chance, in transformers too."""
+    with pytest.raises(RequestError, match="pass layer 0's sliding window of 20; set max_new_tokens to at most 15"):
+        Engine(doge("sdpa", keep_window_size=20)).generate(PROMPTS[0], max_new_tokens=SHORT)

@@ -156,11 +156,17 @@ def _check_sliding(config: PreTrainedConfig, prompt: int, new: int) -> None:
 
 
 def sliding_window(config: PreTrainedConfig) -> tuple[int, int] | None:
-    """Return a model's first sliding-window layer and how many tokens it sees, None where there is none."""
+    """Return a model's first sliding-window layer and how many tokens it sees, None where there is none.
+
+    A layer that picks so many tokens to look at (Doge) counts too: equal ones it picks by chance.
+    """
     text = config.get_text_config()
-    window = getattr(text, "sliding_window", None)
+    window, picked = getattr(text, "sliding_window", None), getattr(text, "keep_window_size", None)
     kinds = getattr(text, "layer_types", None) or [SLIDING if getattr(text, "use_sliding_window", True) else FULL]
-    return None if window is None or SLIDING not in kinds else (kinds.index(SLIDING), window)
+    found = [(0, picked)] if picked is not None else []
+    if window is not None and SLIDING in kinds:
+        found.append((kinds.index(SLIDING), window))
+    return min(found, key=lambda each: each[1], default=None)
 
 
 def rope_turn(config: PreTrainedConfig) -> int | None:

@@ -1,0 +1,45 @@
+"""Threads that share an engine, or a model: their texts are what they are alone."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+import sirius
+from conftest import greedy, tiny_model
+from sirius.engine import Engine
+
+pytestmark = pytest.mark.integration
+
+PROMPTS = [[5, 17, 93, 41, 8], [60, 22], [7, 8, 9, 10], [3], [99, 100, 101], [12, 13, 14, 15, 16, 17, 18]]
+NEW = 30
+
+
+@pytest.mark.parametrize("correction", [5, {"period": 4, "tree_width": 3}, "auto"], ids=["chain", "tree", "auto"])
+@pytest.mark.parametrize("method", ["coarse", "fine"])
+def test_texts_of_threads_are_what_they_are_alone(method, correction):
+    model = tiny_model(eos_token_id=None)
+    wanted = [greedy(model, prompt, NEW) for prompt in PROMPTS]
+    engine = Engine(model)
+
+    def decode(index: int) -> list[int]:
+        options = {"max_new_tokens": NEW, "sparsity": method, "correction": correction}
+        if index % 2:
+            return list(engine.generate(PROMPTS[index], **options).token_ids)
+        *_, last = engine.stream(PROMPTS[index], **options)
+        return list(last.completion.token_ids)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(decode, [*range(len(PROMPTS))] * 3)) == wanted * 3
+
+
+def test_threads_share_a_model_through_transformers():
+    model = tiny_model(eos_token_id=None)
+    wanted = [greedy(model, prompt, NEW) for prompt in PROMPTS]
+
+    def decode(prompt: list[int]) -> list[int]:
+        options = {"max_new_tokens": NEW, "do_sample": False, "custom_generate": sirius.decode, "correction": 5}
+        return model.generate(torch.tensor([prompt]), **options)[0, len(prompt) :].tolist()
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(decode, PROMPTS * 2)) == wanted * 2
