@@ -206,7 +206,11 @@ class Batch:
                 self.active.append(entry)
             entry.seconds += perf_counter() - began
         entries = self.active[len(self.active) - len(read) :]
-        rounds = first_round([entry.row for entry in entries], read)
+        try:
+            with telling(max((entry.row.slots for entry in entries), default=0)):
+                rounds = first_round([entry.row for entry in entries], read)
+        except OutOfMemoryError as error:
+            return failed + [self._ended(self.active.index(entry), error) for entry in entries]
         took = [self._took(entry, done) for entry, done in zip(entries, rounds, strict=True)]
         return sorted(failed + took, key=lambda update: update.ticket)
 

@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
-from sirius.kernels import attention, gpu, reference
+from sirius.kernels import attention, gpu, launch, reference
 from sirius.kernels.activations import ACTIVATIONS
 from sirius.model import passes
 
@@ -220,6 +220,7 @@ def standing_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
     for module, kernel in [*((gpu, each) for each in KERNELS), (attention, reference.attend)]:
         monkeypatch.setattr(module, kernel.__name__, standin.kernel(kernel))
     monkeypatch.setattr(gpu, "available", lambda: True)
+    monkeypatch.setattr(launch, "PLAIN", (*launch.PLAIN, OnGPU))
     monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: None)
     monkeypatch.setattr(torch, "Generator", lambda device="cpu", make=torch.Generator: make())
     monkeypatch.setattr(torch.cuda, "device_of", lambda tensor: nullcontext())

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from sirius.kernels.fuse import Operation, Step, fused
-from sirius.kernels.launch import Launch, record_to
+from sirius.kernels.launch import PLAIN, Launch, record_to
 
 aten = torch.ops.aten
 EMPTY = {aten.empty.memory_format, aten.empty_like.default, aten.empty_strided.default}
@@ -57,7 +57,7 @@ class Tape(TorchDispatchMode):
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation of PyTorch's and take it down."""
         kwargs = kwargs or {}
-        self.steady &= not types and _is_steady(operation, args)  # subclasses of tensors do as they like
+        self.steady &= set(types) <= set(PLAIN) and _is_steady(operation, args)  # subclasses do as they like
         result = operation(*args, **kwargs)
         if not _makes_a_view(operation):
             self.steps.append(Operation(operation, args, kwargs, result))

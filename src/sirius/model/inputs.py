@@ -40,6 +40,8 @@ def check_inputs(ids: Tensor, mask: Tensor | None, given: Mapping[str, Any]) -> 
 
 def _obstacle(name: str, value: Any, ids: Tensor, mask: Tensor | None) -> str | None:
     """Return why an argument cannot be left out, None where it can."""
+    if isinstance(value, Mapping) and all(each is None for each in value.values()):
+        return None
     if name in OURS or value is None or value is False:
         return None
     if name in CACHES:
