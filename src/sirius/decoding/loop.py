@@ -116,7 +116,7 @@ def first_round(rows: Sequence[Row], raw: Sequence[Tensor]) -> list[Round | None
     """Give the first tokens of rows by the scores after their prompts, [V] each; None for a row with an error."""
     lines = [each[None] for each in raw]
     prompts = [send(row.tokens, each.device)[None] for row, each in zip(rows, lines, strict=True)]
-    answers = _answers(list(map(_Asked, rows, prompts, lines)))
+    answers = _answers([_Asked(*each) for each in zip(rows, prompts, [line.clone() for line in lines], strict=True)])
     return [_first(*each) for each in zip(rows, lines, answers, strict=True)]
 
 
@@ -161,7 +161,7 @@ def draft(model: LanguageModel, rows: Sequence[Row], plan: Plan, period: int) ->
         if answers_at_once(going) and not bool(going.any()):
             break
         scores = model.read(tree.tokens[:, here], Mode.SPARSE, tree.window(here))
-        scores = noisy(rows, processed(rows, tree, here, scores), level)
+        scores = noisy(rows, processed(rows, tree, [here], scores), level)
         likely = torch.log_softmax(scores / plan.temperature, dim=-1)
         tree = tree.grow(likely.masked_fill(~going[..., None], -torch.inf), plan.width, plan.prune)
     return tree
@@ -175,9 +175,7 @@ def verify(model: LanguageModel, rows: Sequence[Row], tree: Tree, plan: Plan) ->
     fixed = 0 if plan.rewrite else tree.last.start  # the deepest level was never fed to the draft model
     raw = model.read(tree.tokens, plan.judge, tree.window(fixed=fixed))
     levels = [slice(a, b) for a, b in zip(tree.levels, tree.levels[1:], strict=False)]
-    scores = raw
-    if any(row.process for row in rows):
-        scores = torch.cat([processed(rows, tree, here, raw[:, here]) for here in levels], 1)
+    scores = processed(rows, tree, levels, raw)
     choice = [noisy(rows, scores[:, here], depth).argmax(-1) for depth, here in enumerate(levels)]
     return raw, Check(tree, scores, torch.cat(choice, 1))
 
@@ -251,26 +249,35 @@ def _advanced(
     return Round(tokens, origins, logprobs, accepted=verdict.accepted, scores=processed, logits=raw)
 
 
-def processed(rows: Sequence[Row], tree: Tree, level: slice, scores: Tensor) -> Tensor:
-    """Apply each row's processor to the scores [B, m, V] after the nodes of a level."""
+def processed(rows: Sequence[Row], tree: Tree, levels: Sequence[slice], scores: Tensor) -> Tensor:
+    """Return scores [B, m, V] after the nodes of levels, one behind the other, as the rows' processors leave them."""
     if not any(row.process for row in rows):
         return scores
+    scores = scores.clone()
+    for level in levels:
+        _process(rows, tree, level, scores[:, level.start - levels[0].start : level.stop - levels[0].start])
+    return scores
+
+
+def _process(rows: Sequence[Row], tree: Tree, level: slice, scores: Tensor) -> None:
+    """Apply each row's processor to the scores [B, m, V] after the nodes of a level, where they are."""
     asked, places = [], []
     for b, row in enumerate(rows):
         nodes = tree.alive[b, level].nonzero()[:, 0] + level.start
         if row.process is not None and len(nodes):
             branches = tree.tokens[b].expand(len(nodes), -1)[tree.seen[b, nodes]].view(len(nodes), -1)
             held = torch.tensor(row.tokens[:-1], device=scores.device).expand(len(nodes), -1)
-            places.append((b, nodes - level.start))
+            places.append((b, slice(None) if len(nodes) == scores.shape[1] else nodes - level.start))
             asked.append(_Asked(row, torch.cat([held, branches], 1), scores[places[-1]]))
-    scores = scores.clone()
     for place, answer in zip(places, _answers(asked), strict=True):
         scores[place] = answer
-    return scores
 
 
 class _Asked(NamedTuple):
-    """What a row's processor is asked: tokens [m, n] int64, and the scores [m, V] of what follows them."""
+    """What a row's processor is asked: tokens [m, n] int64, and the scores [m, V] of what follows them, which are its.
+
+    A processor may write to them.
+    """
 
     row: Row
     tokens: Tensor
@@ -281,8 +288,8 @@ def _answers(asked: Sequence[_Asked]) -> list[Tensor]:
     """Return what rows' processors make of their scores; rows that share one are asked about together."""
     answers = [each.scores for each in asked]
     together: dict[int, list[int]] = {}
-    for place, (row, _, scores) in enumerate(asked):
-        if row.process is not None and row.error is None and not bool(scores.isnan().any()):
+    for place, (row, *_) in enumerate(asked):
+        if row.process is not None and row.error is None:
             key = id(row.process.act if isinstance(row.process, SharedProcessor) else row)
             together.setdefault(key, []).append(place)
     for places in together.values():
@@ -292,24 +299,29 @@ def _answers(asked: Sequence[_Asked]) -> list[Tensor]:
 
 
 def _acted(asked: Sequence[_Asked]) -> list[Tensor]:
-    """Apply the processor that rows share, or one row's; a failure becomes their error."""
+    """Apply the processor that rows share, or one row's; a failure becomes their error, unless the model's scores are
+    no numbers, which is told of later."""
     process = asked[0].row.process
     try:
         if isinstance(process, SharedProcessor):
             texts = [each.row.process.text for each in asked if isinstance(each.row.process, SharedProcessor)]
-            answers = process.act([Lines(t, a.tokens, a.scores.clone()) for t, a in zip(texts, asked, strict=True)])
+            answers = process.act([Lines(t, a.tokens, a.scores) for t, a in zip(texts, asked, strict=True)])
         else:
             assert process is not None
-            answers = [process(asked[0].tokens, asked[0].scores.clone())]
+            answers = [process(asked[0].tokens, asked[0].scores)]
         return [_checked(answer, each.scores) for answer, each in zip(answers, asked, strict=True)]
     except Exception as error:  # whatever a user's function raises is these rows' affair alone
-        for row, _, _ in asked:
-            row.error = RequestError(
-                f"a logits processor failed: {error!r}"
-                + ("; if it keeps state from call to call, decode without a draft (correction=1)" if row.steady else "")
-            )
-            row.error.__cause__ = error
+        for row, _, scores in asked:
+            if not bool(scores.isnan().any()):
+                row.error = _failure(error, row.steady)
         return [each.scores for each in asked]
+
+
+def _failure(error: Exception, steady: bool) -> RequestError:
+    way = "; if it keeps state from call to call, decode without a draft (correction=1)" if steady else ""
+    failed = RequestError(f"a logits processor failed: {error!r}{way}")
+    failed.__cause__ = error
+    return failed
 
 
 def _checked(answer: Tensor, scores: Tensor) -> Tensor:

@@ -52,14 +52,13 @@ def probe(model: LanguageModel, rows: Sequence[Row], plan: Plan, count: int) -> 
 
 def _following(rows: Sequence[Row], tree: Tree, scores: Tensor) -> Tensor:
     """Return scores [B, count, V] after the first places, processed and with noise, as tokens are chosen."""
-    parts = [noisy(rows, each, place) for place, each in enumerate(_processed(rows, tree, scores))]
-    return torch.cat(parts, 1)
+    found = _processed(rows, tree, scores)
+    return torch.cat([noisy(rows, found[:, place, None], place) for place in range(found.shape[1])], 1)
 
 
-def _processed(rows: Sequence[Row], tree: Tree, scores: Tensor) -> list[Tensor]:
-    """Return scores [B, count, V] after the first places as the rows' processors leave them, [B, 1, V] a place."""
-    levels = [slice(place, place + 1) for place in range(scores.shape[1])]
-    return [processed(rows, tree, here, scores[:, here]) for here in levels]
+def _processed(rows: Sequence[Row], tree: Tree, scores: Tensor) -> Tensor:
+    """Return scores [B, count, V] after the first places as the rows' processors leave them."""
+    return processed(rows, tree, [slice(place, place + 1) for place in range(scores.shape[1])], scores)
 
 
 def _check(model: LanguageModel, rows: Sequence[Row], tree: Tree, count: int, plan: Plan) -> Check:
@@ -68,7 +67,7 @@ def _check(model: LanguageModel, rows: Sequence[Row], tree: Tree, count: int, pl
         return Check(tree, tree.tokens[:, :0], tree.tokens.roll(-1, 1))
     here = slice(0, count)
     scores = model.read(tree.tokens[:, here], plan.judge, tree.window(here, fixed=count))
-    return Check(tree, torch.cat(_processed(rows, tree, scores), 1), tree.tokens.roll(-1, 1))
+    return Check(tree, _processed(rows, tree, scores), tree.tokens.roll(-1, 1))
 
 
 def _stands(check: Check, guess: Tensor, plan: Plan) -> Tensor:

@@ -73,8 +73,8 @@ class BatchProcessors:
         place, as all have that are decoded without a draft, else a row in the place of its neighbours too.
         """
         padded = [Lines(each.text, self._padded(each), each.scores) for each in lines]
-        if self.by_line:
-            return self._by_length(padded)
+        if self.by_line:  # row by row: memory for all of them together would be fetched anew each time
+            return [_ask(self.of_rows[each.text], each.tokens, each.scores) for each in padded]
         if all(len(each.tokens) == 1 for each in padded) and len({each.tokens.shape for each in padded}) == 1:
             return self._as_batch(padded)
         return [self._repeated(each) for each in padded]
@@ -86,17 +86,6 @@ class BatchProcessors:
     def _padded(self, lines: Lines) -> Tensor:
         pads = self.ids[lines.text, : self.pads[lines.text]].to(lines.tokens)
         return torch.cat([pads.expand(len(lines.tokens), -1), lines.tokens], 1)
-
-    def _by_length(self, lines: Sequence[Lines]) -> list[Tensor]:
-        groups: dict[tuple[int, int], list[int]] = {}
-        for place, each in enumerate(lines):
-            groups.setdefault((each.tokens.shape[1], id(self.of_rows[each.text])), []).append(place)
-        found: dict[int, Tensor] = {}
-        for places in groups.values():
-            tokens, scores = (torch.cat([getattr(lines[p], name) for p in places]) for name in ("tokens", "scores"))
-            answers = _ask(self.of_rows[lines[places[0]].text], tokens, scores)
-            found |= zip(places, answers.split([len(lines[place].tokens) for place in places]), strict=True)
-        return [found[place] for place in range(len(lines))]
 
     def _as_batch(self, lines: Sequence[Lines]) -> list[Tensor]:
         asked = {each.text: each for each in lines}

@@ -40,9 +40,7 @@ def check_inputs(ids: Tensor, mask: Tensor | None, given: Mapping[str, Any]) -> 
 
 def _obstacle(name: str, value: Any, ids: Tensor, mask: Tensor | None) -> str | None:
     """Return why an argument cannot be left out, None where it can."""
-    if isinstance(value, Mapping) and all(each is None for each in value.values()):
-        return None
-    if name in OURS or value is None or value is False:
+    if name in OURS or value is None or value is False or _is_empty(value):
         return None
     if name in CACHES:
         filled = value.get_seq_length() > 0
@@ -59,6 +57,10 @@ def _obstacle(name: str, value: Any, ids: Tensor, mask: Tensor | None) -> str | 
     if name == "mm_encoder_outputs":  # transformers has replaced them by now
         name = "pixel_values (or other images or sound)"
     return f"{name} would have no effect, as sirius gives a model token ids, positions and a mask alone; {way}"
+
+
+def _is_empty(value: Any) -> bool:
+    return isinstance(value, Mapping) and all(each is None for each in value.values())
 
 
 def _are_default(positions: Tensor, ids: Tensor, mask: Tensor | None) -> bool:
