@@ -2,11 +2,13 @@
 
 from typing import cast
 
+import torch
+from torch import Tensor
 from transformers import (
+    LogitsProcessor,
     LogitsProcessorList,
     MinPLogitsWarper,
     PreTrainedModel,
-    RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -14,6 +16,31 @@ from transformers import (
 
 from sirius.core import SamplingConfig
 from sirius.scoring import Processor
+
+
+class RepetitionPenalty:
+    """transformers' repetition penalty, which reads and writes the scores of a text's tokens alone, in place.
+
+    ignored  so many first tokens do not count: padding
+
+    Source: CTRL (arXiv 1909.05858), section 4.1.
+    """
+
+    def __init__(self, penalty: float, ignored: int = 0) -> None:
+        self.penalty, self.ignored = penalty, ignored
+
+    def __call__(self, tokens: Tensor, scores: Tensor) -> Tensor:
+        """Change the scores [m, V] of what follows tokens [m, n] int64, and return them."""
+        held, vocabulary = tokens[:, self.ignored :], scores.shape[1]
+        if held.numel() and int(held.max()) >= vocabulary:  # a head of fewer tokens than the embedding has
+            for line, own in zip(held, scores, strict=True):
+                self._act(line[None, line < vocabulary], own[None])
+            return scores
+        return self._act(held, scores)
+
+    def _act(self, held: Tensor, scores: Tensor) -> Tensor:
+        found = scores.gather(1, held)
+        return scores.scatter_(1, held, torch.where(found < 0, found * self.penalty, found / self.penalty))
 
 
 def make_processor(sampling: SamplingConfig, model: PreTrainedModel) -> Processor | None:
@@ -27,7 +54,7 @@ def make_processor(sampling: SamplingConfig, model: PreTrainedModel) -> Processo
         penalty = getattr(model.generation_config, "repetition_penalty", None) or 1.0
     chosen = LogitsProcessorList()
     if penalty != 1:
-        chosen.append(RepetitionPenaltyLogitsProcessor(float(penalty)))
+        chosen.append(cast("LogitsProcessor", RepetitionPenalty(float(penalty))))
     if sampling.temperature > 0:
         if sampling.temperature != 1:
             chosen.append(TemperatureLogitsWarper(float(sampling.temperature)))

@@ -4,11 +4,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import GenerationConfig
+from transformers import GenerationConfig, RepetitionPenaltyLogitsProcessor
 
 from conftest import VOCABULARY, tiny_model
 from sirius.core import SamplingConfig
-from sirius.processors import make_processor
+from sirius.processors import RepetitionPenalty, make_processor
 
 MODEL = tiny_model()
 IDS = torch.randint(VOCABULARY, (3, 9), generator=torch.Generator().manual_seed(0))
@@ -70,3 +70,14 @@ def test_of_the_checkpoints_settings_none_but_the_penalty_acts(penal):
     assert make_processor(SamplingConfig(repetition_penalty=1.0), penal) is None
     hot = SamplingConfig(temperature=2.0)
     assert torch.equal(ours(hot), theirs(hot, 1.7))
+
+
+@pytest.mark.parametrize("ignored", [0, 3, 9])
+@pytest.mark.parametrize("penalty", [0.7, 1.05, 2.0])
+def test_the_repetition_penalty_is_transformers_own_bit_for_bit(penalty, ignored):
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, 50, (4, 12), generator=generator)
+    tokens[:, 4:6] = 55  # a head may score fewer tokens than there are
+    scores = torch.randn(4, 50, generator=generator)
+    want = RepetitionPenaltyLogitsProcessor(penalty, prompt_ignore_length=ignored)(tokens, scores)
+    assert torch.equal(RepetitionPenalty(penalty, ignored)(tokens, scores.clone()), want)
