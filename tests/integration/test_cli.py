@@ -2,6 +2,7 @@
 
 import gc
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -578,3 +579,16 @@ def test_garbage_is_looked_for_again_when_modules_are_imported():
     with terminal.uncollected(), terminal.uncollected():
         pass
     assert gc.isenabled()
+
+
+@pytest.mark.parametrize("given", [{}, {"OMP_WAIT_POLICY": "active"}, {"GOMP_SPINCOUNT": "7"}])
+def test_threads_that_wait_sleep_soon_unless_a_user_says_how_they_wait(given, monkeypatch, capsys):
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "argv", ["sirius", "--version"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    wanted = given or {"GOMP_SPINCOUNT": "100"}
+    assert {name: os.environ[name] for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT") if name in os.environ} == wanted
