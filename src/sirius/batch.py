@@ -5,7 +5,6 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import wraps
 from itertools import islice
-from threading import RLock
 from time import perf_counter
 from typing import Any, TypeVar, cast
 from weakref import WeakKeyDictionary
@@ -29,16 +28,16 @@ from sirius.decoding.loop import Plan, Row, first_round, next_round, open_row
 from sirius.decoding.period import AutoPeriod, Learnt, Period
 from sirius.decoding.probe import probe_if_due
 from sirius.decoding.sampling import Noise
-from sirius.decoding.steady import is_steady
+from sirius.decoding.stateless import Watch, is_stateless
 from sirius.errors import ConfigError, OutOfMemoryError, RequestError, SiriusError
 from sirius.model.prepare import count_parameters, prepare
 from sirius.model.session import Session
+from sirius.model.workspace import lock_of
 from sirius.scoring import SharedProcessor
-from sirius.shortage import telling
+from sirius.shortage import ran_out, telling
 from sirius.stats import Setting, density, summarise
 from sirius.texts import Completion, Ending, Text, Update
 
-_locks: "WeakKeyDictionary[PreTrainedModel, RLock]" = WeakKeyDictionary()  # of models: one pass at a time
 _learnt: "WeakKeyDictionary[PreTrainedModel, dict[Hashable, Learnt]]" = WeakKeyDictionary()  # of each setting
 Method = TypeVar("Method", bound=Callable[..., Any])
 PLAIN = CorrectionConfig(period=1)  # every round is one dense pass of the whole model
@@ -57,12 +56,9 @@ class _Entry:
     ending: Ending
     row: Row
     most: int
+    watch: Watch | None = None
     rounds: list[Round] = field(default_factory=list)
     seconds: float = 0.0
-
-
-def _lock_of(model: PreTrainedModel) -> "RLock":
-    return _locks.setdefault(model, RLock())
 
 
 def _one_at_a_time(method: Method) -> Method:
@@ -80,8 +76,8 @@ class Batch:
     """Up to `rows` texts at a time on one model, with one sparsity and one correction; further ones wait their turn.
 
     `step` brings every text on by a round. Rows are independent: under a lossless rule a text is what it would be
-    alone, and one that ends, fails or is cancelled leaves the others as they are. Threads may share a model: their
-    batches take turns, step by step.
+    alone. One that ends, fails or is cancelled leaves the others as they are. Threads may share a model: their batches
+    take turns, step by step. The model itself must not be called beside them.
     """
 
     def __init__(
@@ -100,7 +96,7 @@ class Batch:
         """
         if type(rows) is not int or rows < 1:
             raise ConfigError(f"a batch has a whole number of rows, at least 1; got {rows!r}")
-        self.model, self.rows, self.sparsity, self.lock = model, rows, chosen, _lock_of(model)
+        self.model, self.rows, self.sparsity, self.lock = model, rows, chosen, lock_of(model)
         with self.lock:
             mlps = prepare(model)
             neurons = tuple(mlp.size for mlp in mlps)
@@ -133,9 +129,11 @@ class Batch:
         most = len(request.prompt) + request.max_new_tokens + self.window
         slots = most if self.compiled else self._few(request.prompt, most)  # passes are compiled anew where they grow
         row = Row(list(request.prompt), request.max_new_tokens, slots, text.process, noise, text.keep_scores)
-        row.steady = self._is_steady(text)
+        row.stateless = self._is_stateless(text)
+        watched = text.process if text.stateless is None else text.watched
         self.tickets += 1
-        self.waiting.append(_Entry(self.tickets, text, text.make_ending(), row, most))
+        watch = Watch(watched) if watched is not None and row.stateless and self.drafts else None
+        self.waiting.append(_Entry(self.tickets, text, text.make_ending(), row, most, watch))
         return self.tickets
 
     @property
@@ -143,19 +141,21 @@ class Batch:
         """Whether anything is drafted, so that processors are asked about tokens that may go."""
         return self.correction is not None and self.correction.period != 1
 
-    def _is_steady(self, text: Text) -> bool:
-        if text.steady is not None or text.process is None or not self.drafts:
-            return text.steady is not False
-        assert not isinstance(text.process, SharedProcessor), "whoever shares a processor says whether it is steady"
+    def _is_stateless(self, text: Text) -> bool:
+        if text.stateless is not None or text.process is None or not self.drafts:
+            return text.stateless is not False
+        assert not isinstance(text.process, SharedProcessor), "whoever shares a processor says whether it is stateless"
         prompt = torch.tensor([text.request.prompt], device=self.model.device)
-        return is_steady(text.process, prompt, self.model.config.get_text_config().vocab_size)
+        return is_stateless(text.process, prompt, self.model.config.get_text_config().vocab_size)
 
     @_one_at_a_time
     def end(self, ticket: int) -> Completion:
         """End a text between rounds, as its reader has enough of it, and return what there is.
 
-        Raises RequestError where it is not at work.
+        Raises RequestError where it is not at work, or in the midst of a step.
         """
+        if self.midway:
+            raise RequestError("a text is ended between steps of its batch, not within one")
         for index, entry in enumerate(self.active):
             if entry.ticket == ticket:
                 entry.ending.finish()
@@ -211,6 +211,7 @@ class Batch:
                 rounds = first_round([entry.row for entry in entries], read)
         except OutOfMemoryError as error:
             return failed + [self._ended(self.active.index(entry), error) for entry in entries]
+        _watch(entries)
         took = [self._took(entry, done) for entry, done in zip(entries, rounds, strict=True)]
         return sorted(failed + took, key=lambda update: update.ticket)
 
@@ -243,7 +244,8 @@ class Batch:
                 with telling(max(lengths)):
                     done = self._advance()
             except OutOfMemoryError as error:
-                if lengths != self._lengths():  # while tokens were kept
+                spoilt = any(not entry.row.stateless for entry in self.active)  # a processor was asked already
+                if spoilt or lengths != self._lengths():  # or tokens were kept already
                     return failed + [self._ended(0, error) for _ in lengths]
                 if released:
                     failed.append(self._ended(lengths.index(max(lengths)), error))
@@ -285,6 +287,7 @@ class Batch:
         began, rows = perf_counter(), [entry.row for entry in self.active]
         probe_if_due(self.session, rows, self.plan)
         rounds = next_round(self.session, rows, self.plan)
+        _watch(self.active)
         seconds = perf_counter() - began
         pairs = list(zip(self.active, rounds, strict=True))
         for entry, _ in pairs:
@@ -293,7 +296,7 @@ class Batch:
 
     def _took(self, entry: _Entry, done: Round | None) -> Update:
         """Add a round to a text, cut where the text ends; a text that has ended frees its row."""
-        if done is None:
+        if entry.row.error is not None or done is None:
             assert entry.row.error is not None
             self._close(self.active.index(entry))
             return self._failed(entry, entry.row.error)
@@ -302,8 +305,9 @@ class Batch:
         try:
             used = done.until(ending.push(done.tokens))
         except Exception as error:  # whatever a user's criterion raises is this text's affair alone
+            failure = OutOfMemoryError if ran_out(error) else RequestError
             self._close(self.active.index(entry))
-            return self._failed(entry, _caused(f"a stopping criterion failed: {error!r}", error))
+            return self._failed(entry, _caused(failure(f"a stopping criterion failed: {error!r}"), error))
         entry.rounds.append(used)
         if not ending.stopped and entry.row.room:
             return Update(entry.ticket, ending.text[shown:], used)
@@ -384,7 +388,12 @@ def _make_plan(correction: CorrectionConfig | None, period: Period, ends: frozen
     )
 
 
-def _caused(message: str, error: Exception) -> RequestError:
-    failed = RequestError(message)
+def _watch(entries: Sequence[_Entry]) -> None:
+    for entry in entries:
+        if entry.watch is not None and entry.row.error is None:
+            entry.row.error = entry.watch.failure()
+
+
+def _caused(failed: RequestError, error: Exception) -> RequestError:
     failed.__cause__ = error
     return failed

@@ -3,11 +3,21 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 # Turns the scores of the next token [m, V] into others, given all tokens before it [m, n], row by row, as those of
 # transformers do.
 Processor = Callable[[Tensor, Tensor], Tensor]
+
+
+def ask(processor: Processor, tokens: Tensor, scores: Tensor) -> Tensor:
+    """Return what a processor makes of scores [m, V]; raise ValueError where it writes to the tokens [m, n]."""
+    shown = tokens.clone()
+    answer = processor(shown, scores)
+    if not torch.equal(shown, tokens):
+        raise ValueError("it writes to the tokens that it is shown; let it write to a copy of them")
+    return answer
 
 
 @dataclass(frozen=True)

@@ -30,15 +30,17 @@ class Text:
     """A request with what the tokens alone do not say: where it ends, and what changes its scores.
 
     make_ending  gives a fresh `Ending`; what its `push` raises ends this text alone
-    steady       whether `process` keeps no state from call to call; None: a copy of it is tried. One that does is asked
+    stateless    whether `process` keeps no state from call to call; None: a copy of it is tried. One that does is asked
                  once about each token, as nothing is drafted in its batch then
+    watched      what must not change while tokens are drafted, as `process` was found to keep no state
     """
 
     request: Request
     make_ending: Callable[[], Ending]
     process: Processor | SharedProcessor | None = None
     keep_scores: bool = False
-    steady: bool | None = None
+    stateless: bool | None = None
+    watched: object = None
 
 
 @dataclass(frozen=True)

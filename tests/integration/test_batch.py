@@ -367,7 +367,7 @@ def test_a_cache_that_could_grow_only_in_part_goes_on(monkeypatch):
     tickets.append(batch.add(engine.text(PROMPTS[1], max_new_tokens=300)))
     [refused] = batch.step()
     assert isinstance(refused.error, RequestError)
-    assert first.stores[0].shape[1] > 300 > second.stores[0].shape[1]
+    assert first.stores[0].shape[1] == second.stores[0].shape[1] < 300, "what had grown is given back"
     tickets.append(batch.add(engine.text(PROMPTS[2], max_new_tokens=NEW + 9)))
     done = drain(batch)
     assert list(done[tickets[0]].token_ids) == greedy(engine.model, PROMPTS[0], NEW)

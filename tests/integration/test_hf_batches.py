@@ -94,10 +94,7 @@ def test_rows_that_end_early_stay_before_a_processor_with_state(correction):
     ended = free.generate(**BATCH, max_new_tokens=NEW, do_sample=False)[1, 5 + 4]
     model = tiny_model(eos_token_id=int(ended))
 
-    class Counts(Budget):
-        pass
-
-    own, mine = both(BATCH, correction, model, logits_processor=lambda: LogitsProcessorList([Counts(12), PerRow(3)]))
+    own, mine = both(BATCH, correction, model, logits_processor=lambda: LogitsProcessorList([Budget(12), PerRow(3)]))
     assert torch.equal(own, mine)
 
 
@@ -112,11 +109,47 @@ def test_guidance_as_an_object_gives_transformers_text():
     assert torch.equal(own, mine)
 
 
+class Latch(LogitsProcessor):
+    """Acts from the first time on that it sees a text end in certain tokens, guessed ones too."""
+
+    def __init__(self) -> None:
+        self.on = False
+
+    def __call__(self, input_ids, scores):
+        self.on |= bool((input_ids[:, -1] % 4 == 1).any())
+        return scores.flip(1) if self.on else scores
+
+
+@pytest.mark.parametrize("inputs", [ALONE, BATCH], ids=["alone", "batch"])
+@pytest.mark.parametrize("correction", [CHAIN, TREE], ids=["chain", "tree"])
+def test_state_that_no_trial_reaches_gives_the_right_text_or_an_error(inputs, correction):
+    try:
+        own, mine = both(inputs, correction, logits_processor=lambda: LogitsProcessorList([Latch()]))
+    except RequestError as error:
+        assert "correction=1" in str(error)
+    else:
+        assert torch.equal(own, mine)
+
+
+class AcrossRows(LogitsProcessor):
+    """Looks at the neighbours of each row, and keeps nothing."""
+
+    def __call__(self, input_ids, scores):
+        favoured = int(input_ids[:, -1].sum()) % scores.shape[1]
+        return scores.index_add(1, torch.tensor([favoured]), torch.full((len(scores), 1), 4.0))
+
+
+@pytest.mark.parametrize("correction", [CHAIN, TREE, PLAIN], ids=["chain", "tree", "plain"])
+def test_a_processor_that_looks_at_neighbours_gives_transformers_text(correction):
+    own, mine = both(BATCH, correction, logits_processor=lambda: LogitsProcessorList([AcrossRows()]))
+    assert torch.equal(own, mine)
+
+
 def test_that_nothing_is_drafted_is_told_with_its_reason(caplog):
     with caplog.at_level(logging.WARNING, "sirius"):
         both(BATCH, CHAIN, logits_processor=lambda: LogitsProcessorList([Budget()]))
     assert [r.getMessage() for r in caplog.records] == [
-        "nothing is drafted: a logits processor keeps state (each call changes what it holds)"
+        "nothing is drafted, as a logits processor may keep state: calls change what it holds"
     ]
 
 

@@ -128,6 +128,18 @@ def test_a_model_that_prepares_other_inputs_is_refused(kind):
     assert not sirius.model.prepare.sparse_mlps(model)
 
 
+class Counting(type(tiny_model())):
+    """Hands something on from step to step."""
+
+    def _update_model_kwargs_for_generation(self, outputs, model_kwargs, **options):
+        return super()._update_model_kwargs_for_generation(outputs, {**model_kwargs, "bias": 1}, **options)
+
+
+def test_a_model_that_hands_inputs_on_itself_is_refused():
+    with pytest.raises(UnsupportedModelError, match="_update_model_kwargs_for_generation of its own"):
+        Engine(Counting(tiny_config("llama")).eval())
+
+
 def test_a_model_that_prepares_the_usual_inputs_itself_passes():
     model = Usual(tiny_config("llama", eos_token_id=None)).eval()
     assert ours(model, IDS)[0, 5:].tolist() == greedy(model, PROMPT, NEW)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, DogeConfig
 
-from conftest import VOCABULARY, greedy
+from conftest import VOCABULARY, greedy, tiny_model
 from sirius.engine import Engine
 from sirius.errors import RequestError
 from sirius.kernels import cpu
@@ -60,7 +60,7 @@ def test_that_it_runs_is_told_once(caplog):
         for _ in range(2):
             engine.generate(PROMPTS[0], max_new_tokens=SHORT, correction=5)
     assert [record.getMessage().split(",")[0] for record in caplog.records] == [
-        "the attention of this doge changes its mask"
+        "the attention of this doge computes something of its mask"
     ]
 
 
@@ -73,3 +73,27 @@ def test_a_text_past_the_tokens_that_a_layer_picks_is_refused():
     """Which of equal tokens it picks is chance, in transformers too."""
     with pytest.raises(RequestError, match="pass layer 0's sliding window of 20; set max_new_tokens to at most 15"):
         Engine(doge("sdpa", keep_window_size=20)).generate(PROMPTS[0], max_new_tokens=SHORT)
+
+
+def edit(mask):
+    mask = mask.clone()
+    mask[..., 2] = False if mask.dtype is torch.bool else -1e9
+    return mask
+
+
+@pytest.mark.parametrize("change", [edit, lambda mask: None], ids=["edited", "left out"])
+def test_attention_that_takes_another_mask_runs_itself(change):
+    model = tiny_model(eos_token_id=None, attn_implementation="eager")
+
+    def other(module, args, kwargs):
+        given = kwargs["attention_mask"]
+        return args, {**kwargs, "attention_mask": given if given is None else change(given)}
+
+    want = []
+    for prepared in (False, True):
+        hook = model.model.layers[1].self_attn.register_forward_pre_hook(other, with_kwargs=True)
+        if change is edit or prepared:
+            text = Engine(model).generate(PROMPTS[0], max_new_tokens=SHORT, correction=5) if prepared else None
+            want.append(list(text.token_ids) if text else greedy(model, PROMPTS[0], SHORT))
+        hook.remove()
+    assert change is not edit or want[0] == want[1]

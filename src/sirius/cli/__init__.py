@@ -50,8 +50,8 @@ def main() -> None:
 def _spin_little() -> None:
     """Let threads that wait for each other sleep soon; OpenMP reads this when torch is imported.
 
-    Beside another busy program they would spin on the CPU that the last of them waits for: of a 135M model on two CPUs,
-    one of them busy, a third of the speed is left, and with this nine tenths. On idle CPUs it costs nothing measurable.
+    Beside another busy program they would spin on the CPU that the last of them waits for. A 135M model on two CPUs,
+    one of them busy, then keeps a third of its speed; with this it keeps two thirds (LOG.md).
     """
     if not SPINNING & os.environ.keys():
         os.environ[SPINS[0]] = SPINS[1]

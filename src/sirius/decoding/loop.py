@@ -32,7 +32,8 @@ from sirius.decoding.period import PROBED, Measured, Period
 from sirius.decoding.sampling import Noise
 from sirius.decoding.tree import Tree
 from sirius.errors import ModelError, RequestError, SiriusError
-from sirius.scoring import Lines, Processor, SharedProcessor
+from sirius.scoring import Lines, Processor, SharedProcessor, ask
+from sirius.shortage import ran_out
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class Row:
     room     how many more new tokens the budget allows
     slots    of the cache to begin with, enough for the prompt and one tree
     process  applied to the scores of both models before a token is chosen
-    steady   whether it keeps no state; else no row beside it is drafted for, and it is asked once about each token
+    stateless   whether it keeps no state; else no row beside it is drafted for, and it is asked once about each token
     noise    what makes the choice a sample; None is greedy
     error    why the text cannot go on; its neighbours do
     """
@@ -76,7 +77,7 @@ class Row:
     process: Processor | SharedProcessor | None = None
     noise: Noise | None = None
     keep_scores: bool = False
-    steady: bool = True
+    stateless: bool = True
     new: int = 0
     error: SiriusError | None = None
 
@@ -116,7 +117,7 @@ def first_round(rows: Sequence[Row], raw: Sequence[Tensor]) -> list[Round | None
     """Give the first tokens of rows by the scores after their prompts, [V] each; None for a row with an error."""
     lines = [each[None] for each in raw]
     prompts = [send(row.tokens, each.device)[None] for row, each in zip(rows, lines, strict=True)]
-    answers = _answers([_Asked(*each) for each in zip(rows, prompts, [line.clone() for line in lines], strict=True)])
+    answers = _answers([_Asked(*each[:2], each[2].clone(), each[2]) for each in zip(rows, prompts, lines, strict=True)])
     return [_first(*each) for each in zip(rows, lines, answers, strict=True)]
 
 
@@ -130,7 +131,7 @@ def _first(row: Row, raw: Tensor, scores: Tensor) -> Round | None:
 def next_round(model: LanguageModel, rows: Sequence[Row], plan: Plan) -> list[Round | None]:
     """Run one round: guess, check, keep what passed and add one token of the judge; None for a row with an error."""
     watch = Stopwatch(model.device)
-    period = plan.period.choose(len(rows)) if all(row.steady for row in rows) else 1
+    period = plan.period.choose(len(rows)) if all(row.stateless for row in rows) else 1
     tree = draft(model, rows, plan, period)
     watch.mark()
     raw, check = verify(model, rows, tree, plan)
@@ -253,14 +254,15 @@ def processed(rows: Sequence[Row], tree: Tree, levels: Sequence[slice], scores: 
     """Return scores [B, m, V] after the nodes of levels, one behind the other, as the rows' processors leave them."""
     if not any(row.process for row in rows):
         return scores
-    scores = scores.clone()
+    changed = scores.clone()
     for level in levels:
-        _process(rows, tree, level, scores[:, level.start - levels[0].start : level.stop - levels[0].start])
-    return scores
+        here = slice(level.start - levels[0].start, level.stop - levels[0].start)
+        _process(rows, tree, level, scores[:, here], changed[:, here])
+    return changed
 
 
-def _process(rows: Sequence[Row], tree: Tree, level: slice, scores: Tensor) -> None:
-    """Apply each row's processor to the scores [B, m, V] after the nodes of a level, where they are."""
+def _process(rows: Sequence[Row], tree: Tree, level: slice, raw: Tensor, scores: Tensor) -> None:
+    """Write to scores what each row's processor makes of the raw ones [B, m, V] after the nodes of a level."""
     asked, places = [], []
     for b, row in enumerate(rows):
         nodes = tree.alive[b, level].nonzero()[:, 0] + level.start
@@ -268,20 +270,22 @@ def _process(rows: Sequence[Row], tree: Tree, level: slice, scores: Tensor) -> N
             branches = tree.tokens[b].expand(len(nodes), -1)[tree.seen[b, nodes]].view(len(nodes), -1)
             held = torch.tensor(row.tokens[:-1], device=scores.device).expand(len(nodes), -1)
             places.append((b, slice(None) if len(nodes) == scores.shape[1] else nodes - level.start))
-            asked.append(_Asked(row, torch.cat([held, branches], 1), scores[places[-1]]))
+            asked.append(_Asked(row, torch.cat([held, branches], 1), scores[places[-1]], raw[places[-1]]))
     for place, answer in zip(places, _answers(asked), strict=True):
         scores[place] = answer
 
 
 class _Asked(NamedTuple):
-    """What a row's processor is asked: tokens [m, n] int64, and the scores [m, V] of what follows them, which are its.
+    """What a row's processor is asked: tokens [m, n] int64, and the scores [m, V] of what follows them.
 
-    A processor may write to them.
+    scores  a copy, to which the processor may write
+    raw     the model's own
     """
 
     row: Row
     tokens: Tensor
     scores: Tensor
+    raw: Tensor
 
 
 def _answers(asked: Sequence[_Asked]) -> list[Tensor]:
@@ -299,8 +303,10 @@ def _answers(asked: Sequence[_Asked]) -> list[Tensor]:
 
 
 def _acted(asked: Sequence[_Asked]) -> list[Tensor]:
-    """Apply the processor that rows share, or one row's; a failure becomes their error, unless the model's scores are
-    no numbers, which is told of later."""
+    """Apply the processor that rows share, or one row's; a failure becomes their error.
+
+    Not where the model's scores are no numbers: that is told of later. Memory that runs out is the caller's affair.
+    """
     process = asked[0].row.process
     try:
         if isinstance(process, SharedProcessor):
@@ -308,17 +314,19 @@ def _acted(asked: Sequence[_Asked]) -> list[Tensor]:
             answers = process.act([Lines(t, a.tokens, a.scores) for t, a in zip(texts, asked, strict=True)])
         else:
             assert process is not None
-            answers = [process(asked[0].tokens, asked[0].scores)]
+            answers = [ask(process, asked[0].tokens, asked[0].scores)]
         return [_checked(answer, each.scores) for answer, each in zip(answers, asked, strict=True)]
     except Exception as error:  # whatever a user's function raises is these rows' affair alone
-        for row, _, scores in asked:
-            if not bool(scores.isnan().any()):
-                row.error = _failure(error, row.steady)
-        return [each.scores for each in asked]
+        if ran_out(error):
+            raise
+        for each in asked:
+            if not bool(each.raw.isnan().any()):
+                each.row.error = _failure(error, each.row.stateless)
+        return [each.raw for each in asked]
 
 
-def _failure(error: Exception, steady: bool) -> RequestError:
-    way = "; if it keeps state from call to call, decode without a draft (correction=1)" if steady else ""
+def _failure(error: Exception, stateless: bool) -> RequestError:
+    way = "; if it keeps state from call to call, decode without a draft (correction=1)" if stateless else ""
     failed = RequestError(f"a logits processor failed: {error!r}{way}")
     failed.__cause__ = error
     return failed

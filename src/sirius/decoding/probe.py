@@ -18,7 +18,7 @@ from sirius.shortage import SHORTAGE, ran_out
 def probe_if_due(model: LanguageModel, rows: Sequence[Row], plan: Plan) -> None:
     """Ask the draft about the rows' last tokens where the period wants to know; texts and cache stay as they are."""
     count = plan.period.probes(len(rows), min(row.new for row in rows))
-    if not count or not all(row.steady for row in rows):
+    if not count or not all(row.stateless for row in rows):
         return
     try:
         plan.period.learn_probe(probe(model, rows, plan, count))

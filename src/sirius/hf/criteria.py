@@ -52,8 +52,8 @@ class RowEnding:
 class BatchCriteria:
     """Criteria that may hold something for every row, asked about the whole batch once for each token, in order.
 
-    Rows advance each at its own pace. So a token of all rows is asked about when the slowest has come to it, and a row
-    that was to stop there loses what it has beyond.
+    Rows advance each at its own pace. So the batch is asked about when the slowest row has come to a length. A row that
+    is to end there loses what it has beyond.
     """
 
     def __init__(self, criteria: StoppingCriteriaList, ids: Tensor, pad: int, together: bool) -> None:
@@ -63,8 +63,8 @@ class BatchCriteria:
         """
         self.ask, self.ids, self.pad, self.together = cast("Ask", criteria), ids, pad, together
         self.asked = 0  # new tokens of each row that the criteria have seen
-        self.stopped: set[int] = set()  # rows that were to end
-        self.ended: dict[int, int] = {}  # rows that the criteria ended, each with its new tokens
+        self.stopped: set[int] = set()  # rows that were asked to end
+        self.ended: dict[int, int] = {}  # rows that have been ended, each with its new tokens
 
     def catch_up(self, rows: Sequence[Sequence[int]], over: Sequence[bool]) -> Iterator[tuple[int, int]]:
         """Yield each row that now ends, and after how many new tokens.

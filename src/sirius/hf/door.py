@@ -55,7 +55,7 @@ def generate(
     stop_strings  those of the generation config, given or the model's, if left out
     """
     given = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
-    for config in (given, model.generation_config):
+    for config in (given, getattr(model, "generation_config", None)):
         stop_strings = getattr(config, "stop_strings", None) if stop_strings is None else stop_strings
     bound = partial(decode, streamer=streamer, tokenizer=tokenizer, stop=stop_strings)
     return model.generate(*args, custom_generate=bound, stop_strings=None, **kwargs)
@@ -93,8 +93,8 @@ def decode(  # noqa: PLR0913 - transformers' own arguments, and ours
 
     Returns [B, P + new] int64 padded on the right, or a `SiriusOutput` where `return_dict_in_generate` is set. The
     model is left prepared (it computes what it did before); `sirius.restore(model)` undoes it. Raises ConfigError of
-    beams and outputs that a draft cannot give, RequestError of what a session does not give to a model: a filled cache,
-    embeddings, images, other positions than those of the tokens.
+    beams and of outputs that a draft cannot give. Raises RequestError of inputs that a session does not give to a
+    model: a filled cache, embeddings, images, other positions than those of the tokens.
     """
     _check(generation_config, model_kwargs)
     mask = model_kwargs.pop("attention_mask", None)
@@ -199,14 +199,17 @@ class _Job:
         pads = [input_ids.shape[1] - len(prompt) for prompt in prompts]
         ids = input_ids.to(self.model.device)
         shared = BatchProcessors(self.processors, ids, pads, self.pad, lambda row: self.rows[row].tokens)
-        steady = not (drafts and self.processors) or shared.are_steady(self.model.config.get_text_config().vocab_size)
+        stateless = not (drafts and self.processors) or shared.are_stateless(
+            self.model.config.get_text_config().vocab_size
+        )
         return [
             Text(
                 self._request(prompt, input_ids.shape[1]),
                 partial(RowEnding, self.criteria, input_ids[index, None]),
                 SharedProcessor(shared, index) if self.processors else None,
                 keep_scores=self.wants_scores,
-                steady=steady,
+                stateless=stateless,
+                watched=None if shared.by_line else self.processors,
             )
             for index, prompt in enumerate(prompts)
         ]

@@ -1,5 +1,6 @@
 """Logits processors of transformers over the rows of a batch, of which each has come to a place of its own."""
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,9 +11,9 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.generation import logits_process as known
 
-from sirius.decoding.steady import is_steady
+from sirius.decoding.stateless import copied, is_stateless
 from sirius.processors import RepetitionPenalty
-from sirius.scoring import Lines, Processor
+from sirius.scoring import Lines, Processor, ask
 
 BY_LINE = (  # those that look at each line alone, so that lines of any rows may go together
     known.EpsilonLogitsWarper,
@@ -67,8 +68,8 @@ class BatchProcessors:
     def __call__(self, lines: Sequence[Lines]) -> list[Tensor]:
         """Return the scores of rows' lines as the processors leave them.
 
-        A processor that may hold something for every row is shown the batch: all rows where they have come to the same
-        place, as all have that are decoded without a draft, else a row in the place of its neighbours too.
+        A processor that may hold something for every row is shown a batch of B. Where all rows have as many tokens, as
+        all do without a draft, it is the batch itself. Else each row is shown alone, B times.
         """
         padded = [Lines(each.text, self._padded(each), each.scores) for each in lines]
         if self.by_line:  # row by row: memory for all of them together would be fetched anew each time
@@ -77,9 +78,26 @@ class BatchProcessors:
             return self._as_batch(padded)
         return [self._repeated(each) for each in padded]
 
-    def are_steady(self, vocabulary: int) -> bool:
+    def are_stateless(self, vocabulary: int) -> bool:
         """Tell whether the processors keep no state from call to call; only copies of them are asked."""
-        return self.by_line or is_steady(self.processors, self.ids, vocabulary)
+        if self.by_line:
+            return True
+        return is_stateless(self.processors, self.ids, vocabulary) and self._are_of_rows(vocabulary)
+
+    def _are_of_rows(self, vocabulary: int) -> bool:
+        """Tell whether what a row is given does not depend on its neighbours; warn where it does."""
+        scores = torch.randn(len(self.ids), vocabulary, generator=torch.Generator().manual_seed(0)).to(self.ids.device)
+        try:
+            together = _ask(copied(self.processors), self.ids.clone(), scores.clone())
+            alone = [
+                _ask(copied(self.processors), ids.repeat(len(scores), 1), line.repeat(len(scores), 1))[row]
+                for row, (ids, line) in enumerate(zip(self.ids, scores, strict=True))
+            ]
+        except Exception:  # whatever a user's function raises is told of where it is used
+            return True
+        if not (same := torch.equal(torch.stack(alone).nan_to_num(), together.nan_to_num())):
+            logging.getLogger("sirius").warning("nothing is drafted, as a logits processor looks at a row's neighbours")
+        return same
 
     def _padded(self, lines: Lines) -> Tensor:
         pads = self.ids[lines.text, : self.pads[lines.text]].to(lines.tokens)
@@ -94,7 +112,7 @@ class BatchProcessors:
         return [answers[each.text, None] for each in lines]
 
     def _ended(self, row: int, length: int) -> Tensor:
-        """Return the tokens of a row that has ended, filled up to a length."""
+        """Return the tokens of a row about which nothing is asked, filled up to a length."""
         new = [*self.tokens(row)]
         fill = [self.pad] * (length - self.ids.shape[1] - len(new))
         return torch.cat([self.ids[row], self.ids.new_tensor(new + fill)])[:length]
@@ -107,7 +125,7 @@ class BatchProcessors:
 
 
 def _ask(processors: LogitsProcessorList, tokens: Tensor, scores: Tensor) -> Tensor:
-    return cast("Processor", processors)(tokens, scores)
+    return ask(cast("Processor", processors), tokens, scores)
 
 
 def _of_row(processor: LogitsProcessor, row: int) -> LogitsProcessor:

@@ -57,7 +57,7 @@ class Tape(TorchDispatchMode):
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation of PyTorch's and take it down."""
         kwargs = kwargs or {}
-        self.steady &= set(types) <= set(PLAIN) and _is_steady(operation, args)  # subclasses do as they like
+        self.steady &= set(types) <= set(PLAIN) and _is_stateless(operation, args)  # subclasses do as they like
         result = operation(*args, **kwargs)
         if not _makes_a_view(operation):
             self.steps.append(Operation(operation, args, kwargs, result))
@@ -85,7 +85,7 @@ class _Watch(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-def _is_steady(operation: OpOverload, args: tuple[Any, ...]) -> bool:
+def _is_stateless(operation: OpOverload, args: tuple[Any, ...]) -> bool:
     if operation is aten.index.Tensor:  # a mask's shape depends on what it holds, that of places does not
         return all(index is None or index.dtype not in (torch.bool, torch.uint8) for index in args[1])
     return not {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(operation.tags)

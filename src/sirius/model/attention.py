@@ -21,7 +21,7 @@ def slot_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor,
+    attention_mask: Tensor | None,
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
@@ -35,14 +35,20 @@ def slot_attention(
     """
     if "held" not in kwargs:
         raise UnsupportedModelError(
-            f"attention {NAME!r} is that of a session's passes, and this is none: models in two threads must not share "
-            "a config object; set config._attn_implementation to 'sdpa' again"
+            f"attention {NAME!r} is that of sirius' own passes, and this is none: another thread decodes with this "
+            "model, or with one that shares its config object; let it wait"
         )
     held, looks, softcap = kwargs["held"], kwargs["looks"], kwargs.get("softcap")
-    if attention_mask.dtype is not torch.bool or attention_mask.shape != looks.shape or kwargs.get("s_aux") is not None:
+    if attention_mask is None or kwargs.get("s_aux") is not None or not _is_same(attention_mask, looks):
         raise MaskChanged
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     return attend(query, key.transpose(1, 2), value.transpose(1, 2), held, attention_mask[:, 0], scale, softcap), None
+
+
+def _is_same(mask: Tensor, given: Tensor) -> bool:
+    """Tell whether a mask is the one that was given, not another made of it; a trace knows no addresses."""
+    traced = torch.compiler.is_compiling()
+    return mask.dtype is torch.bool and mask.shape == given.shape and (traced or mask.data_ptr() == given.data_ptr())
 
 
 AttentionInterface.register(NAME, slot_attention)

@@ -8,6 +8,8 @@ see every slot below `visible`; the mask says which of those each token may look
 rows, so that what attention sees is a view and no copy.
 """
 
+from contextlib import suppress
+
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
@@ -59,6 +61,13 @@ class SlotLayer(CacheLayerMixin):
             larger.append(new)
         if larger:
             self.keys, self.values = larger
+
+    def shrink(self, rows: int, slots: int) -> None:
+        """Give back what is beyond so many rows and slots, where memory lets it."""
+        with suppress(RuntimeError):  # what is held stays as it is then
+            for name in ("keys", "values"):
+                if (store := getattr(self, name)) is not None and store.shape[:2] != (rows, slots):
+                    setattr(self, name, store[:rows, :slots].clone())
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Return how many slots a pass sees, and the first of them."""
@@ -112,8 +121,13 @@ class SlotCache(Cache):
         if rows <= table.rows and slots <= table.slots:
             return
         rows, slots = max(rows, table.rows), max(slots, table.slots)
-        for layer in self.slot_layers:
-            layer.grow(rows, slots)
+        try:
+            for layer in self.slot_layers:
+                layer.grow(rows, slots)
+        except BaseException:  # memory that ran out: a smaller size may do yet
+            for layer in self.slot_layers:
+                layer.shrink(table.rows, table.slots)
+            raise
         table.lengths = torch.cat([table.lengths, table.lengths.new_zeros(rows - table.rows)])
         table.rows, table.slots = rows, slots
         table.every_row = torch.arange(rows, device=table.device)[:, None]

@@ -14,6 +14,7 @@ OURS = {"input_ids", "attention_mask", "use_cache", "cache_position", "logits_to
 CACHES = {"cache", "past_key_values"}  # since transformers 5.24, and before
 TYPES = ("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")  # 0 is text
 HOOK = "prepare_inputs_for_generation"
+NEVER = "_update_model_kwargs_for_generation", "_prefill", "_sample"  # of `generate`, which a session does not call
 
 
 def cache_argument(model: PreTrainedModel) -> str:
@@ -81,6 +82,13 @@ def check_preparing(model: PreTrainedModel) -> None:
     That of transformers prepares token ids, positions and a mask from a prompt of ids alone. Any other is tried with
     made-up tokens: a prompt, and the step after it.
     """
+    for name in NEVER:
+        method = getattr(model, name, None)
+        if method is not None and (name in vars(model) or not method.__module__.startswith("transformers.")):
+            raise UnsupportedModelError(
+                f"{type(model).__name__} has a {name} of its own, which sirius would not call; decode with "
+                "model.generate alone"
+            )
     prepare = getattr(model, HOOK, None)
     if prepare is None or (HOOK not in vars(model) and prepare.__module__.startswith("transformers.")):
         return

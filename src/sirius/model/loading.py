@@ -39,6 +39,7 @@ BROKEN = (  # what transformers raises of a broken checkpoint
     AttributeError,
     ArithmeticError,
     ImportError,
+    MemoryError,
     RuntimeError,
     SafetensorError,
     StrictDataclassError,

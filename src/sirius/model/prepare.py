@@ -13,7 +13,7 @@ from sirius.errors import ModelError, RequestError, UnsupportedModelError
 from sirius.model import linear, norm
 from sirius.model.inputs import check_preparing
 from sirius.model.mlp import SparseMLP, agrees, check_layers, example, take_over
-from sirius.model.workspace import drop_idle
+from sirius.model.workspace import drop_idle, lock_of
 from sirius.stats import Parameters
 
 SEPARATE = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
@@ -34,6 +34,11 @@ def prepare(model: PreTrainedModel) -> list[SparseMLP]:
     """
     _check_kind(model)
     _check_head(model)
+    with lock_of(model):
+        return _prepare(model)
+
+
+def _prepare(model: PreTrainedModel) -> list[SparseMLP]:
     _check_weights(model)
     check_preparing(model)
     if ready := dict(_sparse_mlps(model)):
@@ -57,6 +62,11 @@ def restore(model: PreTrainedModel) -> None:
     Raises UnsupportedModelError, and changes nothing, where an MLP has got a forward of its own since.
     """
     _check_kind(model)
+    with lock_of(model):
+        _restore(model)
+
+
+def _restore(model: PreTrainedModel) -> None:
     mlps = dict(_sparse_mlps(model))
     for path, mlp in mlps.items():
         if linear.own_forward(mlp):

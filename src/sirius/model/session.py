@@ -22,6 +22,7 @@ from sirius.model.mlp import Chosen, Observe, Route, SparseMLP, fixed_routes
 from sirius.model.passes import compile_model
 from sirius.model.prepare import check_mode, dropouts, rope_turn
 from sirius.model.workspace import borrow, drop_idle, keep_attention
+from sirius.shortage import ran_out
 from sirius.sparsity.base import PromptSparsity, Sparsity, TokenSparsity
 from sirius.stats import DENSE, Touched
 
@@ -47,8 +48,9 @@ def _ordinary(method: Method) -> Method:
 class Session:
     """One batch's cache and neurons; several sessions of a model may take turns, pass by pass.
 
-    A method per prompt is made for each row; one per token serves all rows. Not to be used from two threads at once,
-    nor are models that share a config object: a pass sets the routes of MLPs and the attention, and takes them back.
+    A method per prompt is made for each row; one per token serves all rows. A pass sets the routes of MLPs and the
+    attention, and takes them back. So two threads must not use it at once (`Batch` holds the model's lock), nor models
+    that share a config object.
     """
 
     @_ordinary
@@ -153,9 +155,8 @@ class Session:
         lengths = self.cache.lengths[:rows]
         self.cache.place(lengths[:, None] + window.first + torch.arange(count))
         before = self.cache.copy(window.fixed) if window.fixed else []
-        read = self._run if self.space.tried else self._try
         try:
-            return read(tokens, mode, lengths, window)
+            return self._try(tokens, mode, lengths, window)
         finally:
             if window.fixed:
                 self.cache.paste(window.fixed, before)
@@ -172,14 +173,15 @@ class Session:
         return self.space.passes.run(key, calls, inputs, alive=routes)
 
     def _try(self, tokens: Tensor, mode: Mode, lengths: Tensor, window: Window) -> Tensor:
-        """Run the first pass of a workspace; where our attention cannot stand for the model's, the model's own runs.
+        """Run a pass; where our attention turns out not to stand for the model's, the model's own runs from then on.
 
-        A model that computes something of the mask may also fail of a mask in our form.
+        A model that computes something of the mask may also fail of a mask in our form, which its first pass shows.
         """
         try:
             scores = self._run(tokens, mode, lengths, window)
         except (attention.MaskChanged, RuntimeError, IndexError) as error:
-            if isinstance(error, torch.OutOfMemoryError) or not self.space.attends:
+            known = self.space.tried and not isinstance(error, attention.MaskChanged)
+            if known or ran_out(error) or not self.space.attends:
                 raise
             self.space.attends = False
             scores = self._run(tokens, mode, lengths, window)

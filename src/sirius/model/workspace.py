@@ -3,6 +3,7 @@
 import logging
 import weakref
 from collections.abc import Hashable
+from threading import RLock
 
 import torch
 from transformers import PreTrainedModel
@@ -68,17 +69,24 @@ class Workspace:
         return self.drafts[rows]
 
 
+_locks: "weakref.WeakKeyDictionary[PreTrainedModel, RLock]" = weakref.WeakKeyDictionary()
 _idle: "weakref.WeakKeyDictionary[PreTrainedModel, dict[Hashable, Workspace]]" = weakref.WeakKeyDictionary()
 
 
 _with_own: "weakref.WeakSet[PreTrainedModel]" = weakref.WeakSet()  # models that keep their attention
 
 
+def lock_of(model: PreTrainedModel) -> "RLock":
+    """Return the lock of a model: whoever prepares it, or runs a pass of a session, holds it meanwhile."""
+    return _locks.setdefault(model, RLock())
+
+
 def keep_attention(model: PreTrainedModel) -> None:
     """Let a model's own attention run from now on, and say so."""
     _with_own.add(model)
     logging.getLogger("sirius").warning(
-        "the attention of this %s changes its mask, so its own code runs, slower than ours", model.config.model_type
+        "the attention of this %s computes something of its mask, so its own code runs, slower than ours",
+        model.config.model_type,
     )
 
 

@@ -1,13 +1,15 @@
 """Whether a logits processor keeps state from call to call. A draft would spoil it: it asks about tokens that may go.
 
-A copy of the processor is asked twice about the same tokens. Its answers must agree, and so must all that it holds.
+A copy of the processor is asked about a prompt, about tokens that might follow, and about the prompt again. What it
+holds must not change after the first call, and its answers must be those of a copy that was asked nothing before.
+State that this does not reach shows later, to a `Watch`.
 """
 
 import logging
 import pickle
 import re
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from functools import partial
 from types import BuiltinFunctionType, CellType, FunctionType, MethodType, ModuleType
@@ -18,41 +20,40 @@ from torch import Tensor, nn
 
 from sirius.errors import RequestError
 
-Ask = Callable[[Any], object]  # asks a processor, or a copy of it, for an answer
-
 PLAIN = (type(None), bool, int, float, complex, str, bytes, range, slice, re.Pattern, torch.device, torch.dtype)
 SHARED = (nn.Module, ModuleType, type, BuiltinFunctionType)  # a copy holds the same one: large, or without state
 MOST = 20_000  # objects that are looked at
+NEXT = 4  # tokens that might follow, about which a copy is asked
 
 
 class Opaque(Exception):
     """An object cannot be copied or compared, so that its state cannot be told."""
 
 
-def is_steady(processor: Any, tokens: Tensor, vocabulary: int) -> bool:
+def is_stateless(processor: Any, tokens: Tensor, vocabulary: int) -> bool:
     """Tell whether a processor keeps no state, asked with made-up scores about tokens [B, n] int64.
 
-    One that does is warned of, as it slows its batch. Raises as `keeps_state` does.
+    One that may keep some is warned of, as it slows its batch. Raises as `keeps_state` does.
     """
-    made_up = torch.randn(len(tokens), vocabulary, generator=torch.Generator().manual_seed(0)).to(tokens.device)
-    reason = keeps_state(processor, lambda asked: asked(tokens.clone(), made_up.clone()))
+    reason = keeps_state(processor, tokens, vocabulary)
     if reason is not None:
-        logging.getLogger("sirius").warning("nothing is drafted: a logits processor keeps state (%s)", reason)
+        logging.getLogger("sirius").warning("nothing is drafted, as a logits processor may keep state: %s", reason)
     return reason is None
 
 
-def keeps_state(processor: Any, ask: Ask) -> str | None:
-    """Return what shows that a processor keeps state, None where nothing does.
+def keeps_state(processor: Any, tokens: Tensor, vocabulary: int) -> str | None:
+    """Return what shows that a processor may keep state, None where nothing does.
 
     What the first answer raises is left to be raised where the processor is used. Raises RequestError where asking a
     copy has changed the processor itself.
     """
     try:
-        before, twin = _state(processor), _copy(processor)
+        before = state_of(processor)
+        found = _tried(processor, tokens, vocabulary)
+        changed = state_of(processor) != before
     except Opaque as error:
-        return f"it holds a {error}, whose state cannot be told"
-    found = _compared(twin, ask)
-    if _state(processor) != before:
+        return f"it holds a {error}, which cannot be looked into"
+    if changed:
         raise RequestError(
             "a logits processor keeps state that a copy of it shares, so that it cannot be tried out before a draft; "
             "decode without one (correction=1)"
@@ -60,36 +61,72 @@ def keeps_state(processor: Any, ask: Ask) -> str | None:
     return found
 
 
-def _compared(twin: Any, ask: Ask) -> str | None:
+class Watch:
+    """Remembers what a processor holds after its first answer."""
+
+    def __init__(self, processor: Any) -> None:
+        self.processor = processor
+        self.before: object = None
+
+    def failure(self) -> RequestError | None:
+        """Return an error where a processor holds something else by now: guesses may have changed it."""
+        try:
+            now = state_of(self.processor)
+        except Opaque:
+            now = object()  # equals nothing
+        self.before = now if self.before is None else self.before
+        if now == self.before:
+            return None
+        return RequestError(
+            "a logits processor keeps state, which shows only now: tokens that were guessed may have changed it; "
+            "decode without a draft (correction=1)"
+        )
+
+
+def state_of(processor: Any) -> object:
+    """Return all that a processor holds, in a form to compare; raise Opaque where that cannot be told."""
     try:
-        first = ask(twin)
-    except Exception:  # whatever a user's function raises
+        return _Walk().look(processor)
+    except RecursionError as error:
+        raise Opaque("structure of too many levels") from error
+
+
+def _tried(processor: Any, tokens: Tensor, vocabulary: int) -> str | None:
+    twin, fresh = copied(processor), copied(processor)
+    made_up = torch.randn(2, len(tokens), vocabulary, generator=torch.Generator().manual_seed(0))
+    scores, others = made_up.to(tokens.device)
+    shown = tokens.clone()
+    try:
+        twin(shown, scores.clone())
+        want = fresh(tokens.clone(), others.clone())
+    except Exception:  # whatever a user's function raises is told of where it is used
         return None
-    after_one = _state(twin)
-    try:
-        second = ask(twin)
-    except Exception as error:  # likewise
-        return f"asked again about the same tokens, it raises {error!r}"
-    if not isinstance(first, Tensor) or not isinstance(second, Tensor):
-        return None  # no answer: told of where it is used
-    if not torch.equal(first, second):
-        return "asked twice about the same tokens, it gives two answers"
-    return None if _state(twin) == after_one else "each call changes what it holds"
+    if not torch.equal(shown, tokens):
+        raise RequestError("a logits processor writes to the tokens that it is shown; let it write to a copy of them")
+    held, got = state_of(twin), None
+    follow = [tokens.new_full((len(tokens), 1), token) for token in range(0, vocabulary, -(-vocabulary // NEXT))]
+    for asked in (tokens, *(torch.cat([tokens, each], 1) for each in follow), tokens):
+        try:
+            got = twin(asked.clone(), others.clone())
+        except Exception as error:  # likewise
+            return f"asked again, it raises {error!r}"
+        if state_of(twin) != held:
+            return "calls change what it holds"
+    if isinstance(want, Tensor) and isinstance(got, Tensor) and not torch.equal(want.nan_to_num(), got.nan_to_num()):
+        return "its answer depends on what it was asked before"
+    return None
 
 
-def _state(processor: Any) -> object:
-    """Return all that a processor holds, in a form to compare."""
-    return _Walk().look(processor)
-
-
-def _copy(processor: Any) -> Any:
+def copied(processor: Any) -> Any:
     """Return a copy that shares models, tokenizers and code with the original, and nothing that calls may change."""
     walk = _Walk()
-    walk.look(processor)
     try:
+        walk.look(processor)
         twin = walk.memo.get(id(processor)) or deepcopy(processor, walk.memo)
         for old, new in walk.functions:
             _fill(old, new, walk.memo)
+    except Opaque:
+        raise
     except Exception as error:  # whatever a user's class raises
         raise Opaque(f"structure that cannot be copied ({error!r})") from error
     return twin
@@ -120,8 +157,13 @@ class _Walk:
             raise Opaque(f"structure of more than {MOST} objects")
         if isinstance(value, SHARED) or _is_tokenizer(value):
             self.memo[id(value)] = value
-            return "shared"
+            return "shared", self._of_module(value) if isinstance(value, nn.Module) else None
         return type(value).__name__, self._inside(value)
+
+    def _of_module(self, module: nn.Module) -> object:
+        """Look at what a module counts: plain attributes and buffers; its weights are large and stay."""
+        buffers = [(name, each._version, each.data_ptr()) for name, each in module.named_buffers()]
+        return _plain(vars(module)), buffers
 
     def _inside(self, value: Any) -> object:
         match value:
@@ -129,7 +171,7 @@ class _Walk:
                 return tuple(value.shape), value.dtype, _bytes(value)
             case torch.Generator():
                 self.memo[id(value)] = value.clone_state()
-                return _bytes(value.get_state())
+                return "generator"  # may be seeded anew at each call; else answers differ
             case FunctionType():
                 return self._function(value)
             case MethodType():
@@ -150,10 +192,12 @@ class _Walk:
             raise Opaque(type(value).__name__) from error
 
     def _attributes(self, value: Any) -> object:
+        """Look at an object's attributes, and at what a copy would share: those of its class, and global variables."""
         own = dict(getattr(value, "__dict__", {}))
         slots = [name for kind in type(value).__mro__ for name in getattr(kind, "__slots__", ())]
         own |= {name: getattr(value, name) for name in slots if hasattr(value, name)}
-        return tuple((name, self.look(each)) for name, each in own.items())
+        inside = tuple((name, self.look(each)) for name, each in own.items())
+        return inside, [(_plain(vars(kind)), *_globals(vars(kind).get("__call__"))) for kind in type(value).__mro__]
 
     def _function(self, value: FunctionType) -> object:
         """Look at a function's variables; its copy has others, which deepcopy would not make."""
@@ -163,7 +207,8 @@ class _Walk:
         self.memo[id(value)] = twin
         self.functions.append((value, twin))
         inside = [cell.cell_contents for cell in cells if _is_filled(cell)]
-        return self.look([*inside, value.__defaults__, value.__kwdefaults__]), self._attributes(value)
+        own = self.look([*inside, value.__defaults__, value.__kwdefaults__, dict(value.__dict__)])
+        return own, *_globals(value)
 
 
 def _fill(old: FunctionType, new: FunctionType, memo: dict[int, Any]) -> None:
@@ -185,6 +230,17 @@ def _is_filled(cell: CellType) -> bool:
 def _is_tokenizer(value: Any) -> bool:
     """Tell whether an object is a tokenizer by what it can do: it is large, and keeps no state."""
     return hasattr(value, "encode") and hasattr(value, "decode")
+
+
+def _plain(values: Mapping[str, Any]) -> tuple[object, ...]:
+    return tuple((name, value) for name, value in values.items() if isinstance(value, PLAIN) and value == value)
+
+
+def _globals(function: object) -> Iterator[object]:
+    """Yield the global variables of plain values that a function names."""
+    if isinstance(function, FunctionType):
+        known = function.__globals__
+        yield _plain({name: known[name] for name in function.__code__.co_names if name in known})
 
 
 def _bytes(tensor: Tensor) -> bytes:

@@ -17,16 +17,15 @@ from transformers import (
     WatermarkLogitsProcessor,
 )
 
-from sirius.decoding.steady import keeps_state
+from sirius.decoding.stateless import Opaque, Watch, keeps_state, state_of
 from sirius.errors import RequestError
 
 VOCABULARY = 40
 TOKENS = torch.tensor([[3, 1, 4, 1, 5]])
 
 
-def ask(processor):
-    scores = torch.randn(1, VOCABULARY, generator=torch.Generator().manual_seed(0))
-    return processor(TOKENS, scores)
+def found(processor):
+    return keeps_state(processor, TOKENS, VOCABULARY)
 
 
 class Budget:
@@ -62,13 +61,46 @@ class Once:
 
 
 class Cached:
-    """Remembers its answers by the tokens, which changes none."""
+    """Remembers its answers by the tokens, and gives the draft's to the full model."""
 
     def __init__(self) -> None:
         self.answers = {}
 
     def __call__(self, tokens, scores):
         return self.answers.setdefault(tuple(tokens[0].tolist()), scores + 1)
+
+
+class Incremental:
+    """A grammar that takes the tokens that are new to it."""
+
+    def __init__(self) -> None:
+        self.length, self.total = 0, 0
+
+    def __call__(self, tokens, scores):
+        self.total += int(tokens[0, self.length :].sum())
+        self.length = tokens.shape[1]
+        return scores + self.total
+
+
+class Lazy:
+    """Makes something at its first call that nobody can look into."""
+
+    def __init__(self) -> None:
+        self.matcher = None
+
+    def __call__(self, tokens, scores):
+        self.matcher = self.matcher or (number for number in range(9))
+        return scores
+
+
+class Deep:
+    def __init__(self) -> None:
+        self.tree = {}
+        for _ in range(2000):
+            self.tree = {"inside": self.tree}
+
+    def __call__(self, tokens, scores):
+        return scores
 
 
 class Fed:
@@ -142,6 +174,10 @@ def method():
 
 WITH_STATE = {
     "a budget": Budget,
+    "remembered answers": Cached,
+    "new tokens alone": Incremental,
+    "made at the first call, and opaque": Lazy,
+    "many levels": Deep,
     "slots": Slotted,
     "a closure": closure,
     "a default value": lambda: default_value,
@@ -162,7 +198,6 @@ WITHOUT = {
     "a bias": lambda: SequenceBiasLogitsProcessor([[[3, 1], 2.0]]),
     "a watermark": lambda: WatermarkLogitsProcessor(VOCABULARY, "cpu"),
     "made at the first call": Once,
-    "remembered answers": Cached,
     "a function": lambda: lambda tokens, scores: scores * 2,
     "a failing one": lambda: lambda tokens, scores: 1 / 0,
 }
@@ -171,16 +206,17 @@ WITHOUT = {
 @pytest.mark.parametrize("name", WITH_STATE)
 def test_state_is_found_and_left_as_it_was(name):
     processor = WITH_STATE[name]()
-    length = getattr(getattr(processor, "queue", None), "__len__", lambda: None)()
-    assert keeps_state(processor, ask)
-    assert getattr(processor, "calls", 0) == 0 and getattr(processor, "taken", set()) == set()
-    assert getattr(getattr(processor, "queue", None), "__len__", lambda: None)() == length
-    assert default_value.__defaults__ == ([],)
+    try:
+        before = state_of(processor)
+    except Opaque:
+        before = None
+    assert found(processor)
+    assert before is None or state_of(processor) == before
 
 
 @pytest.mark.parametrize("name", WITHOUT)
 def test_what_keeps_no_state_is_not_suspected(name):
-    assert keeps_state(WITHOUT[name](), ask) is None
+    assert found(WITHOUT[name]()) is None
 
 
 def test_a_model_within_a_processor_is_not_copied():
@@ -190,13 +226,66 @@ def test_a_model_within_a_processor_is_not_copied():
 
     processor = Guided()
     processor.model = Counts(VOCABULARY, VOCABULARY)
-    assert keeps_state(processor, ask) == "each call changes what it holds"
+    assert found(processor) == "calls change what it holds"
 
 
-def test_state_that_a_copy_shares_is_refused_with_a_way_out():
-    class Shares(Budget):
-        def __deepcopy__(self, memo):
-            return self
+calls = 0
 
+
+def counting_globally(tokens, scores):
+    global calls
+    calls += 1
+    return scores
+
+
+class OnItsClass:
+    calls = 0
+
+    def __call__(self, tokens, scores):
+        OnItsClass.calls += 1
+        return scores
+
+
+class AsModule(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+        self.register_buffer("passes", torch.zeros(1))
+
+    def forward(self, tokens, scores):
+        self.calls += 1
+        return scores
+
+
+class WithBuffer(AsModule):
+    def forward(self, tokens, scores):
+        self.passes += 1
+        return scores
+
+
+class Copied(Budget):
+    def __deepcopy__(self, memo):
+        return self
+
+
+@pytest.mark.parametrize("make", [Copied, lambda: counting_globally, OnItsClass, AsModule, WithBuffer])
+def test_state_that_a_copy_shares_is_refused_with_a_way_out(make):
     with pytest.raises(RequestError, match="correction=1"):
-        keeps_state(Shares(), ask)
+        found(make())
+
+
+def test_a_processor_that_writes_to_the_tokens_is_refused():
+    def process(tokens, scores):
+        tokens[:, -1] = 1
+        return scores
+
+    with pytest.raises(RequestError, match="writes to the tokens"):
+        found(process)
+
+
+def test_state_that_shows_late_fails_a_watch():
+    processor = Budget()
+    watch = Watch(processor)
+    assert watch.failure() is None and watch.failure() is None
+    processor.calls += 1
+    assert "correction=1" in str(watch.failure())
