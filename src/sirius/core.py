@@ -214,6 +214,8 @@ def as_config(kind: type[Config], value: Any) -> Config:
     """
     if isinstance(value, kind):
         return value
+    if hasattr(value, "item") and not isinstance(value, Mapping):
+        value = value.item()  # a number of NumPy's
     short, forms = FORMS[kind]
     if isinstance(value, bool) or not isinstance(value, Mapping | short):
         raise ConfigError(f"{forms}; got {value!r}")

@@ -281,3 +281,18 @@ def test_stop_strings_of_a_generation_config_end_a_text(tokenizer):
     model.generation_config.stop_strings = None
     ours = sirius.generate(model, **ALONE, generation_config=given, tokenizer=tokenizer, correction=CHAIN)
     assert torch.equal(ours, want) and want.shape[1] < 5 + NEW
+
+
+@pytest.mark.parametrize("inputs", [ALONE, BATCH], ids=["alone", "batch"])
+def test_a_failing_criterion_is_named(inputs):
+    class Fails(StoppingCriteria):
+        def __call__(self, input_ids, scores, **kwargs):
+            raise KeyError("me")
+
+    with pytest.raises(RequestError, match=r"stopping criterion failed: .*KeyError\(.*me"):
+        tiny_model(eos_token_id=130).generate(
+            **inputs,
+            max_new_tokens=NEW,
+            stopping_criteria=StoppingCriteriaList([Fails()]),
+            custom_generate=sirius.decode,
+        )

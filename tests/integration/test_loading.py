@@ -14,6 +14,7 @@ from huggingface_hub.utils import logging as hub_logging
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     GPT2Config,
     MambaConfig,
     MixtralConfig,
@@ -25,7 +26,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from conftest import tiny_model
+from conftest import tiny_config, tiny_model
 from sirius.engine import Engine
 from sirius.errors import ConfigError, ModelError, RequestError, UnsupportedModelError
 from sirius.model.loading import Source, load_model, load_tokenizer, quiet
@@ -401,3 +402,11 @@ def test_a_tokenizer_that_its_library_cannot_build_is_told_in_one_line(tmp_path,
     monkeypatch.setattr("sirius.model.loading.AutoTokenizer.from_pretrained", broken)
     with pytest.raises(ModelError, match=r"cannot load the tokenizer of .*Token `!#` out of vocabulary"):
         Engine.load(str(tmp_path))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_classifiers_folder_is_refused_by_its_name(tied, tmp_path):
+    config = tiny_config("llama", tie_word_embeddings=tied)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedModelError, match="is a LlamaForSequenceClassification, not a causal language model"):
+        Engine.load(tmp_path)

@@ -1,5 +1,6 @@
 """What is asked for: every bad value is refused by name, and nothing else is."""
 
+import numpy as np
 import pytest
 
 from sirius.core import (
@@ -211,3 +212,8 @@ def test_a_check_reads_so_many_guesses_and_no_more():
     ):
         with pytest.raises(ConfigError, match=f"{named}, and a check reads at most {MOST_GUESSES} in its one pass"):
             CorrectionConfig(**fields)
+
+
+def test_numbers_of_numpy_stand_for_configurations():
+    assert as_config(CorrectionConfig, np.int64(5)) == CorrectionConfig(period=5)
+    assert as_config(SamplingConfig, np.float64(0.5)) == SamplingConfig(temperature=0.5)

@@ -18,7 +18,7 @@ out, err = Console(soft_wrap=True, emoji=False), Console(stderr=True, soft_wrap=
 WRONG_INPUT, INTERRUPTED, UNREAD = 2, 130, 141  # the last two as a shell names an end by Ctrl-C or SIGPIPE
 NARROW = 60  # columns under which a progress bar has no room beside its figures
 
-Threads = Annotated[int | None, typer.Option(min=1, help="Of the CPU. [default: torch's]")]
+Threads = Annotated[int | None, typer.Option(min=1, max=1024, help="Threads of the CPU to use. [default: torch's]")]
 
 
 def complain(message: str) -> None:

@@ -8,6 +8,8 @@ from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.generation import stopping_criteria as known
 
+from sirius.errors import RequestError
+
 Ask = Callable[[Tensor, None], Any]  # with no scores, as in assisted decoding
 
 BY_ROW = known.MaxLengthCriteria, known.MaxTimeCriteria, known.EosTokenCriteria, known.StopStringCriteria
@@ -93,5 +95,7 @@ class BatchCriteria:
 
 def _stops(ask: Ask, ids: Tensor) -> list[bool]:
     """Return which rows of ids [B, n] int64 criteria stop; one answer is every row's."""
-    answer = torch.as_tensor(ask(ids, None))
-    return answer.bool().expand(len(ids)).tolist()
+    try:
+        return torch.as_tensor(ask(ids, None)).bool().expand(len(ids)).tolist()
+    except Exception as error:  # whatever a user's criterion raises, or returns
+        raise RequestError(f"a stopping criterion failed: {error!r}") from error

@@ -245,13 +245,16 @@ class _Job:
 def _stop_criteria(
     stop: str | Sequence[str] | None, tokenizer: PreTrainedTokenizerBase | None
 ) -> list[StopStringCriteria]:
-    if not stop:
+    if stop is None or (isinstance(stop, Sequence) and not stop):
         return []
+    stops = [stop] if isinstance(stop, str) else stop
+    if not isinstance(stops, Sequence) or not all(isinstance(each, str) and each for each in stops):
+        raise ConfigError(f"stop strings are texts, none of them empty; got {stop!r}")
     if tokenizer is None:
         raise ConfigError(
             "stop strings need the tokenizer: sirius.generate(model, ..., stop_strings=..., tokenizer=...)"
         )
-    return [StopStringCriteria(tokenizer, stop_strings=[stop] if isinstance(stop, str) else list(stop))]
+    return [StopStringCriteria(tokenizer, stop_strings=list(stops))]
 
 
 def _without_padding(row: Tensor, mask: Tensor | None, index: int) -> Tensor:

@@ -27,6 +27,7 @@ from sirius.model.prepare import check_config
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 GGUF = ".gguf"
+HEADS = re.compile("For(Sequence|Token)Classification|ForQuestionAnswering|ForMaskedLM|RewardModel")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 HARMLESS = re.compile(
     r"(^|\.)(inv_freq|position_ids|masked_bias|attn\.bias)$"
@@ -133,6 +134,8 @@ def _load(source: Source, dtype: str | torch.dtype, **options: Any) -> PreTraine
     remote = source.trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not remote:
         raise UnsupportedModelError(f"{source.name} is a {config.model_type} model, not a causal language model")
+    if heads := [name for name in getattr(config, "architectures", None) or () if HEADS.search(name)]:
+        raise UnsupportedModelError(f"{source.name} is a {heads[0]}, not a causal language model")
     model, report = _attempt(
         source,
         "weights",
