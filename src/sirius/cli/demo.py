@@ -8,9 +8,7 @@ import typer
 
 from sirius.cli.terminal import load, out, progress, quieten, saved_as_it_goes
 
-Threads = Annotated[
-    int, typer.Option(min=1, max=1024, help="Threads of the CPU; the model is too small for two.")
-]
+Threads = Annotated[int, typer.Option(min=1, max=1024, help="Threads of the CPU; the model is too small for two.")]
 
 demo_app = typer.Typer(rich_markup_mode=None, help="See the method at work on the embedded model.")
 

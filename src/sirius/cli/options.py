@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 CORRECTING = ("period", "accept", "threshold", "accept_temperature", "tree_width", "prune", "ablate")
 SPARSE = ("keep", "sparsity_threshold", "per_branch", "shared_set", "refresh")
 HOT = ("top_p", "top_k", "min_p", "seed")  # `sirius.jobs` has them too, and is slow to import
-LOSSLESS = ("lossless", "argmax", "sampling")
+LOSSLESS = ("lossless", "argmax", "sampling")  # `sirius.core` has them too, likewise
 PRESETS = ("paper",)
 
 
@@ -30,6 +30,11 @@ class Asked:
 
     def __getitem__(self, name: str) -> Any:
         return self.values[name]
+
+    @property
+    def plain(self) -> bool:
+        """Whether nothing is drafted."""
+        return self["period"].strip().lstrip("0") == "1"
 
     @property
     def own_rule(self) -> bool:
@@ -63,9 +68,12 @@ IDLE = (
         "with --sparsity none, which keeps every neuron and so drafts nothing; name a method, as --sparsity coarse",
     ),
     Idle(
-        lambda a: a["period"] == "1",
+        lambda a: a.plain,
         ("preset", "threshold", "accept_temperature", "tree_width", "prune", "ablate", "refresh"),
         "at --period 1, which drafts nothing; give a longer period",
+    ),
+    Idle(
+        lambda a: a.plain and not a.own_rule, ("accept",), "at --period 1, which drafts nothing; give a longer period"
     ),
     Idle(lambda a: a["tree_width"] == 1, ("prune", "per_branch"), "in a chain, which is one branch; give --tree-width"),
     Idle(
