@@ -416,7 +416,8 @@ IDLE = [
     ("--sparsity-threshold 0.1", "with --sparsity coarse"),
     ("--keep 0.4 --sparsity-threshold 0.1 --sparsity fine", "beside --sparsity-threshold; give one of them"),
     *((f"{option} --period 1", "at --period 1, which drafts nothing") for option in (
-        "--tree-width 4", "--ablate rewrite", "--refresh 0.1", "--preset paper", "--threshold 0.2 --accept relative", "--accept typical")),
+        "--tree-width 4", "--ablate rewrite", "--refresh 0.1", "--preset paper", "--threshold 0.2 --accept relative",
+        "--accept typical")),
     *((f"{option} --sparsity none", "with --sparsity none, which keeps every neuron") for option in (
         "--keep 0.4", "--sparsity-threshold 0.1", "--per-branch", "--shared-set", "--refresh 0.1", "--tree-width 2")),
     *((option, "with one prompt; give --input") for option in ("--shared-set", "--batch-size 3")),
