@@ -36,7 +36,8 @@ def slot_attention(
     if "held" not in kwargs:
         raise UnsupportedModelError(
             f"attention {NAME!r} is that of sirius' own passes, and this is none: another thread decodes with this "
-            "model, or with one that shares its config object; let it wait"
+            "model, or with one that shares its config object, and must be waited for; else set "
+            "config._attn_implementation to 'sdpa' again"
         )
     held, looks, softcap = kwargs["held"], kwargs["looks"], kwargs.get("softcap")
     if attention_mask is None or kwargs.get("s_aux") is not None or not _is_same(attention_mask, looks):
