@@ -30,9 +30,9 @@ class Text:
     """A request with what the tokens alone do not say: where it ends, and what changes its scores.
 
     make_ending  gives a fresh `Ending`; what its `push` raises ends this text alone
-    stateless    whether `process` keeps no state from call to call; None: a copy of it is tried. One that does is asked
-                 once about each token, as nothing is drafted in its batch then
-    watched      what must not change while tokens are drafted, as `process` was found to keep no state
+    stateless    whether `process` keeps no state from call to call; None: a copy of it is tried. With one that may keep
+                 state nothing is drafted in the batch, and it is asked once about each token.
+    watched      the object that holds what `process` knows: it must not change while tokens are drafted
     """
 
     request: Request

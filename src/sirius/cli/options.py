@@ -15,6 +15,7 @@ SPARSE = ("keep", "sparsity_threshold", "per_branch", "shared_set", "refresh")
 HOT = ("top_p", "top_k", "min_p", "seed")  # `sirius.jobs` has them too, and is slow to import
 LOSSLESS = ("lossless", "argmax", "sampling")  # `sirius.core` has them too, likewise
 PRESETS = ("paper",)
+UNDRAFTED = "at --period 1, which drafts nothing; give a longer period"
 
 
 @dataclass(frozen=True)
@@ -70,11 +71,9 @@ IDLE = (
     Idle(
         lambda a: a.plain,
         ("preset", "threshold", "accept_temperature", "tree_width", "prune", "ablate", "refresh"),
-        "at --period 1, which drafts nothing; give a longer period",
+        UNDRAFTED,
     ),
-    Idle(
-        lambda a: a.plain and not a.own_rule, ("accept",), "at --period 1, which drafts nothing; give a longer period"
-    ),
+    Idle(lambda a: a.plain and not a.own_rule, ("accept",), UNDRAFTED),
     Idle(lambda a: a["tree_width"] == 1, ("prune", "per_branch"), "in a chain, which is one branch; give --tree-width"),
     Idle(
         lambda a: a["tree_width"] == 1 and a.own_rule,

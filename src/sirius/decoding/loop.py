@@ -66,9 +66,11 @@ class Row:
     room     how many more new tokens the budget allows
     slots    of the cache to begin with, enough for the prompt and one tree
     process  applied to the scores of both models before a token is chosen
-    stateless   whether it keeps no state; else no row beside it is drafted for, and it is asked once about each token
     noise    what makes the choice a sample; None is greedy
     error    why the text cannot go on; its neighbours do
+
+    stateless   whether `process` keeps no state. Where it may, no row of the batch is drafted for, so that it is asked
+                once about each token
     """
 
     tokens: list[int]
@@ -115,10 +117,12 @@ def open_row(model: LanguageModel, row: Row) -> Tensor:
 
 def first_round(rows: Sequence[Row], raw: Sequence[Tensor]) -> list[Round | None]:
     """Give the first tokens of rows by the scores after their prompts, [V] each; None for a row with an error."""
-    lines = [each[None] for each in raw]
-    prompts = [send(row.tokens, each.device)[None] for row, each in zip(rows, lines, strict=True)]
-    answers = _answers([_Asked(*each[:2], each[2].clone(), each[2]) for each in zip(rows, prompts, lines, strict=True)])
-    return [_first(*each) for each in zip(rows, lines, answers, strict=True)]
+    asked = []
+    for row, line in zip(rows, raw, strict=True):
+        scores = line.clone() if row.process else line
+        asked.append(_Asked(row, send(row.tokens, line.device)[None], scores[None], line[None]))
+    pairs = zip(asked, _answers(asked), strict=True)
+    return [_first(each.row, each.raw, answer) for each, answer in pairs]
 
 
 def _first(row: Row, raw: Tensor, scores: Tensor) -> Round | None:

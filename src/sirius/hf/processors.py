@@ -43,10 +43,10 @@ BY_LINE = (  # those that look at each line alone, so that lines of any rows may
 class BatchProcessors:
     """The processors of a batch of B rows, which are shown what transformers shows them.
 
-    ids     [B, P] int64, the padded prompts
-    pads    [B] how many tokens of each are padding
-    pad     what fills rows that have ended
-    tokens  returns the new tokens of a row so far
+    ids     [B, P] int64, the padded prompts.
+    pads    [B], how many tokens of each are padding.
+    pad     The token that fills rows which have ended.
+    tokens  Returns the new tokens of a row so far.
     """
 
     processors: LogitsProcessorList
@@ -86,6 +86,8 @@ class BatchProcessors:
 
     def _are_of_rows(self, vocabulary: int) -> bool:
         """Tell whether what a row is given does not depend on its neighbours; warn where it does."""
+        if len(self.ids) == 1:
+            return True
         scores = torch.randn(len(self.ids), vocabulary, generator=torch.Generator().manual_seed(0)).to(self.ids.device)
         try:
             together = _ask(copied(self.processors), self.ids.clone(), scores.clone())

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from sirius.shortage import SHORTAGE
+
 
 class SlotLayer(CacheLayerMixin):
     """The slots of one attention layer: keys and values [B, S, heads, head_dim], allocated at the first write."""
@@ -64,7 +66,7 @@ class SlotLayer(CacheLayerMixin):
 
     def shrink(self, rows: int, slots: int) -> None:
         """Give back what is beyond so many rows and slots, where memory lets it."""
-        with suppress(RuntimeError):  # what is held stays as it is then
+        with suppress(*SHORTAGE):  # what is held stays as it is then
             for name in ("keys", "values"):
                 if (store := getattr(self, name)) is not None and store.shape[:2] != (rows, slots):
                     setattr(self, name, store[:rows, :slots].clone())

@@ -186,6 +186,7 @@ class Session:
             self.space.attends = False
             scores = self._run(tokens, mode, lengths, window)
             keep_attention(self.model)
+            self.space.passes.forget()
             self.space.passes.record = None
         self.space.tried = True
         return scores
