@@ -18,13 +18,11 @@ from sirius.core import (
     AUTO,
     SEEDS,
     CorrectionConfig,
-    Mode,
     Round,
     SparsityConfig,
     check_together,
 )
-from sirius.decoding.accept import make_rule
-from sirius.decoding.loop import Plan, Row, first_round, next_round, open_row
+from sirius.decoding.loop import Row, first_round, make_plan, next_round, open_row
 from sirius.decoding.period import AutoPeriod, Learnt, Period
 from sirius.decoding.probe import probe_if_due
 from sirius.decoding.sampling import Noise
@@ -33,6 +31,7 @@ from sirius.errors import ConfigError, OutOfMemoryError, RequestError, SiriusErr
 from sirius.model.prepare import count_parameters, prepare
 from sirius.model.session import Session
 from sirius.model.workspace import lock_of
+from sirius.processors import look_at_lines
 from sirius.scoring import SharedProcessor
 from sirius.shortage import ran_out, telling
 from sirius.stats import Setting, density, summarise
@@ -103,7 +102,7 @@ class Batch:
             self.session = Session(model, mlps, lambda: sparsity.create(chosen, neurons), compiled)
         self.asked = correction
         self.correction = PLAIN if self.session.shared is None else correction
-        self.plan = _make_plan(self.correction, self._period(compiled), ends)
+        self.plan = make_plan(self.correction, self._period(compiled), ends)
         self.window = (self.correction.longest - 1) * self.correction.tree_width if self.correction else 0
         self.compiled = compiled
         self.waiting: deque[_Entry] = deque()
@@ -129,10 +128,8 @@ class Batch:
         most = len(request.prompt) + request.max_new_tokens + self.window
         slots = most if self.compiled else self._few(request.prompt, most)  # passes are compiled anew where they grow
         row = Row(list(request.prompt), request.max_new_tokens, slots, text.process, noise, text.keep_scores)
-        row.stateless = self._is_stateless(text)
-        watched = text.process if text.stateless is None else text.watched
+        row.stateless, watch = self._tried(text)
         self.tickets += 1
-        watch = Watch(watched) if watched is not None and row.stateless and self.drafts else None
         self.waiting.append(_Entry(self.tickets, text, text.make_ending(), row, most, watch))
         return self.tickets
 
@@ -141,12 +138,19 @@ class Batch:
         """Whether anything is drafted, so that processors are asked about tokens that may go."""
         return self.correction is not None and self.correction.period != 1
 
-    def _is_stateless(self, text: Text) -> bool:
-        if text.stateless is not None or text.process is None or not self.drafts:
-            return text.stateless is not False
-        assert not isinstance(text.process, SharedProcessor), "whoever shares a processor says whether it is stateless"
-        prompt = torch.tensor([text.request.prompt], device=self.model.device)
-        return is_stateless(text.process, prompt, self.model.config.get_text_config().vocab_size)
+    def _tried(self, text: Text) -> tuple[bool, Watch | None]:
+        """Tell whether a text's processor keeps no state, as far as trials show, and return what watches that."""
+        process, held = text.process, text.watched
+        if process is None or look_at_lines(process):
+            return True, None
+        if not self.drafts:
+            return False, None  # it may: it is asked once about each token
+        stateless = text.stateless
+        if stateless is None:
+            assert not isinstance(process, SharedProcessor), "whoever shares a processor says whether it is stateless"
+            prompt = torch.tensor([text.request.prompt], device=self.model.device)
+            stateless, held = is_stateless(process, prompt, self.model.config.get_text_config().vocab_size), process
+        return stateless, Watch(held) if stateless and held is not None else None
 
     @_one_at_a_time
     def end(self, ticket: int) -> Completion:
@@ -371,21 +375,6 @@ class Batch:
         self.session.close(index)
         self.active[index] = self.active[-1]
         self.active.pop()
-
-
-def _make_plan(correction: CorrectionConfig | None, period: Period, ends: frozenset[int]) -> Plan:
-    if correction is None:
-        return Plan(period, judge=Mode.SPARSE, ends=ends)
-    return Plan(
-        period,
-        make_rule(correction),
-        ends=ends,
-        width=correction.tree_width,
-        prune=correction.prune,
-        temperature=correction.accept_temperature,
-        rewrite="rewrite" not in correction.ablate,
-        interleave="interleave" not in correction.ablate,
-    )
 
 
 def _watch(entries: Sequence[_Entry]) -> None:

@@ -205,7 +205,7 @@ class Engine:
                 f"{', '.join(map(repr, request.stop))}"
             )
         make_ending = partial(StopAt, self.tokenizer, self.ends, request.stop)
-        return Text(request, make_ending, make_processor(request.sampling, self.model), stateless=True)
+        return Text(request, make_ending, make_processor(request.sampling, self.model))
 
     def encode(self, prompt: Prompt) -> tuple[int, ...]:
         """Return the token ids of a prompt, chat messages by the model's template; raise RequestError of bad ones."""

@@ -13,6 +13,7 @@ from transformers import (
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
+from transformers.generation import logits_process as known
 
 from sirius.core import SamplingConfig
 from sirius.scoring import Processor
@@ -41,6 +42,36 @@ class RepetitionPenalty:
     def _act(self, held: Tensor, scores: Tensor) -> Tensor:
         found = scores.gather(1, held)
         return scores.scatter_(1, held, torch.where(found < 0, found * self.penalty, found / self.penalty))
+
+
+BY_LINE = (  # those that look at each line alone, and keep nothing
+    RepetitionPenalty,
+    known.EpsilonLogitsWarper,
+    known.EtaLogitsWarper,
+    known.ExponentialDecayLengthPenalty,
+    known.ForcedBOSTokenLogitsProcessor,
+    known.ForcedEOSTokenLogitsProcessor,
+    known.InfNanRemoveLogitsProcessor,
+    known.LogitNormalization,
+    known.MinLengthLogitsProcessor,
+    known.MinNewTokensLengthLogitsProcessor,
+    known.MinPLogitsWarper,
+    known.NoBadWordsLogitsProcessor,
+    known.NoRepeatNGramLogitsProcessor,
+    known.RepetitionPenaltyLogitsProcessor,
+    known.SequenceBiasLogitsProcessor,
+    known.SuppressTokensAtBeginLogitsProcessor,
+    known.SuppressTokensLogitsProcessor,
+    known.TemperatureLogitsWarper,
+    known.TopKLogitsWarper,
+    known.TopPLogitsWarper,
+    known.TypicalLogitsWarper,
+)
+
+
+def look_at_lines(process: object) -> bool:
+    """Tell whether a list holds none but known processors, so that lines of any texts may go together."""
+    return isinstance(process, LogitsProcessorList) and all(type(each) in BY_LINE for each in process)
 
 
 def make_processor(sampling: SamplingConfig, model: PreTrainedModel) -> Processor | None:

@@ -296,3 +296,23 @@ def test_a_failing_criterion_is_named(inputs):
             stopping_criteria=StoppingCriteriaList([Fails()]),
             custom_generate=sirius.decode,
         )
+
+
+@pytest.mark.parametrize("inputs", [ALONE, BATCH], ids=["alone", "batch"])
+@pytest.mark.parametrize("correction", [CHAIN, PLAIN], ids=["chain", "plain"])
+def test_a_processor_that_writes_to_the_tokens_is_refused(inputs, correction):
+    """transformers would go on with the tokens as they are then."""
+
+    class Writes(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            input_ids[:, -1] = 1
+            return scores
+
+    with pytest.raises(RequestError, match="writes to the tokens"):
+        tiny_model().generate(
+            **inputs,
+            max_new_tokens=NEW,
+            logits_processor=LogitsProcessorList([Writes()]),
+            custom_generate=sirius.decode,
+            correction=correction,
+        )

@@ -43,3 +43,13 @@ def test_threads_share_a_model_through_transformers():
 
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(decode, PROMPTS * 2)) == wanted * 2
+
+
+def test_a_model_may_be_prepared_while_another_thread_decodes_with_it():
+    engine = Engine(tiny_model(eos_token_id=None))
+    want = engine.generate(PROMPTS[0], max_new_tokens=NEW, correction=5).token_ids
+    with ThreadPoolExecutor(1) as pool:
+        texts = [pool.submit(engine.generate, PROMPTS[0], max_new_tokens=NEW, correction=5) for _ in range(20)]
+        while not all(text.done() for text in texts):
+            Engine(engine.model)
+    assert all(text.result().token_ids == want for text in texts)

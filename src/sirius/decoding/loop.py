@@ -17,13 +17,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sirius.core import LanguageModel, Mode, Round, Verdict
+from sirius.core import CorrectionConfig, LanguageModel, Mode, Round, Verdict
 from sirius.decoding.accept import (
     Branches,
     Check,
     Rule,
     accept_own,
     longest_branches,
+    make_rule,
     make_verdicts,
     without_interleave,
 )
@@ -56,6 +57,22 @@ class Plan:
     temperature: float = 1.0
     rewrite: bool = True
     interleave: bool = True
+
+
+def make_plan(correction: CorrectionConfig | None, period: Period, ends: frozenset[int]) -> Plan:
+    """Return how texts are decoded under a correction, None being the sparse model alone."""
+    if correction is None:
+        return Plan(period, judge=Mode.SPARSE, ends=ends)
+    return Plan(
+        period,
+        make_rule(correction),
+        ends=ends,
+        width=correction.tree_width,
+        prune=correction.prune,
+        temperature=correction.accept_temperature,
+        rewrite="rewrite" not in correction.ablate,
+        interleave="interleave" not in correction.ablate,
+    )
 
 
 @dataclass

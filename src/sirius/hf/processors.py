@@ -12,31 +12,8 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.generation import logits_process as known
 
 from sirius.decoding.stateless import copied, is_stateless
-from sirius.processors import RepetitionPenalty
+from sirius.processors import RepetitionPenalty, look_at_lines
 from sirius.scoring import Lines, Processor, ask
-
-BY_LINE = (  # those that look at each line alone, so that lines of any rows may go together
-    known.EpsilonLogitsWarper,
-    known.EtaLogitsWarper,
-    known.ExponentialDecayLengthPenalty,
-    known.ForcedBOSTokenLogitsProcessor,
-    known.ForcedEOSTokenLogitsProcessor,
-    known.InfNanRemoveLogitsProcessor,
-    known.LogitNormalization,
-    known.MinLengthLogitsProcessor,
-    known.MinNewTokensLengthLogitsProcessor,
-    known.MinPLogitsWarper,
-    known.NoBadWordsLogitsProcessor,
-    known.NoRepeatNGramLogitsProcessor,
-    known.RepetitionPenaltyLogitsProcessor,
-    known.SequenceBiasLogitsProcessor,
-    known.SuppressTokensAtBeginLogitsProcessor,
-    known.SuppressTokensLogitsProcessor,
-    known.TemperatureLogitsWarper,
-    known.TopKLogitsWarper,
-    known.TopPLogitsWarper,
-    known.TypicalLogitsWarper,
-)
 
 
 @dataclass(frozen=True)
@@ -58,7 +35,7 @@ class BatchProcessors:
     @cached_property
     def by_line(self) -> bool:
         """Whether lines of any rows may go together."""
-        return all(type(each) in BY_LINE for each in self.processors)
+        return look_at_lines(self.processors)
 
     @cached_property
     def of_rows(self) -> list[LogitsProcessorList]:
