@@ -32,7 +32,7 @@ from sirius.demo.embedded import FOLDER
 from sirius.demo.problems import few_shot, final_answer
 from sirius.demo.showcase import NEW_TOKENS
 from sirius.model.prepare import prepare
-from sirius.model.session import Session
+from sirius.runtime.session import Session
 from sirius.sparsity import create
 
 CHUNK = 40  # problems before the next setting has its turn

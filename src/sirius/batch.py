@@ -1,13 +1,12 @@
 """Texts decoded side by side: they join and leave between rounds, and none disturbs another."""
 
 from collections import deque
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import wraps
 from itertools import islice
 from time import perf_counter
 from typing import Any, TypeVar, cast
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -29,15 +28,15 @@ from sirius.decoding.sampling import Noise
 from sirius.decoding.stateless import Watch, is_stateless
 from sirius.errors import ConfigError, OutOfMemoryError, RequestError, SiriusError
 from sirius.model.prepare import count_parameters, prepare
-from sirius.model.session import Session
-from sirius.model.workspace import lock_of
+from sirius.model.prepared import prepared_of
 from sirius.processors import look_at_lines
+from sirius.runtime.session import Session, ordinary
+from sirius.runtime.studies import RefreshingSession
 from sirius.scoring import SharedProcessor
 from sirius.shortage import ran_out, telling
 from sirius.stats import Setting, density, summarise
 from sirius.texts import Completion, Ending, Text, Update
 
-_learnt: "WeakKeyDictionary[PreTrainedModel, dict[Hashable, Learnt]]" = WeakKeyDictionary()  # of each setting
 Method = TypeVar("Method", bound=Callable[..., Any])
 PLAIN = CorrectionConfig(period=1)  # every round is one dense pass of the whole model
 GROWTH = 1024  # slots of the cache that a text begins with beyond its prompt; they double when it has filled them
@@ -65,7 +64,7 @@ def _one_at_a_time(method: Method) -> Method:
 
     @wraps(method)
     def waiting(self: "Batch", *args: Any) -> Any:
-        with self.lock:
+        with self.lock, ordinary():
             return method(self, *args)
 
     return cast("Method", waiting)
@@ -95,11 +94,12 @@ class Batch:
         """
         if type(rows) is not int or rows < 1:
             raise ConfigError(f"a batch has a whole number of rows, at least 1; got {rows!r}")
-        self.model, self.rows, self.sparsity, self.lock = model, rows, chosen, lock_of(model)
-        with self.lock:
+        self.model, self.rows, self.sparsity, self.lock = model, rows, chosen, prepared_of(model).lock
+        with self.lock, ordinary():
             mlps = prepare(model)
             neurons = tuple(mlp.size for mlp in mlps)
-            self.session = Session(model, mlps, lambda: sparsity.create(chosen, neurons), compiled)
+            make = RefreshingSession if chosen.refresh else Session
+            self.session = make(model, mlps, lambda: sparsity.create(chosen, neurons), compiled)
         self.asked = correction
         self.correction = PLAIN if self.session.shared is None else correction
         self.plan = make_plan(self.correction, self._period(compiled), ends)
@@ -342,14 +342,14 @@ class Batch:
             return Period(asked)
         assert self.correction is not None
         place = *self.session.place, torch.get_num_threads(), compiled
-        learnt = _learnt.setdefault(self.model, {}).setdefault((self.sparsity, self.correction, place), Learnt())
+        learnt = prepared_of(self.model).learnt.setdefault((self.sparsity, self.correction, place), Learnt())
         parameters = count_parameters(self.model)
         floor, probed = (density(parameters, each, "streamed") for each in self.session.least_touched())
         return AutoPeriod(floor, learnt, probed=probed, width=self.correction.tree_width)
 
     def _lossless(self, sampled: bool) -> bool:
         plain = self.correction is not None and self.correction.period == 1
-        if not self.session.alike and not (plain and self.rows == 1):
+        if not self.session.invariant and not (plain and self.rows == 1):
             return False
         whole = self.sparsity.keep == 1 and self.sparsity.threshold is None
         if self.correction is None:

@@ -14,10 +14,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sirius.batch import Batch
 from sirius.core import CorrectionConfig, Request, SamplingConfig, SparsityConfig, as_config, check_together
 from sirius.errors import ConfigError, RequestError, SiriusError
+from sirius.model.limits import check_length, context_limit, rope_turn, sliding_window
 from sirius.model.loading import Source, load_model, load_tokenizer
-from sirius.model.prepare import check_length, context_limit, prepare, rope_turn, sliding_window
-from sirius.model.workspace import check_compiles
+from sirius.model.prepare import prepare
 from sirius.processors import make_processor
+from sirius.runtime.workspace import check_compiles
 from sirius.text import StopAt
 from sirius.texts import Completion, Text, Update
 

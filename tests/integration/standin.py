@@ -14,7 +14,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from sirius.kernels import attention, gpu, launch, reference
 from sirius.kernels.activations import ACTIVATIONS
-from sirius.model import passes
+from sirius.kernels.reference import Weight
+from sirius.runtime import recorded
 
 GPU = torch.device("cuda", 0)
 ASKING = {"_local_scalar_dense", "nonzero", "is_nonzero", "equal", "unique", "_unique2", "unique_dim", "masked_select"}
@@ -75,12 +76,12 @@ def project(z: Tensor, weight: Tensor, bias: Tensor | None = None, index: Tensor
     return reference.project(z[..., index >= 0], weight, bias, index[index >= 0])
 
 
-def gate(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
-    return ACTIVATIONS[activation](linear(x, weight, bias))
+def gate(x: Tensor, gate: Weight, activation: str, index: Tensor | None = None) -> Tensor:
+    return ACTIVATIONS[activation](linear(x, *gate))
 
 
-def glu(x, gate, up, gate_bias, up_bias, activation: str, index: Tensor | None = None) -> Tensor:
-    return ACTIVATIONS[activation](linear(x, gate, gate_bias, index)) * linear(x, up, up_bias, index)
+def glu(x: Tensor, gate: Weight, up: Weight, activation: str, index: Tensor | None = None) -> Tensor:
+    return ACTIVATIONS[activation](linear(x, *gate, index)) * linear(x, *up, index)
 
 
 def up_rows(gated: Tensor, x: Tensor, up: Tensor, up_bias: Tensor | None, index: Tensor) -> Tensor:
@@ -147,11 +148,11 @@ class StandIn(TorchDispatchMode):
 
         @wraps(run)
         def called(*given: object) -> Tensor:
-            tensors = [each for each in given if isinstance(each, Tensor)]
+            tensors = [each for each in tree_leaves(given) if isinstance(each, Tensor)]
             assert all(isinstance(each, OnGPU) for each in tensors), f"{run} of tensors on the host"
             self.kernels.add(run.__name__)
             with _disable_current_modes(), torch._C.DisableTorchFunction():
-                return OnGPU(run(*map(inside, given)))
+                return OnGPU(run(*tree_map(inside, given)))
 
         return called
 
@@ -164,7 +165,7 @@ class StandIn(TorchDispatchMode):
         finally:
             self.recording = False
         self.records += 1
-        return first, lambda call, buffers: call(**buffers)
+        return first, lambda: call(**buffers)
 
 
 class Moves(TorchFunctionMode):
@@ -226,6 +227,6 @@ def standing_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
     monkeypatch.setattr(torch.cuda, "device_of", lambda tensor: nullcontext())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
     monkeypatch.setattr(torch.cuda, "Event", lambda **options: Mock(elapsed_time=lambda other: 1.0))
-    monkeypatch.setattr(passes, "GraphRecorder", lambda device: standin.record)
+    monkeypatch.setattr(recorded, "GraphRecorder", lambda device: standin.record)
     with standin, Moves(standin):
         yield standin

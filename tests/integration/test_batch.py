@@ -14,7 +14,8 @@ from sirius.core import CorrectionConfig, SparsityConfig
 from sirius.decoding.probe import probe
 from sirius.engine import Engine
 from sirius.errors import ConfigError, ModelError, RequestError
-from sirius.model.session import Session
+from sirius.runtime import session
+from sirius.runtime.session import Session
 from sirius.sparsity.coarse import CoarseSparsity
 
 pytestmark = pytest.mark.integration
@@ -32,13 +33,13 @@ def alone(engine) -> list[list[int]]:
 
 def fed(monkeypatch) -> list[tuple[int, int]]:
     """Watch the passes of the model; return the list to which each adds its rows and tokens of a row."""
-    passes, scores = [], Session._scores
+    passes, scores = [], session._scores
 
-    def watched(self, forward, mask, inputs, **options):
+    def watched(forward, prepared, cache, now, inputs, **options):
         passes.append(tuple(inputs["input_ids"].shape))
-        return scores(self, forward, mask, inputs, **options)
+        return scores(forward, prepared, cache, now, inputs, **options)
 
-    monkeypatch.setattr(Session, "_scores", watched)
+    monkeypatch.setattr(session, "_scores", watched)
     return passes
 
 
@@ -287,11 +288,9 @@ def test_a_tree_takes_its_width_in_slots_for_each_level_and_no_more(engine, widt
     "options", [{}, {"shared_set": True}, {"refresh": 0.3}, {"shared_set": True, "refresh": 0.3}], ids=str
 )
 def test_neurons_are_chosen_anew_when_rows_come_or_go_and_not_otherwise(engine, options, monkeypatch):
-    from sirius.model import session as module
-
-    chosen, fixed_routes = [], module.fixed_routes
+    chosen, fixed_routes = [], session.fixed_routes
     monkeypatch.setattr(
-        module, "fixed_routes", lambda methods, mlps: chosen.append(len(methods)) or fixed_routes(methods, mlps)
+        session, "fixed_routes", lambda methods, mlps: chosen.append(len(methods)) or fixed_routes(methods, mlps)
     )
     batch = open_batch(engine, sparsity=SparsityConfig("coarse", 0.3, **options))
     for prompt in PROMPTS[:2]:

@@ -148,17 +148,16 @@ WHERE = {"of attention": "model.layers.1.self_attn", "a module": "model.norm.1"}
 
 @pytest.mark.parametrize("dropout", DROPOUTS)
 @pytest.mark.parametrize("correction", [None, CorrectionConfig(4, "argmax")], ids=["plain", "corrected"])
-def test_dropout_is_refused_as_soon_as_it_would_act(dropout, correction):
+def test_dropout_is_refused_where_it_would_act(dropout, correction):
     model = tiny_model(eos_token_id=None)
     DROPOUTS[dropout](model)
     engine, options = Engine(model), {"max_new_tokens": 12, "correction": correction}
-    stream, path = engine.stream([3, 1, 4], **options), WHERE[dropout]
-    next(stream)
+    engine.generate([3, 1, 4], **options)
+    path = WHERE[dropout]
     dict(model.named_modules())[path].train()
     words = rf"^{re.escape(path)} is in training mode and has a dropout of 0\.5; call model\.eval\(\) first"
-    for refused in (lambda: list(stream), lambda: engine.generate([3, 1, 4], **options)):
-        with pytest.raises(UnsupportedModelError, match=words):
-            refused()
+    with pytest.raises(UnsupportedModelError, match=words):
+        engine.generate([3, 1, 4], **options)
     assert len(Engine(model).generate([3, 1, 4], **options).token_ids) == 12
 
 
@@ -195,34 +194,20 @@ def test_a_prepared_mlp_can_be_traced():
     torch.testing.assert_close(torch.jit.trace(mlp, x, check_trace=False)(2 * x), mlp(2 * x), rtol=1e-4, atol=1e-4)
 
 
-def test_attention_of_ours_outside_of_a_session_is_told():
-    model = tiny_model()
-    prepare(model)
-    model.config._attn_implementation = "sirius"
-    with pytest.raises(UnsupportedModelError, match=r"another thread decodes with this model.*'sdpa' again"):
-        model(torch.tensor([[3, 1, 4]]))
-
-
-def test_an_activation_that_changes_while_a_text_is_written_ends_it_with_a_reason():
+@pytest.mark.parametrize(
+    ("alter", "words"),
+    [(swap_layer, r"up_proj \(up\) is a Adapter"), (add_hook_to_the_activation, r"act_fn \(activation\) has hooks")],
+)
+def test_a_layer_or_activation_altered_while_a_batch_is_open_is_refused_with_the_next_text(alter, words):
     engine = Engine(tiny_model(eos_token_id=None))
-    stream = engine.stream([3, 1, 4], max_new_tokens=40, correction=None)
-    for _ in range(8):
-        next(stream)
-    add_hook_to_the_activation(engine.model)
-    with pytest.raises(UnsupportedModelError, match=r"^act_fn \(activation\) has hooks"):
-        list(stream)
-
-
-def test_a_layer_changed_while_a_text_is_written_ends_it_with_a_reason():
-    engine = Engine(tiny_model(eos_token_id=None))
-    for steps in 1, 12:
-        stream = engine.stream([3, 1, 4], max_new_tokens=40, correction=None)
-        for _ in range(steps):
-            next(stream)
-        swap_layer(engine.model)
-        with pytest.raises(UnsupportedModelError, match=r"^up_proj \(up\) is a Adapter"):
-            next(stream)
-        engine.model.model.layers[1].mlp.up_proj = engine.model.model.layers[1].mlp.up_proj.base
+    batch = engine.batch(rows=1, correction=None)
+    batch.add(engine.text([3, 1, 4], max_new_tokens=12))
+    while batch.busy:
+        batch.step()
+    alter(engine.model)
+    batch.add(engine.text([3, 1, 4], max_new_tokens=12))
+    with pytest.raises(UnsupportedModelError, match=rf"^model\.layers\.1\.mlp\.{words}"):
+        batch.step()
 
 
 def test_hooks_on_an_mlp_are_called_before_meanwhile_and_after_and_never_with_numbers_of_ours():

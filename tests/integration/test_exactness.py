@@ -20,7 +20,7 @@ from sirius.decoding.tree import Tree
 from sirius.engine import Engine
 from sirius.kernels import cpu
 from sirius.model.prepare import prepare
-from sirius.model.session import Session
+from sirius.runtime.session import Session, ordinary
 from sirius.texts import Update
 
 pytestmark = pytest.mark.integration
@@ -140,6 +140,7 @@ def narrow_model(family: str, dtype: torch.dtype):
     st.integers(0, 2**16),
 )
 @pytest.mark.skipif(cpu.library() is None, reason="no compiled CPU kernels")
+@ordinary()
 def test_in_16_bits_a_token_gets_the_same_scores_in_passes_of_any_size(family, dtype, sizes, seed):
     """Rows of a pass from 1 to 200, against each row alone and a token at a time."""
     rows, most = sizes
@@ -333,6 +334,7 @@ def assert_fresh(session: Session, row: int, tokens: list[int]) -> None:
     assert staleness(session, row, tokens) < (1e-5 if eager else 1e-9)  # eager attention's softmax is in float32
 
 
+@ordinary()
 def staleness(session: Session, row: int, tokens: list[int]) -> float:
     """Return how far a row's keys and values are from those of a fresh dense prefill, relative to the largest."""
     fresh = Session(session.model, session.mlps)
@@ -518,6 +520,7 @@ def test_a_fixed_threshold_of_fine_is_exact_and_its_density_measured():
     assert got.stats.corrections and 0.4 < got.stats.density < 1
 
 
+@ordinary()
 def test_rows_of_different_lengths_share_a_session():
     """Each row's scores equal those of the row alone, through a real model, cut back and read again."""
     model = tiny_model(dtype=torch.float64)

@@ -4,7 +4,6 @@ Where the tests may take no GPU the kernels are run by Triton's interpreter, and
 """
 
 import gc
-import weakref
 from functools import partial
 
 import pytest
@@ -14,9 +13,11 @@ from conftest import FAMILIES, greedy, slow, tiny_model
 from sirius import CorrectionConfig, Engine, SparsityConfig, restore
 from sirius.errors import ConfigError
 from sirius.kernels import gpu
-from sirius.model import passes, workspace
-from sirius.model.cache import SlotLayer
-from sirius.model.workspace import IDLE, Workspace
+from sirius.model.prepared import prepared_of
+from sirius.runtime import recorded as passes
+from sirius.runtime import workspace
+from sirius.runtime.cache import SlotLayer
+from sirius.runtime.workspace import IDLE
 
 PROMPT, OTHER = [5, 9, 2, 77, 31], [8, 8, 100]
 METHODS = {
@@ -35,27 +36,21 @@ def argmax(period: int, width: int = 1) -> CorrectionConfig:
 
 
 def record_by_calling(call, buffers):
-    return call(**buffers), lambda call, buffers: call(**buffers)
+    return call(**buffers), lambda: call(**buffers)
 
 
 @pytest.fixture
 def recorded(monkeypatch) -> list[int]:
     """Let sessions record passes as on a GPU; return the addresses of what each record reads."""
     records: list[int] = []
-    make = Workspace.__init__
 
     def record(call, buffers):
         records.append(buffers["input_ids"].data_ptr())
         return record_by_calling(call, buffers)
 
-    def make_recording(space, *args, **options):
-        make(space, *args, **options)
-        space.passes.record = record
-
     monkeypatch.setattr(workspace, "attends", lambda device, dtype: True)
-    monkeypatch.setattr(workspace, "stays_on", lambda device: True)
-    monkeypatch.setattr(Workspace, "__init__", make_recording)
-    monkeypatch.setattr(workspace, "_idle", weakref.WeakKeyDictionary())
+    monkeypatch.setattr(workspace, "reused_on", lambda device: True)
+    monkeypatch.setattr(workspace, "recorder", lambda model: record)
     return records
 
 
@@ -170,16 +165,18 @@ def test_a_text_that_was_dropped_leaves_nothing_behind(recorded):
     assert list(got.token_ids) == greedy(tiny_model(eos_token_id=None), OTHER, 30)
 
 
-def test_a_model_keeps_few_idle_workspaces_and_takes_them_along_when_it_goes(recorded):
+def test_a_model_keeps_few_idle_workspaces_and_takes_them_along_when_it_goes(recorded, monkeypatch):
+    monkeypatch.setattr(workspace, "recorder", lambda model: None)  # a pass that is called again knows its model
     model = tiny_model()
     engine = Engine(model)
     for keep in range(1, IDLE + 4):
         engine.generate(PROMPT, max_new_tokens=4, sparsity=SparsityConfig("coarse", keep / 10))
     gc.collect()
-    assert len(workspace._idle[model]) == IDLE
+    idle = prepared_of(model).idle
+    assert len(idle) == IDLE
     del model, engine
     gc.collect()
-    assert not workspace._idle
+    assert not idle
 
 
 def test_what_cannot_be_recorded_runs_as_before_and_is_told_once(recorded, monkeypatch, caplog):
@@ -228,13 +225,13 @@ def test_weights_that_have_moved_are_not_read_where_they_were(recorded):
         done = Engine(model).generate(PROMPT, max_new_tokens=40, sparsity="fine", correction=argmax(4))
         assert list(done.token_ids) == want
         gc.collect()
-        spaces.extend(workspace._idle[model].values())
+        spaces.extend(prepared_of(model).idle.values())
 
     generate()
     generate()
     assert spaces[1] is spaces[0]
     restore(model)
-    assert model not in workspace._idle
+    assert not prepared_of(model).idle
     generate()
     assert spaces[2] is not spaces[0]
     for parameter in model.parameters():
@@ -341,7 +338,7 @@ def test_graphs_write_the_full_models_text_for_one_prompt_after_another(gpu_devi
         got = engine.generate(prompt, max_new_tokens=60, sparsity=METHODS[name], correction=argmax(5))
         assert list(got.token_ids) == want
         gc.collect()
-    [space] = workspace._idle[model].values()
+    [space] = prepared_of(model).idle.values()
     assert space.passes.record is not None
     assert bool(space.passes.recorded) == ("refresh" not in name)
 

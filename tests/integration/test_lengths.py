@@ -7,7 +7,8 @@ from conftest import greedy, tiny_model
 from sirius import CorrectionConfig, decode
 from sirius.engine import Engine
 from sirius.errors import ConfigError, RequestError
-from sirius.model.prepare import context_limit, sparse_mlps
+from sirius.model.limits import context_limit
+from sirius.model.prepare import sparse_mlps
 
 pytestmark = pytest.mark.integration
 

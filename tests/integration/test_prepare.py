@@ -121,7 +121,7 @@ class Named(LlamaMLP):
 
     def __init__(self, config):
         super().__init__(config)
-        self.names, self.act = "its own", nn.Identity()
+        self.roles, self.number = "its own", nn.Identity()
 
 
 class Joining(LlamaMLP):
@@ -180,9 +180,9 @@ def test_an_mlp_of_another_formula_is_refused_and_the_model_left_as_it_was(kind,
 def test_names_that_are_taken_are_not_ours():
     model = tiny_model()
     model.model.layers[1].mlp = Named(model.config)
-    with pytest.raises(UnsupportedModelError, match="Named has names, act of its own"):
+    with pytest.raises(UnsupportedModelError, match="Named has roles, number of its own"):
         prepare(model)
-    assert sparse_mlps(model) == [] and model.model.layers[1].mlp.names == "its own"
+    assert sparse_mlps(model) == [] and model.model.layers[1].mlp.roles == "its own"
 
 
 @pytest.mark.skipif(cpu.library() is None, reason="no compiled CPU kernels")
@@ -210,7 +210,11 @@ def test_a_model_made_in_inference_mode_is_refused():
 
 def test_autocast_does_not_reach_a_text():
     def scores() -> torch.Tensor:
-        return Engine(model).batch(rows=1).session.open(torch.arange(80), 100)
+        batch = Engine(model).batch(rows=1)
+        batch.add(Engine(model).text(range(80), max_new_tokens=1))
+        [update] = batch.step()
+        assert update.completion is not None
+        return torch.tensor(update.completion.logprobs)
 
     model = tiny_model()
     want = scores()
@@ -264,11 +268,11 @@ def test_a_neurons_rows_of_up_and_down_stand_side_by_side_wherever_the_weights_g
     mlps = prepare(model)
 
     def apart() -> set[int]:
-        return {mlp.neurons.down.data_ptr() - mlp.neurons.up.data_ptr() for mlp in mlps}
+        return {mlp.neurons.down.weight.data_ptr() - mlp.neurons.up.weight.data_ptr() for mlp in mlps}
 
     def in_16_bits() -> bool:
         """PyTorch, where it takes long prompts, has each weight in one piece; else a neuron's rows are neighbours."""
-        pieces = all(mlp.neurons.up.is_contiguous() and mlp.neurons.down.is_contiguous() for mlp in mlps)
+        pieces = all(mlp.neurons.up.weight.is_contiguous() and mlp.neurons.down.weight.is_contiguous() for mlp in mlps)
         return pieces if multiplies else apart() == {36 * 2}
 
     assert apart() == {36 * 4}
@@ -283,7 +287,9 @@ def test_a_neurons_rows_of_up_and_down_stand_side_by_side_wherever_the_weights_g
     prepare(model)
     assert in_16_bits()
     model.double()
-    assert all(mlp.neurons.down.is_contiguous() for mlp in mlps), "in float64, without kernels, only neuron-major"
+    assert all(mlp.neurons.down.weight.is_contiguous() for mlp in mlps), (
+        "in float64, without kernels, only neuron-major"
+    )
 
 
 @pytest.mark.parametrize("before", [False, True])

@@ -13,8 +13,8 @@ from sirius.core import CorrectionConfig, SparsityConfig
 from sirius.decoding import loop
 from sirius.engine import Engine
 from sirius.errors import OutOfMemoryError, RequestError
-from sirius.model.cache import SlotLayer
-from sirius.model.session import Session
+from sirius.runtime.cache import SlotLayer
+from sirius.runtime.session import Session
 
 pytestmark = pytest.mark.integration
 

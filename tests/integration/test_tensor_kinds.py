@@ -93,15 +93,6 @@ def test_in_an_mlp_they_are_refused_by_name(role, when):
         Engine(model)
 
 
-def test_an_mlp_that_changes_in_the_midst_of_a_text_ends_it_by_name():
-    model = tiny_model(eos_token_id=None)
-    steps = Engine(model).stream(PROMPT, max_new_tokens=NEW, correction=5)
-    next(steps)
-    wrap(model.model.layers[1].mlp.up_proj)
-    with pytest.raises(UnsupportedModelError, match=r"up_proj .* holds a Wrapped"):
-        list(steps)
-
-
 def test_a_head_whose_numbers_are_elsewhere_is_refused():
     model = tiny_model()
     sirius.prepare(model)

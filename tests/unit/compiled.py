@@ -59,11 +59,11 @@ def products(dtype: torch.dtype) -> None:
     for rows, chosen in product((1, 16), (None, index)):
         x, count = weight[:rows], NEURONS if chosen is None else len(chosen)
         gpu.linear(x, weight, bias, chosen)
-        gpu.glu(x, weight, weight, bias, bias, "silu", chosen)
+        gpu.glu(x, (weight, bias), (weight, bias), "silu", chosen)
         gpu.project(gated[:rows, :count], weight, weight[0], chosen)
         gpu.up_rows(gated[:rows], x, weight, bias, index)
     for activation in ACTIVATIONS:
-        gpu.gate(weight[:1], weight, None, activation)
+        gpu.gate(weight[:1], (weight, None), activation)
     gpu.largest(gated[:1], NEURONS // 2)
 
 

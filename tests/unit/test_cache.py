@@ -4,20 +4,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sirius.model.cache import SlotCache
+from sirius.model.prepared import Pass, Prepared
+from sirius.runtime.cache import SlotCache
 
 HEADS, DIM = 2, 3
 
 
 def make(rows: int = 2, slots: int = 10, layers: int = 2) -> SlotCache:
-    return SlotCache(layers, rows, slots, torch.device("cpu"))
+    return SlotCache(layers, rows, slots, torch.device("cpu"), Prepared())
 
 
 def write(cache: SlotCache, slots: list[list[int]], values: list[list[float]], first: int = 0) -> tuple[Tensor, Tensor]:
     """Write `values` [B, T] to `slots` [B, T] of every layer, spread over heads and head_dim; return the last view."""
-    cache.place(torch.tensor(slots), first)
+    placed, none = cache.place(torch.tensor(slots), first), torch.zeros(0)
     states = torch.tensor(values)[:, None, :, None].expand(-1, HEADS, -1, DIM)
-    return [cache.update(states, -states, layer) for layer in range(len(cache.slot_layers))][-1]
+    with cache.table.prepared.running(Pass([], placed, none, none, none, False, False)):
+        return [cache.update(states, -states, layer) for layer in range(len(cache.slot_layers))][-1]
 
 
 def filled(lengths: list[int], slots: int = 10, layers: int = 2) -> SlotCache:
@@ -143,10 +145,10 @@ def test_a_row_moves_to_the_place_of_another():
 
 def test_what_was_copied_before_a_pass_can_be_pasted_after_it():
     cache = filled([2, 3])
-    cache.place(torch.tensor([[2, 3, 4], [3, 4, 5]]))
-    before = cache.copy(2)
+    placed = cache.place(torch.tensor([[2, 3, 4], [3, 4, 5]]))
+    before = cache.copy(placed, 2)
     write(cache, [[2, 3, 4], [3, 4, 5]], [[-1.0, -2.0, -3.0], [-4.0, -5.0, -6.0]])
-    cache.paste(2, before)
+    cache.paste(placed, 2, before)
     cache.advance(0, 5)
     cache.advance(1, 6)
     assert held(cache, 0) == [0, 1, 2, 3, -3]

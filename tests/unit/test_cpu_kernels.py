@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from slots import Slots, check_attention
 
 from sirius.errors import ConfigError
-from sirius.kernels import cpu, dispatch, reference
+from sirius.kernels import cpu, ops, reference
 from sirius.kernels.activations import ACTIVATIONS
-from sirius.kernels.gated import Neurons, gate, gated_mlp, gated_mlp_each, gated_mlp_rows
 from sirius.kernels.tape import Tape
+from sirius.model.matrix import Dense, Neurons
 from sirius.model.memory import side_by_side
 from sirius.model.norm import FORMS
 
@@ -219,7 +219,7 @@ def test_gated_neurons_equal_the_reference(level, dtype, name):
         first, second = (cpu.linear(x, w, b, index).double() for w, b in zip((gate, up), biases, strict=True))
         got = cpu.glu(x, (gate, biases[0]), (up, biases[1]), name, index)
         close(got, act(first) * second, (first.abs() + 1) * second.abs())
-        got = cpu.glu(x, (gate, None), (None, None), name, index)
+        got = cpu.gate(x, (gate, None), name, index)
         first = cpu.linear(x, gate, None, index).double()
         close(got, act(first), first.abs() + 1)
 
@@ -272,7 +272,7 @@ def test_rows_may_lie_apart(level, dtype):
 def test_activations_are_exact_at_every_size_of_number(level, name):
     sizes = torch.cat([torch.linspace(-30, 30, 4001), 10.0 ** torch.arange(-38, 38), torch.tensor([0.0, torch.inf])])
     numbers = torch.cat([sizes, -sizes, torch.tensor([torch.nan])])
-    got = cpu.glu(numbers[:, None], (torch.ones(1, 1), None), (None, None), name)[:, 0].double()
+    got = cpu.gate(numbers[:, None], (torch.ones(1, 1), None), name)[:, 0].double()
     want = ACTIVATIONS[name](numbers.double())
     want = torch.where(numbers == -torch.inf, got, want)  # of -inf torch makes NaN or 0, by the vector's length
     assert torch.equal(got.isnan(), want.isnan())
@@ -327,12 +327,11 @@ def test_values_are_written_to_their_slots_and_to_no_others(dtype):
     rows, slots = torch.tensor([[2], [0]]).expand(2, 3), torch.tensor([[8, 0, -3], [1, 5, 2]])
     values, want = lying(random(dtype, 2, 3, 3, 5, seed=1), (2, 0, 1, 3)), whole.clone()
     want[1:, 2:11][rows, slots] = values
-    cpu.writing(store, rows, slots, values)()
+    cpu.put(store, rows, slots, values)
     assert torch.equal(whole, want)
     for row, slot in (3, 0), (-4, 0), (0, 9), (0, -10):
-        launch = cpu.writing(store, torch.tensor([[0, row]]), torch.tensor([[0, slot]]), values[:1, :2])
         with pytest.raises(IndexError, match=rf"row {row}, slot {slot} of 3 rows of 9 slots"):
-            launch()
+            cpu.put(store, torch.tensor([[0, row]]), torch.tensor([[0, slot]]), values[:1, :2])
 
 
 @settings(derandomize=True, deadline=None)
@@ -365,19 +364,18 @@ def test_the_largest_of_many_rows_equal_the_reference():
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_gated_mlp_of_some_neurons_is_that_of_copies_of_them(dtype):
-    weights = (random(dtype, 45, 37, seed=s) for s in range(3))
-    biases = [random(dtype, n, seed=9) for n in (45, 45, 37)]
-    neurons, index = Neurons(*weights, *biases), some(45, 0.4)
+    neurons, index = neurons_of(dtype, 45, 37), some(45, 0.4)
     x, act = random(dtype, 2, 3, 37), torch.nn.functional.silu
-    want = gated_mlp(x, neurons.rows(index), act)
-    assert torch.equal(gated_mlp(x, neurons, act, index), want)
-    assert torch.equal(gated_mlp_rows(gate(x, neurons, act), x, neurons, index), want)
+    want = neurons.rows([index]).mlp(x, act)
+    assert torch.equal(neurons.mlp(x, act, index), want)
+    assert torch.equal(neurons.finish(neurons.activated(x, act), x, index), want)
 
 
 def neurons_of(dtype: torch.dtype, f: int, h: int, bias: bool = True, beside: bool = False) -> Neurons:
     gate, up, down = (random(dtype, f, h, seed=seed) for seed in range(3))
     biases = [random(dtype, n, seed=9) if bias else None for n in (f, f, h)]
-    return Neurons(gate, *(side_by_side(up, down) if beside else (up, down)), *biases)
+    weights = gate, *(side_by_side(up, down) if beside else (up, down))
+    return Neurons(*(Dense(*each) for each in zip(weights, biases, strict=True)))
 
 
 def draw_sets(data: st.DataObject, f: int, rows: int) -> list[torch.Tensor]:
@@ -402,10 +400,10 @@ def test_a_row_with_neurons_of_its_own_is_what_it_is_alone_bit_for_bit(level, dt
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(threads)
-        got = gated_mlp_each(x, neurons, act, torch.cat(sets), [len(index) for index in sets])
+        got = neurons.mlp_each(x, act, torch.cat(sets), [len(index) for index in sets])
     finally:
         torch.set_num_threads(before)
-    alone = [gated_mlp(row, neurons, act, index) for row, index in zip(x, sets, strict=True)]
+    alone = [neurons.mlp(row, act, index) for row, index in zip(x, sets, strict=True)]
     assert torch.equal(got, torch.stack(alone))
 
 
@@ -417,11 +415,11 @@ def test_weights_of_neurons_that_a_row_does_not_have_do_not_reach_it(level, dtyp
         [some(70, share) for share in (0.5, 0.4, 0.6)],
     )
     own = [index[index != 7] for index in sets]
-    want = gated_mlp_each(x, neurons, ACTIVATIONS["silu"], torch.cat(own), [len(index) for index in own])
-    for weight in (neurons.gate, neurons.up, neurons.down):
-        weight[7] = torch.nan
+    want = neurons.mlp_each(x, ACTIVATIONS["silu"], torch.cat(own), [len(index) for index in own])
+    for matrix in neurons:
+        matrix.weight[7] = torch.nan
     own[1] = torch.cat([own[1], torch.tensor([7])])
-    got = gated_mlp_each(x, neurons, ACTIVATIONS["silu"], torch.cat(own), [len(index) for index in own])
+    got = neurons.mlp_each(x, ACTIVATIONS["silu"], torch.cat(own), [len(index) for index in own])
     assert torch.equal(got[[0, 2]], want[[0, 2]]) and got[1].isnan().all()
 
 
@@ -430,22 +428,22 @@ def test_rows_with_neurons_of_their_own_are_replayed_with_the_neurons_there_are_
     neurons, x, counts = neurons_of(dtype, 70, 40), random(dtype, 3, 2, 40), [30, 21, 35]
     index = torch.cat([torch.randperm(70)[:count].sort().values for count in counts])
     with torch.no_grad(), Tape() as tape:
-        got = gated_mlp_each(x, neurons, ACTIVATIONS["silu"], index, counts)
-    assert tape.steady
+        got = neurons.mlp_each(x, ACTIVATIONS["silu"], index, counts)
+    assert tape.repeatable
     x.copy_(x.flip(0))
     index.copy_(torch.cat([torch.randperm(70)[:count] for count in counts]))
     got.fill_(torch.nan)
     tape.replay()
-    assert torch.equal(got, gated_mlp_each(x, neurons, ACTIVATIONS["silu"], index, counts))
+    assert torch.equal(got, neurons.mlp_each(x, ACTIVATIONS["silu"], index, counts))
 
 
 def test_activations_and_dtypes_without_a_kernel_take_the_rows_one_by_one():
     index, counts = torch.tensor([0, 4, 1, 2, 8]), [2, 3]
     for dtype, act in (torch.float64, ACTIVATIONS["silu"]), (torch.float32, torch.sigmoid):
         neurons, x = neurons_of(dtype, 9, 8), random(dtype, 2, 3, 8)
-        got = gated_mlp_each(x, neurons, act, index, counts)
+        got = neurons.mlp_each(x, act, index, counts)
         for row, own in enumerate(index.split(counts)):
-            assert torch.equal(got[row], gated_mlp(x[row], neurons, act, own))
+            assert torch.equal(got[row], neurons.mlp(x[row], act, own))
 
 
 def test_the_kernels_are_taken_where_they_fit_and_nowhere_else():
@@ -465,16 +463,16 @@ def test_the_kernels_are_taken_where_they_fit_and_nowhere_else():
 
 def test_a_compiled_model_is_left_to_the_compiler():
     weight, x = random(torch.float32, 9, 8), random(torch.float32, 2, 8)
-    compiled = torch.compile(dispatch.linear, backend="eager", fullgraph=True)
+    compiled = torch.compile(ops.linear, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(x, weight), reference.linear(x, weight))
 
 
 def test_training_goes_through_torch():
     weight, x = random(torch.float32, 9, 8).requires_grad_(), random(torch.float32, 2, 8)
-    dispatch.linear(x, weight).sum().backward()
+    ops.linear(x, weight).sum().backward()
     assert weight.grad is not None
     with torch.no_grad():
-        assert torch.equal(dispatch.linear(x, weight), cpu.linear(x, weight))
+        assert torch.equal(ops.linear(x, weight), cpu.linear(x, weight))
 
 
 @pytest.mark.parametrize("learns", ["gate", "up", "down", "x"])
@@ -482,11 +480,11 @@ def test_whatever_of_an_mlp_learns_has_its_gradient(learns):
     tensors = {name: random(torch.float32, 9, 8, seed=s) for s, name in enumerate(("gate", "up", "down"))}
     tensors["x"] = random(torch.float32, 1, 8)
     of, act, index = tensors[learns].requires_grad_(), torch.nn.functional.silu, torch.tensor([1, 4, 7])
-    neurons = Neurons(tensors["gate"], tensors["up"], tensors["down"])
-    gated_mlp(tensors["x"], neurons, act).sum().backward()
+    neurons = Neurons(*(Dense(tensors[name], None) for name in ("gate", "up", "down")))
+    neurons.mlp(tensors["x"], act).sum().backward()
     assert of.grad is not None
     of.grad = None
-    gated_mlp_rows(gate(tensors["x"], neurons, act), tensors["x"], neurons, index).sum().backward()
+    neurons.finish(neurons.activated(tensors["x"], act), tensors["x"], index).sum().backward()
     assert of.grad is not None
 
 
@@ -538,7 +536,7 @@ def test_a_row_that_the_weight_does_not_have_is_an_error_that_names_it(row):
         lambda: cpu.project(z, weight, None, index),
         lambda: cpu.glu(x, both, both, "silu", index),
         lambda: cpu.finish(gated, x, both, both, index),
-        lambda: cpu.gated_each(x[:, None], [both] * 3, "silu", index, [1, 3]),
+        lambda: cpu.each(x[:, None], [both] * 3, "silu", index, [1, 3]),
     ]
     for call in calls:
         with pytest.raises(ConfigError, match=rf"neuron {row} is asked for, in place 2, of a weight of 9 rows.*0 to 8"):
@@ -557,7 +555,7 @@ def test_an_index_of_another_length_or_dtype_is_an_error():
     with pytest.raises(ConfigError, match=r"an index of 4 torch.int32"):
         cpu.project(z, weight, None, torch.arange(4, dtype=torch.int32))
     with pytest.raises(ConfigError, match=r"an index of 3 torch.int64 for 4 neurons"):
-        cpu.gated_each(random(torch.float32, 2, 1, 8), [(weight, None)] * 3, "silu", torch.arange(3), [2, 2])
+        cpu.each(random(torch.float32, 2, 1, 8), [(weight, None)] * 3, "silu", torch.arange(3), [2, 2])
 
 
 def test_without_the_library_plain_torch_takes_over_with_one_line_in_the_log(monkeypatch, caplog, tmp_path):
@@ -566,9 +564,9 @@ def test_without_the_library_plain_torch_takes_over_with_one_line_in_the_log(mon
     try:
         weight, x = random(torch.float32, 9, 8), random(torch.float32, 2, 8)
         for _ in range(2):
-            assert torch.equal(dispatch.linear(x, weight), reference.linear(x, weight))
-            assert torch.equal(dispatch.largest(x.abs(), 3), reference.largest(x.abs(), 3))
-        assert not dispatch.reads_rows(weight)
+            assert torch.equal(ops.linear(x, weight), reference.linear(x, weight))
+            assert torch.equal(ops.largest(x.abs(), 3), reference.largest(x.abs(), 3))
+        assert not ops.reads_rows(weight)
         [line] = caplog.messages
         assert "no compiled CPU kernels" in line
     finally:

@@ -155,9 +155,13 @@ def test_slices_cover_every_neuron_and_none_is_empty(count, least, grid):
 
 
 def mlp(dtype: torch.dtype) -> list[torch.Tensor]:
-    """Return weights and biases of gate and up, in the order of `reference.glu`."""
+    """Return the weights of gate and up, then their biases."""
     gate, up = (random(dtype, NEURONS, SIZE, seed=seed) / SIZE**0.5 for seed in (1, 2))
     return [gate, up, random(dtype, NEURONS, seed=3), random(dtype, NEURONS, seed=4)]
+
+
+def weights(gate: torch.Tensor, up: torch.Tensor, gate_bias: torch.Tensor, up_bias: torch.Tensor) -> tuple:
+    return (gate, gate_bias), (up, up_bias)
 
 
 def bound_of(x: torch.Tensor, parts: list[torch.Tensor], index: torch.Tensor | None) -> torch.Tensor:
@@ -171,8 +175,9 @@ def bound_of(x: torch.Tensor, parts: list[torch.Tensor], index: torch.Tensor | N
 @pytest.mark.parametrize(("activation", "share"), [("silu", 0.5), ("gelu_tanh", None), ("gelu", 0.0), ("relu", 1.0)])
 def test_both_products_in_one_equal_the_reference(dtype, rows, activation, share):
     x, parts, index = 3 * random(dtype, rows, SIZE), mlp(dtype), some(NEURONS, share)
-    got = gpu.glu(x, *(only(index, each) for each in parts), activation, index)
-    want = reference.glu(*doubles(x, *parts), ACTIVATIONS[activation], neurons(index))
+    got = gpu.glu(x, *weights(*(only(index, each) for each in parts)), activation, index)
+    wide, *wide_parts = doubles(x, *parts)
+    want = reference.glu(wide, *weights(*wide_parts), ACTIVATIONS[activation], neurons(index))
     close(got, spread(want, index), spread(bound_of(x, parts, neurons(index)), index))
 
 
@@ -180,8 +185,9 @@ def test_both_products_in_one_equal_the_reference(dtype, rows, activation, share
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh", "gelu", "relu"])
 def test_the_gate_alone_equals_the_reference(dtype, rows, activation):
     x, (weight, _, bias, _) = 3 * random(dtype, rows, SIZE), mlp(dtype)
-    want = reference.gate(*doubles(x, weight, bias), ACTIVATIONS[activation])
-    close(gpu.gate(x, weight, bias, activation), want, reference.linear(x.double().abs(), weight.double().abs()))
+    wide, *gate = doubles(x, weight, bias)
+    want = reference.gate(wide, tuple(gate), ACTIVATIONS[activation])
+    close(gpu.gate(x, (weight, bias), activation), want, reference.linear(x.double().abs(), weight.double().abs()))
 
 
 @pytest.mark.parametrize(("dtype", "rows"), CASES, ids=str)
@@ -265,15 +271,15 @@ def samples() -> dict[str, tuple]:
     return {
         "linear": (gpu.linear, (x, parts[0], None, index)),
         "project": (gpu.project, (x[:, :2], parts[0], x[0], index)),
-        "gate": (gpu.gate, (x, parts[0], None, "silu")),
-        "glu": (gpu.glu, (x, *parts, None, None, "silu", index)),
+        "activated": (gpu.activated, (x, parts[0], None, "silu")),
+        "gated_linear": (gpu.gated_linear, (x, *parts, None, None, "silu", index)),
         "up_rows": (gpu.up_rows, (x[:, :3], x, parts[1], None, index)),
         "largest": (gpu.largest, (x, 2)),
         "attend": (attention.attend, (*view, 0.5, None)),
     }
 
 
-NAMES = ["linear", "project", "gate", "glu", "up_rows", "largest", "attend"]
+NAMES = ["linear", "project", "activated", "gated_linear", "up_rows", "largest", "attend"]
 
 
 @pytest.mark.parametrize("name", NAMES)

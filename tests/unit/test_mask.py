@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sirius.model.mask import chain_mask, tree_mask
+from sirius.runtime.mask import chain_mask, tree_mask
 
 
 @pytest.mark.parametrize("dtype", [None, torch.float32, torch.bfloat16])

@@ -9,8 +9,10 @@ from torch import nn
 from sirius import sparsity
 from sirius.core import SparsityConfig
 from sirius.errors import ConfigError
-from sirius.model.linear import obstacle
-from sirius.model.mlp import Chosen, Observe, Route, SparseMLP, Tally, agrees, example, fixed_routes, take_over
+from sirius.model.adopt import obstacle
+from sirius.model.mlp import Roles, SparseMLP, adopt_mlp, agrees, example
+from sirius.model.prepared import Pass, Prepared, Slots
+from sirius.runtime.neurons import Chosen, Observe, Route, Tally, fixed_routes
 from sirius.sparsity import PromptSparsity, TokenSparsity
 from sirius.sparsity.coarse import CoarseSparsity
 
@@ -52,7 +54,7 @@ def original(request):
 
 
 def sparse_mlp(original: Gated) -> SparseMLP:
-    return take_over(deepcopy(original), FUSED if original.fused else SEPARATE, "act_fn")
+    return adopt_mlp(deepcopy(original), Roles(FUSED if original.fused else SEPARATE, "act_fn"), 0, Prepared())
 
 
 def tokens(count: int = 5, rows: int = 1) -> torch.Tensor:
@@ -75,28 +77,18 @@ def fine(keep: float = 0.5, **options) -> TokenSparsity:
 
 def sizes(mlp: SparseMLP, x: torch.Tensor) -> torch.Tensor:
     """Return |act(gate(x))| [..., F]."""
-    return nn.functional.silu(nn.functional.linear(x, mlp.neurons.gate, mlp.neurons.gate_bias)).abs()
+    return nn.functional.silu(nn.functional.linear(x, *mlp.neurons.gate)).abs()
 
 
 def marked(index: torch.Tensor) -> torch.Tensor:
     return torch.zeros(F, dtype=torch.bool).index_fill(0, index, True)
 
 
-def tally(x: torch.Tensor, weights: torch.Tensor | None = None) -> Tally:
-    """The book of a pass over x [B, T, H] whose branches are all alive."""
-    book = Tally(len(x), x.device)
-    book.weights = torch.full(x.shape[:2], 1 / x.shape[1]) if weights is None else weights
-    return book
-
-
 def masked(mlp: SparseMLP, x: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
     """The definition: a neuron that is not kept sends nothing on."""
-    n = mlp.neurons
-    gate_bias = 0 if n.gate_bias is None else n.gate_bias
-    up_bias = 0 if n.up_bias is None else n.up_bias
-    down_bias = 0 if n.down_bias is None else n.down_bias
-    z = nn.functional.silu(x @ n.gate.T + gate_bias) * (x @ n.up.T + up_bias)
-    return (z * kept) @ n.down + down_bias
+    gate, up, down = mlp.neurons
+    z = nn.functional.silu(nn.functional.linear(x, *gate)) * nn.functional.linear(x, *up)
+    return (z * kept) @ down.weight + (0 if down.bias is None else down.bias)
 
 
 def close(got: torch.Tensor, want: torch.Tensor) -> None:
@@ -104,12 +96,12 @@ def close(got: torch.Tensor, want: torch.Tensor) -> None:
     assert float((got - want).square().mean().sqrt() / want.square().mean().sqrt()) < 1e-14
 
 
-def routed(mlp: SparseMLP, route: Route | None, x: torch.Tensor) -> torch.Tensor:
-    mlp.route = route
-    try:
+def routed(mlp: SparseMLP, route: Route | None, x: torch.Tensor, branches: torch.Tensor | None = None) -> torch.Tensor:
+    """Return what an MLP makes of x [B, T, H] in a pass; its branches are equally likely, unless they are given."""
+    likely = torch.full(x.shape[:2], 1 / x.shape[1]) if branches is None else branches
+    none = torch.zeros(0, dtype=torch.int64)
+    with mlp.prepared.running(Pass([route], Slots(none, none, 0, 0), none, none, likely, False, False)):
         return mlp(x)
-    finally:
-        mlp.route = None
 
 
 def test_the_dense_route_computes_what_the_original_did(original):
@@ -122,7 +114,7 @@ def test_weights_are_neuron_major_and_kept_once(original):
     before = sum(p.numel() for p in original.parameters())
     mlp = sparse_mlp(original.eval())
     assert sum(p.numel() for p in mlp.parameters()) == before
-    for matrix in (mlp.neurons.gate, mlp.neurons.up, mlp.neurons.down):
+    for matrix, _ in mlp.neurons:
         assert matrix.shape == (F, H) and matrix.stride() == (H, 1)
         owners = {p.untyped_storage().data_ptr() for p in mlp.parameters()}
         assert matrix.untyped_storage().data_ptr() in owners
@@ -168,8 +160,8 @@ def test_what_is_observed_is_each_neurons_output(original):
     out = routed(mlp, Observe(seen.append), x)
     close(out, original(x))
     assert seen[0].shape == (1, 5, F)
-    bias = 0 if mlp.neurons.down_bias is None else mlp.neurons.down_bias
-    close(seen[0] @ mlp.neurons.down + bias, out)
+    weight, bias = mlp.neurons.down
+    close(seen[0] @ weight + (0 if bias is None else bias), out)
 
 
 @pytest.mark.parametrize("keep", [0.1, 0.5, 0.9])
@@ -202,7 +194,7 @@ def test_a_method_that_keeps_every_neuron_is_the_dense_route(original, shared_se
 @pytest.mark.parametrize("keep", [0.05, 0.5, 0.95])
 def test_the_fine_route_is_the_mlp_of_each_tokens_neurons(original, keep, rows):
     mlp, x, method = sparse_mlp(original), tokens(1, rows), fine(keep)
-    close(routed(mlp, Chosen(method, 0, tally(x)), x), masked(mlp, x, method.choose(0, sizes(mlp, x))))
+    close(routed(mlp, Chosen(method, 0, Tally(len(x), x.device)), x), masked(mlp, x, method.choose(0, sizes(mlp, x))))
 
 
 @pytest.mark.parametrize("rows", [1, 2], ids=["rows gathered", "mask"])
@@ -211,21 +203,22 @@ def test_a_rows_branches_share_the_neurons_of_their_weighed_mean(original, rows)
     weights = torch.tensor([[0.7, 0.3, 0.0], [0.2, 0.2, 0.6]])[:rows]
     mean = sum(weights[:, [t], None].double() * sizes(mlp, x)[:, [t]] for t in range(3))
     assert isinstance(mean, torch.Tensor) and mean.shape == (rows, 1, F)
-    close(routed(mlp, Chosen(method, 0, tally(x, weights)), x), masked(mlp, x, method.choose(0, mean)))
+    close(routed(mlp, Chosen(method, 0, Tally(rows, x.device)), x, weights), masked(mlp, x, method.choose(0, mean)))
 
 
 @pytest.mark.parametrize("rows", [1, 2])
 def test_branches_have_neurons_of_their_own_where_that_is_asked_for(original, rows):
     mlp, x, method = sparse_mlp(original), tokens(3, rows), fine(0.4, per_branch=True)
-    close(routed(mlp, Chosen(method, 0, tally(x)), x), masked(mlp, x, method.choose(0, sizes(mlp, x))))
+    close(routed(mlp, Chosen(method, 0, Tally(len(x), x.device)), x), masked(mlp, x, method.choose(0, sizes(mlp, x))))
 
 
 @pytest.mark.parametrize("per_branch", [False, True])
 def test_what_a_rows_steps_read_is_counted_for_it_alone(original, per_branch):
     mlp, x, method = sparse_mlp(original), tokens(2, 3), fine(threshold=0.2, per_branch=per_branch)
-    book = tally(x, torch.tensor([[0.8, 0.2], [1.0, 0.0], [0.0, 0.0]]))  # whole, half dead, not drafted for
+    book = Tally(3, x.device)
+    branches = torch.tensor([[0.8, 0.2], [1.0, 0.0], [0.0, 0.0]])  # whole, half dead, not drafted for
     for _ in range(2):
-        routed(mlp, Chosen(method, 0, book), x)
+        routed(mlp, Chosen(method, 0, book), x, branches)
     size = sizes(mlp, x)
     first = (size[0] > 0.2).any(0) if per_branch else (0.8 * size[0, 0] + 0.2 * size[0, 1]) > 0.2
     want = [int(first.sum()) / F, int((size[1, 0] > 0.2).sum()) / F, 1.0]
@@ -237,7 +230,7 @@ def test_what_a_rows_steps_read_is_counted_for_it_alone(original, per_branch):
 
 def test_a_threshold_that_nothing_passes_leaves_the_bias_alone(original):
     mlp, x = sparse_mlp(original), tokens(1)
-    got = routed(mlp, Chosen(fine(threshold=1e9), 0, tally(x)), x)
+    got = routed(mlp, Chosen(fine(threshold=1e9), 0, Tally(len(x), x.device)), x)
     assert torch.equal(got, masked(mlp, x, torch.zeros(F)))
 
 

@@ -40,7 +40,7 @@ def taken_down(compute, *inputs: Tensor) -> tuple[Tape, Tensor]:
 def test_a_replay_computes_what_the_calls_would(compute):
     x, y = X.clone(), Y.clone()
     tape, got = taken_down(compute, x, y)
-    assert tape.steady and torch.equal(got, compute(X, Y))
+    assert tape.repeatable and torch.equal(got, compute(X, Y))
     for _ in range(2):
         x.copy_(x.flip(0) - 0.5), y.copy_(y.roll(1))
         with torch.no_grad():
@@ -65,7 +65,7 @@ def test_a_replay_computes_what_the_calls_would(compute):
 )
 def test_what_depends_on_numbers_is_not_to_be_replayed(compute):
     tape, got = taken_down(compute, X)
-    assert not tape.steady and torch.equal(got, compute(X))
+    assert not tape.repeatable and torch.equal(got, compute(X))
 
 
 def test_it_is_not_for_inference_mode():

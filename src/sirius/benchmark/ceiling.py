@@ -6,7 +6,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from sirius.benchmark.timing import repeated
-from sirius.kernels.dispatch import linear
+from sirius.kernels.ops import linear
 from sirius.stats import Parameters
 
 SIZE = 256 * 2**20  # bytes of each operand: far larger than the caches

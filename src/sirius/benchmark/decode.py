@@ -21,9 +21,10 @@ from sirius.core import CorrectionConfig, SparsityConfig
 from sirius.decoding.period import Measured, Period
 from sirius.engine import Engine
 from sirius.errors import ConfigError
-from sirius.model.passes import WARM
-from sirius.model.prepare import context_limit, count_parameters, restore
-from sirius.model.workspace import drop_idle
+from sirius.model.limits import context_limit
+from sirius.model.prepare import count_parameters, restore
+from sirius.runtime.recorded import WARM
+from sirius.runtime.workspace import drop_idle
 from sirius.stats import Parameters
 from sirius.texts import Update
 

@@ -16,7 +16,7 @@ from sirius.benchmark.timing import timed
 from sirius.core import CorrectionConfig, SparsityConfig
 from sirius.engine import Engine
 from sirius.errors import ConfigError, FileError
-from sirius.model.prepare import context_limit
+from sirius.model.limits import context_limit
 from sirius.sparsity import find
 
 PLAIN, SPARSE, CORRECTED = "plain", "sparse", "corrected"

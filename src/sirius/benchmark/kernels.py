@@ -14,8 +14,8 @@ from torch.nn.functional import silu
 
 from sirius.benchmark.ceiling import SIZE, Ceiling
 from sirius.benchmark.timing import repeated
-from sirius.kernels import dispatch, reference
-from sirius.kernels.dispatch import attends, lie_together
+from sirius.kernels import ops, reference
+from sirius.kernels.ops import attends, best_side_by_side
 from sirius.model.memory import side_by_side
 
 OPERATIONS, ON_CPU = ("linear", "glu", "up_rows", "project"), ("linear", "finish", "project")
@@ -67,7 +67,7 @@ def run(
     copies = min(max(4, -(-SIZE // matrix)), MOST)
     weights = [_random(size, size.neurons, size.hidden, seed=i) for i in range(copies)]
     pairs = zip(weights[::2], weights[1::2], strict=False)
-    together = [side_by_side(*pair) if lie_together(*pair) else pair for pair in pairs]  # as decoding has them
+    together = [side_by_side(*pair) if best_side_by_side(*pair) else pair for pair in pairs]  # as decoding has them
     taken = {"finish": [((up, None), (down, None)) for up, down in together]}
     rows = []
     for operation in chosen_operations(size):
@@ -103,8 +103,7 @@ def _row(operation: str, size: Size, batch: int, density: float, weights: Sequen
     whole = count == size.neurons and size.device == "cpu"  # on a GPU products with all rows are PyTorch's
     index = None if whole else order[:count].sort().values.to(size.device)
     of_kernel, of_reference = (
-        _milliseconds(_call(operation, module, size, batch, weights, index), size.device)
-        for module in (dispatch, reference)
+        _milliseconds(_call(operation, module, size, batch, weights, index), size.device) for module in (ops, reference)
     )
     products = count * size.hidden * (2 if operation in TWO else 1)
     speed = products * size.dtype.itemsize / of_kernel / 1e6
@@ -131,7 +130,7 @@ def _call(
         "linear": lambda: module.linear(x, next(turns), None, index),
         "project": lambda: module.project(z, next(turns), None, index),
         "finish": lambda: module.finish(gated, x, *next(turns), index),
-        "glu": lambda: module.glu(x, next(turns), next(turns), None, None, silu, index),
+        "glu": lambda: module.glu(x, (next(turns), None), (next(turns), None), silu, index),
         "up_rows": lambda: module.up_rows(gated, x, next(turns), None, everything if index is None else index),
     }
     return calls[operation]
@@ -145,7 +144,7 @@ def _whole(operation: str, size: Size, batch: int, weights: list[Tensor], ceilin
     held = torch.tensor([SLOTS - batch], device=size.device)
     seen = torch.ones(1, batch, batch, dtype=torch.bool, device=size.device).tril()
     calls: dict[str, tuple[Callable[[ModuleType], Tensor], int, int]] = {  # with what is read, and multiplied
-        "gate": (lambda m: m.gate(x, next(turns), None, silu), weights[0].numel(), batch * weights[0].numel()),
+        "gate": (lambda m: m.gate(x, (next(turns), None), silu), weights[0].numel(), batch * weights[0].numel()),
         "largest": (lambda m: m.largest(values, size.neurons // 2), values.numel(), 0),
         "attend": (
             lambda m: m.attend(query, keys, keys, held, seen, HEAD**-0.5, None),
@@ -154,7 +153,7 @@ def _whole(operation: str, size: Size, batch: int, weights: list[Tensor], ceilin
         ),
     }
     call, read, products = calls[operation]
-    of_kernel, of_reference = (_milliseconds(partial(call, module), size.device) for module in (dispatch, reference))
+    of_kernel, of_reference = (_milliseconds(partial(call, module), size.device) for module in (ops, reference))
     speed = read * size.dtype.itemsize / of_kernel / 1e6
     share, gflops = round(speed / ceiling.gb_per_s, 3), round(2 * products / of_kernel / 1e6, 1)
     density = 0.5 if operation == "largest" else 1.0

@@ -29,7 +29,7 @@ from sirius.errors import ConfigError, RequestError
 from sirius.hf.criteria import BatchCriteria, RowEnding, ends_rows, parted
 from sirius.hf.processors import BatchProcessors
 from sirius.model.inputs import check_inputs
-from sirius.model.prepare import check_length
+from sirius.model.limits import check_length
 from sirius.scoring import SharedProcessor
 from sirius.stats import Stats, summarise
 from sirius.texts import Completion, Text

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sirius.errors import ConfigError
 from sirius.kernels.launch import Complaint, Launch, is_plain, running
-from sirius.kernels.reference import NormForm, Pair, Weight
+from sirius.kernels.reference import NormForm, Weight
 
 LIBRARY = Path(__file__).with_name("libsirius_cpu.so")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as in csrc/rows.h
@@ -135,11 +135,17 @@ def norm(x: Tensor, weight: Tensor, eps: float, form: NormForm) -> Tensor:
     return y
 
 
-def glu(x: Tensor, gate: Weight, up: Pair, activation: str, index: Tensor | None = None) -> Tensor:
-    """See `reference.glu`, and `reference.gate` where there is no up; weights come with their biases.
+def gate(x: Tensor, gate: Weight, activation: str, index: Tensor | None = None) -> Tensor:
+    """See `reference.gate`; raise ConfigError where the index is not one of int64, of rows that the weight has."""
+    return _glu(x, gate, (None, None), activation, index)
 
-    Raises ConfigError where the index is not one of int64, of rows that the weights have.
-    """
+
+def glu(x: Tensor, gate: Weight, up: Weight, activation: str, index: Tensor | None = None) -> Tensor:
+    """See `reference.glu`; raise ConfigError where the index is not one of int64, of rows that the weights have."""
+    return _glu(x, gate, up, activation, index)
+
+
+def _glu(x: Tensor, gate: Weight, up: Weight | tuple[None, None], activation: str, index: Tensor | None) -> Tensor:
     x, (weight, bias), (other, other_bias) = x.contiguous(), gate, up
     count = _count(weight, index)
     y = x.new_empty(*x.shape[:-1], count)
@@ -165,8 +171,8 @@ def finish(
     return y
 
 
-def gated_each(x: Tensor, weights: Sequence[Weight], activation: str, index: Tensor, counts: Sequence[int]) -> Tensor:
-    """See `gated.gated_mlp_each`; weights are those of gate, up and down with their biases.
+def each(x: Tensor, weights: Sequence[Weight], activation: str, index: Tensor, counts: Sequence[int]) -> Tensor:
+    """See `reference.each`; bit for bit what each row comes to alone.
 
     Raises ConfigError where the index is not one of int64, of rows that the weights have.
     """
@@ -208,15 +214,14 @@ def addition(a: Tensor, b: Tensor, y: Tensor) -> Launch:
     return _launch("add", DTYPES[a.dtype], a, b, a.numel(), y)
 
 
-def writing(store: Tensor, rows: Tensor, slots: Tensor, values: Tensor) -> Launch:
-    """Return what writes values [B, T, heads, D] to the slots [B, T] int64 of rows [B, T] of a store [R, S, heads, D].
+def put(store: Tensor, rows: Tensor, slots: Tensor, values: Tensor) -> None:
+    """See `reference.put`; all may be views, and heads of a store lie together.
 
-    All may be views; heads of a store lie together. Below 0 counts from the end, as in PyTorch; what there is not is an
-    IndexError of the launch.
+    A slot below 0 counts from the end, as in PyTorch. Raises IndexError of a row or slot that the store does not have.
     """
-    (height, width, heads, size), counts = store.shape, slots.shape
-    assert values.shape == (*counts, heads, size) and rows.shape == counts and values.stride(3) == 1
-    assert store.stride()[2:] == (size, 1) and rows.dtype is slots.dtype is torch.int64 and values.dtype is store.dtype
+    (height, width, heads, size), counts, rows = store.shape, slots.shape, rows.expand_as(slots)
+    assert values.shape == (*counts, heads, size) and values.stride(3) == 1 and values.dtype is store.dtype
+    assert store.stride()[2:] == (size, 1) and rows.dtype is slots.dtype is torch.int64
     at = (_Size * 9)(*store.stride()[:2], *rows.stride(), *slots.stride(), *values.stride()[:3])
     sizes = (_Size * 6)(*counts, heads, size, height, width)
 
@@ -224,7 +229,7 @@ def writing(store: Tensor, rows: Tensor, slots: Tensor, values: Tensor) -> Launc
         row, slot = (int(each.flatten()[place]) for each in (rows, slots))
         return IndexError(f"row {row}, slot {slot} of {height} rows of {width} slots")
 
-    return _launch("put", DTYPES[store.dtype], store, rows, slots, values, at, sizes, complaint=complain)
+    _run(_launch("put", DTYPES[store.dtype], store, rows, slots, values, at, sizes, complaint=complain))
 
 
 def _library() -> ctypes.CDLL:
@@ -241,7 +246,11 @@ def _call(kernel: str, *arguments: object, rows: _Rows | None = None) -> None:
     apart = {id(weight) for weight in rows[0]} if rows else set()
     tensors = [each for each in arguments if isinstance(each, Tensor) and id(each) not in apart]
     assert kernel == "attend" or all(each.is_contiguous() for each in tensors), f"{kernel} of views"
-    launch = _launch(kernel, *arguments, complaint=rows and partial(_no_such_row, rows))
+    _run(_launch(kernel, *arguments, complaint=rows and partial(_no_such_row, rows)))
+
+
+def _run(launch: Launch) -> None:
+    """Run a launch; a recorder that runs takes it down."""
     if (recorder := running()) is not None:
         recorder.add(launch)
     launch()

@@ -44,14 +44,9 @@ def fused(steps: Sequence[Step]) -> list[Step]:
             done.append(launch)
             at += len(window)
             continue
-        done.append(_alone(steps[at]) or steps[at])
+        done.append(_addition(steps[at]) or steps[at])
         at += 1
     return done
-
-
-def _alone(step: Step) -> Launch | None:
-    """Return the kernel of a single operation."""
-    return _addition(step) or _writing(step) if isinstance(step, Operation) else None
 
 
 def _rotation(window: Sequence[Step]) -> Launch | None:
@@ -83,32 +78,15 @@ def _rotation(window: Sequence[Step]) -> Launch | None:
     return cpu.rotation(x, cos, sin, y) if fits else None
 
 
-def _addition(step: Operation) -> Launch | None:
+def _addition(step: Step) -> Launch | None:
     """Return the kernel of a + b."""
+    if isinstance(step, Launch):
+        return None
     if step.operation is not aten.add.Tensor or step.kwargs or not all(isinstance(a, Tensor) for a in step.args):
         return None
     (a, b), y = step.args, step.result
     alike = a.shape == b.shape and a.dtype == b.dtype
     return cpu.addition(a, b, y) if alike and all(t.is_contiguous() and _ours(t) for t in (a, b, y)) else None
-
-
-def _writing(step: Operation) -> Launch | None:
-    """Return the kernel of store[rows, slots] = values."""
-    if step.operation is not aten.index_put_.default or len(step.args) != 3 or step.kwargs:
-        return None
-    store, index, values = step.args
-    if len(index) != 2 or any(each is None or each.dtype is not torch.int64 for each in index) or store.ndim != 4:
-        return None
-    rows, slots = torch.broadcast_tensors(*index)
-    values = values.expand(*slots.shape, *store.shape[2:])
-    fits = (
-        slots.ndim == 2
-        and store.stride()[2:] == (store.shape[3], 1)
-        and values.stride(3) == 1
-        and _ours(store)
-        and _ours(values)
-    )
-    return cpu.writing(store, rows, slots, values) if fits else None
 
 
 def _ours(tensor: Tensor) -> bool:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from sirius.kernels.launch import is_plain
-from sirius.kernels.reference import Pair
+from sirius.kernels.reference import Weight
 
 Rest = ParamSpec("Rest")
 Operation = Callable[Concatenate[Tensor, Rest], Tensor]
@@ -132,14 +132,25 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, index: Tensor 
     return _linear(x, (weight, bias), index=index)
 
 
+def gate(x: Tensor, gate: Weight, activation: str, index: Tensor | None = None) -> Tensor:
+    """See `reference.gate`; there is no index."""
+    assert index is None, "the gate is computed in full"
+    return activated(x, *gate, activation)
+
+
 @operation(lambda x, weight, bias, activation: _product(x, weight, None))
-def gate(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
-    """See `reference.gate`."""
+def activated(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    """Return act(x.weight), [..., F]."""
     return _linear(x, (weight, bias), activation=activation)
 
 
+def glu(x: Tensor, gate: Weight, up: Weight, activation: str, index: Tensor | None = None) -> Tensor:
+    """See `reference.glu`; what is between the products and z stays in float32."""
+    return gated_linear(x, gate[0], up[0], gate[1], up[1], activation, index)
+
+
 @operation(lambda x, gate, up, gate_bias, up_bias, activation, index=None: _product(x, gate, index))
-def glu(
+def gated_linear(
     x: Tensor,
     gate: Tensor,
     up: Tensor,
@@ -148,7 +159,7 @@ def glu(
     activation: str,
     index: Tensor | None = None,
 ) -> Tensor:
-    """See `reference.glu`; what is between the products and z stays in float32."""
+    """Return act(x.gate) * x.up, [..., k]; an operator of PyTorch's takes tensors one by one."""
     return _linear(x, (gate, gate_bias), (up, up_bias), index=index, activation=activation)
 
 
@@ -160,8 +171,8 @@ def up_rows(gated: Tensor, x: Tensor, up: Tensor, up_bias: Tensor | None, index:
 
 def _linear(
     x: Tensor,
-    first: tuple[Tensor, Tensor | None],
-    second: Pair = (None, None),
+    first: Weight,
+    second: Weight | tuple[None, None] = (None, None),
     gated: Tensor | None = None,
     index: Tensor | None = None,
     activation: str | None = None,

@@ -4,6 +4,7 @@ Weights are neuron-major: gate, up and down are all [F, H] and row j belongs to 
 skipped rows. `linear` and `project` also take a stack of weights [B, F, H], one for each row of x [B, T, H].
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -12,8 +13,7 @@ from torch import Tensor
 
 from sirius.kernels.activations import Activation
 
-Weight = tuple[Tensor, Tensor | None]  # with its bias, where there is one
-Pair = Weight | tuple[None, None]
+Weight = tuple[Tensor, Tensor | None]  # a matrix with its bias, where it has one
 
 
 class NormForm(NamedTuple):
@@ -55,22 +55,14 @@ def largest(values: Tensor, count: int) -> Tensor:
     return values.topk(count, dim=-1).indices.sort(dim=-1).values
 
 
-def gate(x: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation, index: Tensor | None = None) -> Tensor:
+def gate(x: Tensor, gate: Weight, activation: Activation, index: Tensor | None = None) -> Tensor:
     """Return act(gate(x)) of x [..., H], of the neurons at index [k] int64, [..., k]; of all without it, [..., F]."""
-    return activation(linear(x, weight, bias, index))
+    return activation(linear(x, *gate, index))
 
 
-def glu(
-    x: Tensor,
-    gate: Tensor,
-    up: Tensor,
-    gate_bias: Tensor | None,
-    up_bias: Tensor | None,
-    activation: Activation,
-    index: Tensor | None = None,
-) -> Tensor:
+def glu(x: Tensor, gate: Weight, up: Weight, activation: Activation, index: Tensor | None = None) -> Tensor:
     """Return z = act(gate(x)) * up(x) of x [..., H], of the neurons at index [k] int64, [..., k]; of all without it."""
-    return activation(linear(x, gate, gate_bias, index)) * linear(x, up, up_bias, index)
+    return activation(linear(x, *gate, index)) * linear(x, *up, index)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -98,6 +90,28 @@ def finish(
     """
     gated = gated if index is None or by_place else gated[..., index]
     return project(gated * linear(x, *up, index), *down, index)
+
+
+def each(
+    x: Tensor, weights: tuple[Weight, Weight, Weight], activation: Activation, index: Tensor, counts: Sequence[int]
+) -> Tensor:
+    """Return the MLP of x [B, T, H], each row with neurons of its own.
+
+    weights  of gate, up and down
+    index    [sum of counts] int64  the neurons of all rows, one row after the other
+    counts   [B]                    how many each row has
+    """
+    first, up, down = weights
+    sets = index.split(list(counts))
+    rows = [
+        finish(gate(row, first, activation, own), row, up, down, own, True) for row, own in zip(x, sets, strict=True)
+    ]
+    return torch.stack(rows)
+
+
+def put(store: Tensor, rows: Tensor, slots: Tensor, values: Tensor) -> None:
+    """Write values [B, T, heads, D] to the slots [B, T] int64 of rows [B, 1] int64 of a store [R, S, heads, D]."""
+    store[rows, slots] = values
 
 
 def norm(x: Tensor, weight: Tensor, eps: float, form: NormForm) -> Tensor:

@@ -1,7 +1,7 @@
 """A pass on the CPU taken down operation by operation, to be run again without the Python between them.
 
-Every operation writes to the tensors that it wrote to at first, which are kept, and reads whatever those it read
-hold by then. Views are not made again: they are of the same memory. Neighbouring kernels of ours are one call.
+A replay reads and writes the memory that the operations used when they were recorded; the tensors are kept for that.
+Views are not made again: they are of the same memory. Neighbouring kernels of ours are one call.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,13 +28,13 @@ LOOKS = {Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.__dlpack__}
 class Tape(TorchDispatchMode):
     """What runs within `with Tape() as tape`, in this thread and outside of inference mode; `replay` runs it again.
 
-    steady  whether it can be: all tensors were plain, no number was taken out of one, and no shape depended on one
+    repeatable  whether it can be: all tensors were plain, no number was taken out of one, and no shape depended on one
     calls   what a replay calls, once the tape is off
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.steady = True
+        self.repeatable = True
         self.steps: list[Step] = []
         self.calls: list[Callable[[], object]] = []
 
@@ -51,13 +51,13 @@ class Tape(TorchDispatchMode):
         del self.watch  # it holds the tape, which is to go as soon as nobody else does
         record_to(self.before)
         steps, self.steps = self.steps, []
-        if raised[0] is None and self.steady:
+        if raised[0] is None and self.repeatable:
             self.calls = _calls(fused(steps))
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation of PyTorch's and take it down."""
         kwargs = kwargs or {}
-        self.steady &= set(types) <= set(PLAIN) and _is_stateless(operation, args)  # subclasses do as they like
+        self.repeatable &= set(types) <= set(PLAIN) and _is_stateless(operation, args)  # subclasses do as they like
         result = operation(*args, **kwargs)
         if not _makes_a_view(operation):
             self.steps.append(Operation(operation, args, kwargs, result))
@@ -81,7 +81,7 @@ class _Watch(TorchFunctionMode):
         self.tape = tape
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.tape.steady &= function not in LOOKS
+        self.tape.repeatable &= function not in LOOKS
         return function(*args, **(kwargs or {}))
 
 

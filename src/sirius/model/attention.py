@@ -1,19 +1,53 @@
-"""Attention over a slot cache, in the form in which transformers calls attention functions."""
+"""Attention over a slot cache: which attention modules call it, and in the form in which transformers calls it."""
 
+from copy import copy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 
-from sirius.errors import UnsupportedModelError
-from sirius.kernels.dispatch import attend
+from sirius.kernels import ops
+from sirius.model.adopt import Part, adopt, own_forward
+from sirius.model.prepared import Prepared
 
 NAME = "sirius"
 
 
 class MaskChanged(Exception):
     """A model's attention computes something of the mask that it is given, so no kernel of ours can stand for it."""
+
+
+class SlotAttention(Part):
+    """An attention module that in passes of ours finds our attention function in its configuration.
+
+    during  the configuration in such passes; the model's own object is never changed
+    """
+
+    during: PreTrainedConfig
+
+    @property
+    def config(self) -> Any:
+        """The model's configuration, or in a pass of ours a copy of it that names our attention."""
+        now = self.prepared.now()
+        return vars(self)["config"] if now is None or not now.attends else self.during
+
+    @config.setter
+    def config(self, value: Any) -> None:
+        vars(self)["config"] = value
+
+
+def adopt_attention(model: PreTrainedModel, prepared: Prepared) -> None:
+    """Make the attention modules of a model `SlotAttention`s, where transformers lets their function be chosen."""
+    config = model.config.get_text_config()
+    during = copy(config)
+    during._attn_implementation = NAME
+    if not getattr(model, "_supports_attention_backend", False):
+        return
+    for module in list(model.modules()):
+        ours = type(module).__name__.endswith("Attention") and vars(module).get("config") is config
+        if ours and not own_forward(module):
+            adopt(module, SlotAttention, prepared).during = during
 
 
 def slot_attention(
@@ -27,23 +61,17 @@ def slot_attention(
 ) -> tuple[Tensor, None]:
     """Return what tokens [B, heads, T, head_dim] see of the slots [B, kv_heads, S, head_dim], [B, T, heads, head_dim].
 
-    attention_mask  [B, 1, T, M] bool  which of the M slots after the held ones each token sees
-    held            [B] int64, of kwargs: slots that each row holds; all of them are seen
-    looks           of kwargs: the mask as it was before the model had it
+    Which slots each token sees is in the pass that runs; `attention_mask` must be the pass's mask [B, 1, T, M].
 
     Raises MaskChanged where the model made another mask of it, or has attention sinks.
     """
-    if "held" not in kwargs:
-        raise UnsupportedModelError(
-            f"attention {NAME!r} is that of sirius' own passes, and this is none: another thread decodes with this "
-            "model, or with one that shares its config object, and must be waited for; else set "
-            "config._attn_implementation to 'sdpa' again"
-        )
-    held, looks, softcap = kwargs["held"], kwargs["looks"], kwargs.get("softcap")
-    if attention_mask is None or kwargs.get("s_aux") is not None or not _is_same(attention_mask, looks):
+    now = module.prepared.now() if isinstance(module, SlotAttention) else None
+    assert now is not None, f"attention {NAME!r} is chosen in passes alone"
+    if attention_mask is None or kwargs.get("s_aux") is not None or not _is_same(attention_mask, now.mask[:, None]):
         raise MaskChanged
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return attend(query, key.transpose(1, 2), value.transpose(1, 2), held, attention_mask[:, 0], scale, softcap), None
+    slots = key.transpose(1, 2), value.transpose(1, 2)
+    return ops.attend(query, *slots, now.held, now.mask, scale, kwargs.get("softcap")), None
 
 
 def _is_same(mask: Tensor, given: Tensor) -> bool:

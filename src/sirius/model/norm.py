@@ -7,42 +7,40 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from sirius.kernels import dispatch, reference
+from sirius.kernels import ops, reference
 from sirius.kernels.launch import is_plain
 from sirius.kernels.reference import NormForm
+from sirius.model.adopt import Part, adopt, own_forward
+from sirius.model.prepared import Prepared
 
 FORMS = NormForm(0, True), NormForm(0, False), NormForm(1, False)
 EPSILON = ("variance_epsilon", "eps")  # what families call it
 
 
-class FastNorm:
-    """The forward of a norm by our kernel; the norm's own where that cannot take it."""
+class FastNorm(Part):
+    """A norm by our kernel, and by its own code where the kernel cannot take it.
 
-    def __init__(self, norm: nn.Module, form: NormForm) -> None:
-        self.norm, self.form = norm, form
+    form  how the norm's family rounds and shifts its weight
+    """
 
-    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Return the norm of x [..., H]; what else a norm may take is its own affair."""
-        weight = cast("Tensor", self.norm.weight)
-        if not args and not kwargs and dispatch.norms(x, weight):
-            return dispatch.norm(x, weight, _epsilon(self.norm), self.form)
-        return type(self.norm).forward(self.norm, x, *args, **kwargs)
+    form: NormForm
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Return the norm of x [..., H]; further arguments are for the norm's own code."""
+        if not args and not kwargs:
+            found = ops.norm(x, cast("Tensor", self.weight), _epsilon(self), self.form)
+            if found is not None:
+                return found
+        return super().forward(x, *args, **kwargs)
 
 
-def take_over(model: PreTrainedModel) -> None:
-    """Give every norm of a model on the CPU the forward of a `FastNorm`, if it computes what that does."""
+def adopt_norms(model: PreTrainedModel, prepared: Prepared) -> None:
+    """Make every norm of a model on the CPU a `FastNorm`, if our kernel computes the same."""
     if model.device.type != "cpu":
         return
-    for module in filter(_is_norm, model.modules()):
+    for module in [each for each in model.modules() if _is_norm(each)]:
         if (form := form_of(module)) is not None:
-            module.__dict__["forward"] = FastNorm(module, form)
-
-
-def give_back(model: PreTrainedModel) -> None:
-    """Give them back their own."""
-    for module in model.modules():
-        if isinstance(module.__dict__.get("forward"), FastNorm):
-            del module.__dict__["forward"]
+            adopt(module, FastNorm, prepared).form = form
 
 
 @torch.no_grad()
@@ -75,12 +73,13 @@ def form_of(norm: nn.Module) -> NormForm | None:
 def _is_norm(module: nn.Module) -> bool:
     weights = dict(module.named_parameters())
     return (
-        type(module).__name__.endswith("RMSNorm")
+        not isinstance(module, Part)
+        and type(module).__name__.endswith("RMSNorm")
         and list(weights) == ["weight"]
         and weights["weight"].ndim == 1
         and is_plain(weights["weight"])
         and isinstance(_epsilon(module), float)
-        and "forward" not in module.__dict__
+        and not own_forward(module)
     )
 
 

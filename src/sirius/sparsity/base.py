@@ -12,7 +12,7 @@ from torch.nn.functional import normalize
 
 from sirius.core import SparsityConfig
 from sirius.errors import ConfigError
-from sirius.kernels.dispatch import largest
+from sirius.kernels.ops import largest
 from sirius.stats import Touched
 
 ENTRY_POINTS = "sirius.sparsity"

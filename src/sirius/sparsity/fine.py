@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from sirius.core import SparsityConfig
-from sirius.kernels.dispatch import largest
+from sirius.kernels.ops import largest
 from sirius.sparsity.base import TokenSparsity, register
 
 

@@ -3,9 +3,8 @@ without the Python between them.
 """
 
 import logging
-import weakref
 from collections import Counter
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -26,7 +25,7 @@ SHAPES = 64  # of a draft step, checks of each size, for batches of each size: a
 
 Call = Callable[..., Tensor]
 Inputs = Mapping[str, Tensor]
-Replay = Callable[[Call, Inputs], Tensor]
+Replay = Callable[[], Tensor]
 Record = Callable[[Call, Inputs], tuple[Tensor, Replay | None]]  # the result of the pass that it took, None of no use
 
 
@@ -43,18 +42,21 @@ class _Recorded(NamedTuple):
     used: int
 
 
-class Passes:
-    """What was recorded, by key: all that decides which kernels a pass launches, and at which addresses.
+class RecordedPasses:
+    """The recorded passes by key: all that decides which kernels a pass launches, and at which addresses.
 
     Inputs are copied into buffers that stay where they are. A result may be written over by the next pass of any key.
+
+    record  what records a pass; None: each is run as it comes
     """
 
-    def __init__(self, record: Record | None, most: int) -> None:
-        """Take what records a pass, None to run each as it comes, and how many records to keep."""
-        self.record, self.most = record, most
+    def __init__(self, most: int) -> None:
+        """Keep up to `most` recorded passes."""
+        self.record: Record | None = None
+        self.most = most
         self.counts: Counter[Hashable] = Counter()
         self.recorded: dict[Hashable, _Recorded] = {}
-        self.unsteady: set[Hashable] = set()  # those that cannot be replayed
+        self.once: set[Hashable] = set()  # keys of passes that cannot be replayed
         self.now = 0  # passes so far
 
     def run(self, key: Hashable, calls: tuple[Call, Call], inputs: Inputs, alive: object = None) -> Tensor:
@@ -68,16 +70,16 @@ class Passes:
             record = self.recorded[key] = self.recorded.pop(key)._replace(used=self.now)  # the last to be dropped
             for name, buffer in record.buffers.items():
                 buffer.copy_(inputs[name])
-            return record.replay(calls[1], record.buffers)
+            return record.replay()
         self.counts[key] += 1
-        if self.record is None or self.counts[key] <= WARM or key in self.unsteady or self._busy():
+        if self.record is None or self.counts[key] <= WARM or key in self.once or self._busy():
             return calls[0](**inputs)
         return self._first(key, calls, inputs, alive)
 
     def begin(self) -> None:
         """Begin a session: what it does often is recorded, and what earlier ones did is there."""
         self.counts.clear()
-        self.unsteady.clear()
+        self.once.clear()
 
     def forget(self) -> None:
         """Drop what was recorded, as something in it has moved."""
@@ -105,7 +107,7 @@ class Passes:
                 self.forget()  # their memory may do for the pass itself
                 break
             if replay is None:
-                self.unsteady.add(key)
+                self.once.add(key)
                 return scores
             if len(self.recorded) >= self.most:
                 self.recorded.pop(next(iter(self.recorded)))
@@ -147,80 +149,45 @@ class GraphRecorder:
                 graph.capture_end()
         current.wait_stream(aside)
 
-        def replay(call: Call, buffers: Inputs) -> Tensor:
+        def replay() -> Tensor:
             graph.replay()
             return output
 
         return first, replay
 
 
-class TapeRecorder:
-    """Takes down passes of a few tokens on the CPU.
+def record_tape(call: Call, buffers: Inputs) -> tuple[Tensor, Replay | None]:
+    """Run a pass on the CPU and record it, which makes a replay call no module.
 
-    A replay calls no module. The pass itself is run where a hook waits for that, a module has got a forward of its
-    own or has made way for another one, or a weight lies elsewhere by now.
+    There is nothing to replay where the pass has many tokens, or depends on more than its inputs' addresses.
     """
+    if buffers["input_ids"].numel() > TAPED:
+        return call(**buffers), None
+    with Tape() as tape:
+        output = call(**buffers)
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.model = weakref.ref(model)
+    def replay() -> Tensor:
+        tape.replay()
+        return output
 
-    def __call__(self, call: Call, buffers: Inputs) -> tuple[Tensor, Replay | None]:
-        """Run a pass once; there is nothing to replay where it depends on more than its inputs' addresses."""
-        model = self.model()
-        if model is None or buffers["input_ids"].numel() > TAPED:
-            return call(**buffers), None
-        modules = list(model.modules())
-        hooks, parts = _hooks(modules), _Parts(modules)
-        before = parts.now()
-        if any(hooks):
-            return call(**buffers), None
-        with Tape() as tape:
-            output = call(**buffers)
-
-        def replay(call: Call, buffers: Inputs) -> Tensor:
-            if any(hooks) or parts.now() != before:
-                return call(**buffers)
-            tape.replay()
-            return output
-
-        return output, replay if tape.steady else None
+    return output, replay if tape.repeatable else None
 
 
 def hooked(model: nn.Module) -> bool:
-    """Tell whether any module of a model has hooks, which a graph would not call."""
-    return any(_hooks(list(model.modules())))
+    """Tell whether any module of a model has forward hooks, or all modules have, which a replay would not call."""
+    everywhere = _module._global_forward_hooks or _module._global_forward_pre_hooks
+    return bool(everywhere) or any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
 def state_of(model: nn.Module) -> list[object]:
-    """Return what a record of a model's passes depends on; it holds on to no module."""
-    return [hooked(model), *_Parts(list(model.modules())).now(), *(weight.dtype for weight in model.parameters())]
+    """Return what the recorded passes of a model depend on: its modules, their forwards, and where weights lie.
 
-
-def _hooks(modules: Sequence[nn.Module]) -> Sequence[Mapping[int, object]]:
-    """Return the hooks of modules and of all modules, which are kept in the same dictionaries for good."""
-    own = [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
-    return [_module._global_forward_hooks, _module._global_forward_pre_hooks, *own]
-
-
-class _Parts:
-    """The modules of a pass, and where to look for what it depends on, made once for a record: each replay asks."""
-
-    def __init__(self, modules: Sequence[nn.Module]) -> None:
-        self.modules, self.own = modules, [vars(module) for module in modules]
-        held = [each for module in modules for each in (module._parameters, module._buffers)]
-        children = [module._modules for module in modules]
-        self.children, self.weights = [each for each in children if each], [each for each in held if each]
-        self.empty = [each for each in [*children, *held] if not each]  # looked at faster
-
-    def now(self) -> list[object]:
-        """Return where weights lie, which modules are held and of which class, and forwards of their own.
-
-        The list itself holds on to no module.
-        """
-        children = [id(child) for held in self.children for child in held.values()]
-        forwards = [id(own["forward"]) for own in self.own if "forward" in own]
-        weights = [_place(each) for held in self.weights for each in held.values() if each is not None]
-        return [any(self.empty), *map(type, self.modules), *children, *forwards, *weights]
+    The list holds on to no module.
+    """
+    modules = list(model.modules())
+    kinds = [(id(module), type(module), id(vars(module).get("forward"))) for module in modules]
+    held = [each for module in modules for part in (module._parameters, module._buffers) for each in part.values()]
+    return [hooked(model), kinds, [(_place(each), each.dtype) for each in held if each is not None]]
 
 
 def _place(weight: Tensor) -> int:
@@ -230,12 +197,13 @@ def _place(weight: Tensor) -> int:
 
 def recorder(model: PreTrainedModel) -> Record | None:
     """Return what records a model's passes where it is, None where nothing does."""
-    if model.device.type == "cuda":
-        if not hooked(model):
-            return GraphRecorder(model.device)
+    on_gpu = model.device.type == "cuda"
+    if not on_gpu and (gpu.runs_on(model.device) or not cpu.runs_on(model.device, model.dtype)):
+        return None
+    if hooked(model):
         logging.getLogger("sirius").warning("this model has hooks, so that its passes are not recorded and run slower")
         return None
-    return TapeRecorder(model) if cpu.runs_on(model.device, model.dtype) and not gpu.runs_on(model.device) else None
+    return GraphRecorder(model.device) if on_gpu else record_tape
 
 
 def compile_model(model: PreTrainedModel) -> Callable[..., Any]:

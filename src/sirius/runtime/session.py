@@ -1,9 +1,10 @@
 """A prepared transformers model as the `LanguageModel` of a batch."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,48 +13,53 @@ from transformers import PreTrainedModel
 
 from sirius.core import Mode, Window
 from sirius.errors import RequestError, UnsupportedModelError
-from sirius.kernels.dispatch import alike
 from sirius.kernels.launch import is_plain
-from sirius.model import attention
-from sirius.model.cache import SlotCache
+from sirius.model.attention import MaskChanged
+from sirius.model.find import check_mode, dropouts
 from sirius.model.inputs import cache_argument
-from sirius.model.mask import chain_mask, tree_mask
-from sirius.model.mlp import Chosen, Observe, Route, SparseMLP, fixed_routes
-from sirius.model.passes import compile_model
-from sirius.model.prepare import check_mode, dropouts, rope_turn
-from sirius.model.workspace import borrow, drop_idle, keep_attention
+from sirius.model.limits import rope_turn
+from sirius.model.mlp import SparseMLP, check_layers
+from sirius.model.prepared import Pass, Prepared, Slots, prepared_of
+from sirius.runtime.cache import SlotCache
+from sirius.runtime.mask import chain_mask, tree_mask
+from sirius.runtime.neurons import Chosen, Observe, Route, fixed_routes
+from sirius.runtime.recorded import compile_model
+from sirius.runtime.workspace import borrow, drop_idle, keep_attention
 from sirius.shortage import ran_out
 from sirius.sparsity.base import PromptSparsity, Sparsity, TokenSparsity
 from sirius.stats import DENSE, Touched
 
 DEVICES = "cpu", "cuda"
-LOOKS = 64  # what tokens look at covers a multiple of so many slots, so that a draft's levels share a record
+WIDTH = 64  # masks are as wide as a multiple of so many slots, so that the levels of a draft share a recorded pass
 Forward = Callable[..., Any]
-Method = TypeVar("Method", bound=Callable[..., Any])
 MakeMethod = Callable[[], Sparsity | None]
 
 
-def _ordinary(method: Method) -> Method:
-    """Run a method without gradients, in the model's own dtype, and outside of inference mode.
+@contextmanager
+def ordinary() -> Iterator[None]:
+    """Run what is within without gradients, in the model's own dtype, and outside of inference mode.
 
     What is made in that mode could not be written to after it.
     """
-    narrow: list[Any] = [torch.autocast(device, enabled=False) for device in DEVICES]
-    run: Any = method
-    for context in torch.no_grad(), torch.inference_mode(False), *narrow:
-        run = context(run)
-    return run
+    with ExitStack() as stack:
+        for device in DEVICES:
+            stack.enter_context(torch.autocast(device, enabled=False))
+        stack.enter_context(torch.inference_mode(False))  # turns gradients on
+        stack.enter_context(torch.no_grad())
+        yield
 
 
 class Session:
     """One batch's cache and neurons; several sessions of a model may take turns, pass by pass.
 
-    A method per prompt is made for each row; one per token serves all rows. A pass sets the routes of MLPs and the
-    attention, and takes them back. So two threads must not use it at once (`Batch` holds the model's lock), nor models
-    that share a config object.
+    A method per prompt is made for each row; one per token serves all rows. Whoever calls a session holds the model's
+    lock and is within `ordinary()`, as `Batch` does at each step. The model must not be altered while rows are open.
+
+    records  whether passes are recorded where they can be
     """
 
-    @_ordinary
+    records = True
+
     def __init__(
         self, model: PreTrainedModel, mlps: list[SparseMLP], make: MakeMethod = lambda: None, compiled: bool = False
     ) -> None:
@@ -62,8 +68,9 @@ class Session:
         compiled  passes that are recorded are compiled first
         """
         self.model, self.mlps, self.make = model, mlps, make
-        self.place = model.dtype, model.device  # of its weights, of the cache and of records
-        self.dropouts = dropouts(model)
+        self.prepared = prepared_of(model)
+        self.version = self.prepared.version
+        self.place = model.dtype, model.device  # of its weights, of the cache and of recorded passes
         self.forward = compile_model(model) if compiled else model
         self.cache_argument = cache_argument(model)
         self.shared = make()
@@ -73,9 +80,6 @@ class Session:
         self.dense: list[Route | None] = [None] * len(mlps)
         self.methods: list[Sparsity | None] = []  # one for each row
         self.drafts = self._routes_per_token()
-        self.seen: dict[int, Tensor] = {}  # z of the last check, [B, T, F] a layer, while the method is refreshed
-        self.refreshing = self.shared is not None and self.shared.config.refresh > 0
-        self.rewound = False  # until what was taken back is kept again
 
     @property
     def cache(self) -> SlotCache:
@@ -93,8 +97,8 @@ class Session:
         return self.model.device
 
     @property
-    def alike(self) -> bool:
-        """Whether what a token is given does not depend on how many tokens share its pass.
+    def invariant(self) -> bool:
+        """Whether a token's scores do not depend on how many tokens share its pass.
 
         On the CPU our kernels give the same bits. PyTorch's products, of weights that are no plain tensors too, round
         in another order, which shows in 16 bits. A GPU's do so in any dtype.
@@ -104,12 +108,10 @@ class Session:
         wide = self.model.dtype in (torch.float32, torch.float64)
         return wide or (self.space.attends and is_plain(*self.model.parameters()))
 
-    @_ordinary
     def reserve(self, rows: int, slots: int) -> None:
         """Make room for rows and slots to come, between passes; what is held stays, and is moved where it grows."""
         self.space.reserve(rows, slots)
 
-    @_ordinary
     def release(self) -> None:
         """Give back what memory can be had: of idle workspaces and records, and of the cache where no row is open."""
         drop_idle(self.model)
@@ -119,7 +121,6 @@ class Session:
             self.space.release()
             self._rows_changed()
 
-    @_ordinary
     def open(self, prompt: Tensor, slots: int) -> Tensor:
         """Read prompt [P] int64 into a new row of `slots` slots, the sparsity method looking on.
 
@@ -129,62 +130,78 @@ class Session:
         self._check_model()
         row, length = len(self.methods), len(prompt)
         self._check_beside(row, length)
+        self.space.look_at(self.model)
         self.space.reserve(row + 1, slots)
         method = self._method_of_row()
-        at = torch.arange(length)[None]
-        self.cache.place(at, first=row)
-        placed = self.cache.table.placed
-        mask = chain_mask(placed, length, self.mask_dtype)
-        with self._routed(self._observing(method)):
-            inputs = {"input_ids": prompt[None].to(self.device), "position_ids": placed}
-            scores = self._scores(self.model, mask, inputs, last=1)
+        at = self.cache.place(torch.arange(length)[None], first=row)
+        mask = chain_mask(at.places, length, self.mask_dtype)
+        held = torch.zeros(1, dtype=torch.int64, device=self.device)
+        likely = torch.ones(1, length, device=self.device)
+        now = Pass(self._observing(method), at, mask, held, likely, attends=False, invariant=False)
+        inputs = {"input_ids": prompt[None].to(self.device), "position_ids": at.places}
+        scores = _scores(self.model, self.prepared, self._cache_arguments(), now, inputs, last=1)
         self.cache.advance(row, length)
         self.methods.append(method)
         self._rows_changed()
         return scores[0, 0]
 
-    @_ordinary
     def read(self, tokens: Tensor, mode: Mode, window: Window) -> Tensor:
         """Feed tokens [B, T] int64, a line for each row, to the places of a window; return scores [B, T, V].
 
         Scores are float32, or float64 of a float64 model; a later pass may write over them. What the rows hold stays as
         it is.
         """
-        self._check_model()
+        self._check_place()
         rows, count = tokens.shape
         lengths = self.cache.lengths[:rows]
-        self.cache.place(lengths[:, None] + window.first + torch.arange(count))
-        before = self.cache.copy(window.fixed) if window.fixed else []
+        slots = self.cache.place(lengths[:, None] + window.first + torch.arange(count))
+        before = self.cache.copy(slots, window.fixed) if window.fixed else []
         try:
-            return self._try(tokens, mode, lengths, window)
+            return self._try(tokens, mode, slots, window)
         finally:
             if window.fixed:
-                self.cache.paste(window.fixed, before)
+                self.cache.paste(slots, window.fixed, before)
 
-    def _run(self, tokens: Tensor, mode: Mode, lengths: Tensor, window: Window) -> Tensor:
+    def _run(self, tokens: Tensor, mode: Mode, slots: Slots, window: Window) -> Tensor:
         """Run a pass, or replay it where it was recorded."""
-        routes, inputs = self._routes(mode, window.apart), self._inputs(tokens, lengths, window)
-        call = partial(self._read, self.model, routes)
-        if self.refreshing:
-            return call(**inputs)
-        calls = call, call if self.forward is self.model else partial(self._read, self.forward, routes)
+        now = self._pass(mode, slots, window)
+        inputs = {"input_ids": tokens.to(self.device), "position_ids": now.held[:, None] + window.depths}
+        tensors = {"places": now.slots.places, "mask": now.mask, "held": now.held, "branches": now.branches}
+        cache = self._cache_arguments()
+        model, compiled = (partial(_read, each, self.prepared, cache, now) for each in (self.model, self.forward))
+        if not self.records:
+            return model(**inputs, **tensors)
         apart = window.apart and isinstance(self.shared, TokenSparsity)
-        key = mode, inputs["looks"].shape, apart, torch.get_num_threads()
-        return self.space.passes.run(key, calls, inputs, alive=routes)
+        key = mode, now.mask.shape, apart, torch.get_num_threads()
+        calls = model, model if self.forward is self.model else compiled
+        return self.space.passes.run(key, calls, {**inputs, **tensors}, alive=now.routes)
 
-    def _try(self, tokens: Tensor, mode: Mode, lengths: Tensor, window: Window) -> Tensor:
+    def _pass(self, mode: Mode, slots: Slots, window: Window) -> Pass:
+        """Return what a pass does whose tokens stand at the places of a window."""
+        table, attends = self.cache.table, self.space.attends
+        held = table.lengths[: len(slots.places)].to(table.device, non_blocking=True)
+        if attends:
+            mask, slots = pad(window.seen, (0, -window.seen.shape[2] % WIDTH)), slots._replace(visible=table.slots)
+        else:
+            mask = tree_mask(held, window.seen, slots.visible, self.mask_dtype)
+        return Pass(self._routes(mode, window.apart), slots, mask, held, window.weights, attends, invariant=True)
+
+    def _cache_arguments(self) -> dict[str, Any]:
+        return {self.cache_argument: self.cache, "use_cache": True}
+
+    def _try(self, tokens: Tensor, mode: Mode, slots: Slots, window: Window) -> Tensor:
         """Run a pass; where our attention turns out not to stand for the model's, the model's own runs from then on.
 
         A model that computes something of the mask may also fail of a mask in our form, which its first pass shows.
         """
         try:
-            scores = self._run(tokens, mode, lengths, window)
-        except (attention.MaskChanged, RuntimeError, IndexError) as error:
-            known = self.space.tried and not isinstance(error, attention.MaskChanged)
+            scores = self._run(tokens, mode, slots, window)
+        except (MaskChanged, RuntimeError, IndexError) as error:
+            known = self.space.tried and not isinstance(error, MaskChanged)
             if known or ran_out(error) or not self.space.attends:
                 raise
             self.space.attends = False
-            scores = self._run(tokens, mode, lengths, window)
+            scores = self._run(tokens, mode, slots, window)
             keep_attention(self.model)
             self.space.passes.forget()
             self.space.passes.record = None
@@ -192,10 +209,20 @@ class Session:
         return scores
 
     def _check_model(self) -> None:
-        """Raise UnsupportedModelError where the model is no longer what it was, or drops something at random."""
-        if not all(isinstance(mlp, SparseMLP) for mlp in self.mlps):
+        """Raise UnsupportedModelError where the model has been altered so that texts would differ; asked for each text.
+
+        It must have no dropout, and its MLPs' layers and activations must be no more than their weights and formula.
+        """
+        self._check_place()
+        check_mode(dropouts(self.model))
+        paths = {mlp: path for path, mlp in self.model.named_modules() if isinstance(mlp, SparseMLP)}
+        for mlp, path in paths.items():
+            check_layers(path, mlp, mlp.roles)
+
+    def _check_place(self) -> None:
+        """Raise UnsupportedModelError where the model was restored, converted or moved in the midst of a text."""
+        if self.version != self.prepared.version and not all(isinstance(mlp, SparseMLP) for mlp in self.mlps):
             raise UnsupportedModelError("the model was restored in the midst of a text; begin the text anew")
-        check_mode(self.dropouts)
         if (now := (self.model.dtype, self.model.device)) != self.place:
             before, after = (f"{dtype} on {device}" for dtype, device in (self.place, now))
             raise UnsupportedModelError(
@@ -211,64 +238,15 @@ class Session:
                 "this model's positions are scaled anew (longrope, dynamic); put it into a batch of its own"
             )
 
-    def _inputs(self, tokens: Tensor, lengths: Tensor, window: Window) -> dict[str, Tensor]:
-        """Return the tensors that a pass depends on, on the device.
-
-        looks  what its tokens look at: [B, T, M] of the M slots after the held ones for a kernel of ours, or a mask
-        """
-        table = self.cache.table
-        held = lengths.to(table.device, non_blocking=True)
-        if self.space.attends:
-            padding = -window.seen.shape[2] % LOOKS
-            looks = pad(window.seen, (0, padding))
-        else:
-            looks = tree_mask(held, window.seen, table.visible, self.mask_dtype)
-        return {
-            "input_ids": tokens.to(table.device),
-            "position_ids": held[:, None] + window.depths,
-            "placed": table.placed,
-            "held": held,
-            "looks": looks,
-            "weights": window.weights,
-        }
-
-    def _read(
-        self, forward: Forward, routes: list[Route | None], placed: Tensor, weights: Tensor, **looked: Tensor
-    ) -> Tensor:
-        table = self.cache.table
-        table.placed, self.space.tally.weights = placed, weights
-        held, mask = looked.pop("held"), looked.pop("looks")
-        if not self.space.attends:
-            with self._routed(routes), alike():
-                return self._scores(forward, mask, looked)
-        table.visible = table.slots
-        with self._routed(routes), self._attending(), alike():
-            mask = mask[:, None]
-            return self._scores(forward, mask, {**looked, "held": held, "looks": mask})
-
-    @_ordinary
     def keep(self, path: Tensor, counts: Tensor) -> None:
         """Let each row hold the first counts[b] [B] of the places path[b] [B, n] int64 after what it holds already."""
         self.cache.keep(path, counts)
-        if self.rewound:  # the statistic has these tokens already
-            self.rewound, self.seen = False, {}
-        if not self.seen:
-            return
-        for row, (method, places) in enumerate(zip(self.methods, path, strict=True)):
-            kept = places[: int(counts[row])]
-            if isinstance(method, PromptSparsity) and len(kept):
-                for layer, z in self.seen.items():
-                    method.refresh(layer, z[row, kept.to(z.device)])
-        self.seen, self.drafts = {}, None
 
-    @_ordinary
     def rewind(self, count: int) -> None:
         """Let each row hold `count` tokens less, which stand at places 0 .. count - 1 then, for `keep` to take back."""
-        self.rewound = True
         for row, length in enumerate(self.cache.lengths[: len(self.methods)].tolist()):
             self.cache.truncate(row, length - count)
 
-    @_ordinary
     def close(self, row: int) -> None:
         """Drop a row and free its slots; the last row takes its number."""
         self.cache.move(len(self.methods) - 1, row)
@@ -291,21 +269,8 @@ class Session:
             return method.touched(self.space.tally.share(row))
         return method.touched() if isinstance(method, PromptSparsity) else DENSE
 
-    def _scores(self, forward: Forward, mask: Tensor, inputs: dict[str, Tensor], last: int = 0) -> Tensor:
-        kept = {self.cache_argument: self.cache, "use_cache": True}
-        scores = forward(**inputs, **kept, attention_mask=mask, logits_to_keep=last).logits
-        return scores if scores.dtype == torch.float64 else scores.float()
-
     def _method_of_row(self) -> Sparsity | None:
         return self.make() if isinstance(self.shared, PromptSparsity) else self.shared
-
-    def _watching(self) -> list[Route | None]:
-        """Return the routes of a check of which `keep` will show the kept tokens to their methods."""
-
-        def show(layer: int, z: Tensor) -> None:
-            self.seen[layer] = z
-
-        return [Observe(partial(show, layer)) for layer in range(len(self.mlps))]
 
     def _observing(self, method: Sparsity | None) -> list[Route | None]:
         """Return the routes of a prompt's pass: dense, with a prompt method looking on."""
@@ -319,7 +284,7 @@ class Session:
 
     def _routes(self, mode: Mode, apart: bool = False) -> list[Route | None]:
         if mode is Mode.DENSE:
-            return self._watching() if self.refreshing else self.dense
+            return self.dense
         if apart and isinstance(self.shared, TokenSparsity):
             return [Chosen(self.shared, layer, None) for layer in range(len(self.mlps))]
         if self.drafts is None:
@@ -341,24 +306,19 @@ class Session:
             return self.dense
         return [Chosen(token, layer, self.space.tally) for layer in range(len(self.mlps))]
 
-    @contextmanager
-    def _routed(self, routes: list[Route | None]) -> Iterator[None]:
-        """Set every MLP's route for one pass, so that between passes the model is the ordinary one."""
-        try:
-            for mlp, route in zip(self.mlps, routes, strict=True):
-                mlp.route = route
-            yield
-        finally:
-            for mlp in self.mlps:
-                mlp.route = None
 
-    @contextmanager
-    def _attending(self) -> Iterator[None]:
-        """Have attention read the slots by our kernel for one pass."""
-        config = self.model.config.get_text_config()
-        before = config._attn_implementation
-        try:
-            config._attn_implementation = attention.NAME
-            yield
-        finally:
-            config._attn_implementation = before
+def _read(forward: Forward, prepared: Prepared, cache: dict[str, Any], now: Pass, **tensors: Tensor) -> Tensor:
+    """Return the scores of a pass whose tensors are these; it knows no session, so that a recorded one keeps none."""
+    slots = now.slots._replace(places=tensors.pop("places"))
+    own = {name: tensors.pop(name) for name in ("mask", "held", "branches")}
+    return _scores(forward, prepared, cache, replace(now, slots=slots, **own), tensors)
+
+
+def _scores(
+    forward: Forward, prepared: Prepared, cache: dict[str, Any], now: Pass, inputs: dict[str, Tensor], last: int = 0
+) -> Tensor:
+    """Run a pass and return its scores [B, T, V], or those of the `last` tokens: float32, float64 of such a model."""
+    mask = now.mask[:, None] if now.attends else now.mask
+    with prepared.running(now):
+        scores = forward(**inputs, **cache, attention_mask=mask, logits_to_keep=last).logits
+    return scores if scores.dtype == torch.float64 else scores.float()

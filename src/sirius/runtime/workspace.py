@@ -3,17 +3,19 @@
 import logging
 import weakref
 from collections.abc import Hashable
-from threading import RLock
 
 import torch
 from transformers import PreTrainedModel
 
 from sirius.errors import ConfigError
 from sirius.kernels import gpu
-from sirius.kernels.dispatch import attends
-from sirius.model.cache import SlotCache
-from sirius.model.mlp import Route, Tally, renewed
-from sirius.model.passes import Passes, recorder, state_of
+from sirius.kernels.ops import attends
+from sirius.model.adopt import parts_of
+from sirius.model.attention import SlotAttention
+from sirius.model.prepared import Prepared, prepared_of
+from sirius.runtime.cache import SlotCache
+from sirius.runtime.neurons import Route, Tally, overwrite
+from sirius.runtime.recorded import RecordedPasses, recorder, state_of
 
 STEP = 1024  # slots are reserved in steps of so many where records outlive a session: they end where the slots move
 IDLE = 4  # workspaces kept of a model; each has memory for keys and values
@@ -25,23 +27,32 @@ class Workspace:
 
     attends  whether attention reads the slots by a kernel of ours; only then are passes recorded
     tried    whether a pass has shown that it can
-    stays    whether its records outlive a session
-    state    the model's when the workspace was made: records know no other
-    drafts   the routes of the draft with fixed neurons, by the number of rows, as records are
+    reused   whether its recorded passes outlive a session
+    state    the model's, of which passes are recorded
+    drafts   the routes of the draft with fixed neurons, by the number of rows, as passes are recorded
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.layers, self.device = model.config.get_text_config().num_hidden_layers, model.device
+        self.prepared = prepared_of(model)
         self.attends, self.tried = attends_to(model), False
-        self.stays = self.attends and stays_on(model.device)
-        self.state = state_of(model)
-        self.passes = Passes(recorder(model) if self.attends else None, GRAPHS if self.stays else TAPES)
+        self.reused = self.attends and reused_on(model.device)
+        self.passes = RecordedPasses(GRAPHS if self.reused else TAPES)
+        self.state: list[object] = []
+        self.look_at(model)
         self.release()
+
+    def look_at(self, model: PreTrainedModel) -> None:
+        """Forget the recorded passes where the model has been altered since they were."""
+        if (now := state_of(model)) != self.state:
+            self.state = now
+            self.passes.forget()
+            self.passes.record = recorder(model) if self.attends else None
 
     def release(self) -> None:
         """Let go of all memory."""
         self.passes.forget()
-        self.cache = SlotCache(self.layers, 0, 0, self.device)
+        self.cache = SlotCache(self.layers, 0, 0, self.device, self.prepared)
         self.tally = Tally(0, self.device)
         self.drafts: dict[int, list[Route | None]] = {}
 
@@ -57,33 +68,21 @@ class Workspace:
         if rows <= table.rows and slots <= table.slots:
             return
         self.passes.forget()
-        self.cache.reserve(rows, -(-slots // STEP) * STEP if self.stays else slots)
+        self.cache.reserve(rows, -(-slots // STEP) * STEP if self.reused else slots)
         self.tally.reserve(table.rows)
 
     def renew(self, drafts: list[Route | None], rows: int) -> list[Route | None]:
         """Take the routes of rows' newly chosen neurons, into the memory of as many rows' last ones where they fit."""
         last = self.drafts.setdefault(rows, drafts)
-        if last is not drafts and not (len(last) == len(drafts) and all(map(renewed, last, drafts))):
+        if last is not drafts and not (len(last) == len(drafts) and all(map(overwrite, last, drafts))):
             self.drafts[rows] = drafts
             self.passes.forget()
         return self.drafts[rows]
 
 
-_locks: "weakref.WeakKeyDictionary[PreTrainedModel, RLock]" = weakref.WeakKeyDictionary()
-_idle: "weakref.WeakKeyDictionary[PreTrainedModel, dict[Hashable, Workspace]]" = weakref.WeakKeyDictionary()
-
-
-_with_own: "weakref.WeakSet[PreTrainedModel]" = weakref.WeakSet()  # models that keep their attention
-
-
-def lock_of(model: PreTrainedModel) -> "RLock":
-    """Return the lock of a model: whoever prepares it, or runs a pass of a session, holds it meanwhile."""
-    return _locks.setdefault(model, RLock())
-
-
 def keep_attention(model: PreTrainedModel) -> None:
     """Let a model's own attention run from now on, and say so."""
-    _with_own.add(model)
+    prepared_of(model).own_attention = True
     logging.getLogger("sirius").warning(
         "the attention of this %s computes something of its mask, so its own code runs, slower than ours",
         model.config.model_type,
@@ -92,16 +91,17 @@ def keep_attention(model: PreTrainedModel) -> None:
 
 def attends_to(model: PreTrainedModel) -> bool:
     """Tell whether a kernel of ours can take a model's attention, which then has nothing of its own about it."""
-    if not attends(model.device, model.dtype) or not getattr(model, "_supports_attention_backend", False):
+    config = model.config.get_text_config()
+    if not attends(model.device, model.dtype) or prepared_of(model).own_attention:
         return False
-    if model in _with_own:
+    if len(list(parts_of(model, SlotAttention))) != config.num_hidden_layers:
         return False
-    narrower = getattr(model.config.get_text_config(), "v_head_dim", None) is not None
+    narrower = getattr(config, "v_head_dim", None) is not None
     return not narrower and not any("sink" in name for name, _ in model.named_parameters())
 
 
-def stays_on(device: torch.device) -> bool:
-    """Tell whether records on a device are kept for the next session: on a GPU, where they take long to make."""
+def reused_on(device: torch.device) -> bool:
+    """Tell whether recorded passes are kept for the next session: on a GPU, where they take long to make."""
     return gpu.runs_on(device)
 
 
@@ -119,25 +119,25 @@ def borrow(session: object, model: PreTrainedModel, key: tuple[Hashable, bool]) 
 
     key  what decides the draft's routes, and whether passes are compiled
     """
-    space = _idle.get(model, {}).pop(key, None)
+    kept = prepared_of(model)
+    space = kept.idle.pop(key, None)
     if space is None or space.state != state_of(model):
         space = Workspace(model)
     space.begin()
-    if space.stays:
-        weakref.finalize(session, _give_back, weakref.ref(model), key, space).atexit = False
+    if space.reused:
+        weakref.finalize(session, _give_back, kept, key, space).atexit = False
     return space
 
 
 def drop_idle(model: PreTrainedModel) -> None:
     """Free the memory of idle workspaces."""
-    _idle.pop(model, None)
+    prepared_of(model).idle.clear()
 
 
-def _give_back(of: "weakref.ref[PreTrainedModel]", key: Hashable, space: Workspace) -> None:
+def _give_back(kept: Prepared, key: Hashable, space: Workspace) -> None:
     """Keep a workspace; nothing is done to its tensors, as a finalizer may come in the midst of anything."""
-    if (model := of()) is None or not space.cache.table.rows:
+    if not space.cache.table.rows:
         return
-    kept = _idle.setdefault(model, {})
-    kept[key] = space
-    if len(kept) > IDLE:
-        kept.pop(next(iter(kept)))
+    kept.idle[key] = space
+    if len(kept.idle) > IDLE:
+        kept.idle.pop(next(iter(kept.idle)))

@@ -3,9 +3,9 @@
     row 0   [0 ............ length[0])  held      [length[0] ....... slots)  free, may be written at any time
     row 1   [0 ...... length[1])  held      [length[1] ............. slots)  free
 
-A pass says first which slots its tokens go to (`place`), then transformers' attention layers write them (`update`) and
-see every slot below `visible`; the mask says which of those each token may look at. A pass takes a run of neighbouring
-rows, so that what attention sees is a view and no copy.
+`place` checks which slots the tokens of a pass go to, and the pass carries them. In it transformers' attention layers
+write those slots (`update`) and are handed every slot below `visible`; the mask says which of them each token sees. A
+pass takes a run of neighbouring rows, so that attention is handed a view and no copy.
 """
 
 from contextlib import suppress
@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from sirius.kernels import ops
+from sirius.model.prepared import Prepared, Slots
 from sirius.shortage import SHORTAGE
 
 
@@ -36,14 +38,13 @@ class SlotLayer(CacheLayerMixin):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
-        """Write states [B, heads, T, head_dim] to the placed slots; return all visible ones in the same layout."""
+        """Write states [B, heads, T, head_dim] to the slots of the pass at hand; return all visible ones like that."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        table = self.table
-        seen = []
+        slots, seen = self.table.slots_now(), []
         for store, states in zip(self.stores, (key_states, value_states), strict=True):
-            store[table.row_index, table.placed] = states.transpose(1, 2)
-            seen.append(store[table.first : table.first + len(states), : table.visible].transpose(1, 2))
+            ops.put(store, slots.rows, slots.places, states.transpose(1, 2))
+            seen.append(store[slots.first : slots.first + len(states), : slots.visible].transpose(1, 2))
         return seen[0], seen[1]
 
     @property
@@ -73,7 +74,7 @@ class SlotLayer(CacheLayerMixin):
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Return how many slots a pass sees, and the first of them."""
-        return self.table.visible, 0
+        return self.table.slots_now().visible, 0
 
     def get_seq_length(self) -> int:
         """Return the length of the longest row."""
@@ -85,30 +86,30 @@ class SlotLayer(CacheLayerMixin):
 
 
 class SlotTable:
-    """Which slots the running pass writes, shared by all layers.
+    """How many slots each row has filled, shared by all layers.
 
     lengths    [B] int64     filled slots of each row, on the host
-    first      the first of the pass's rows
-    placed     [b, T] int64  where the running pass writes, on the model's device
-    row_index  [b, 1] int64  the rows it writes to, there too
-    visible    slots of each row handed to attention
+    every_row  [B, 1] int64  the numbers of the rows, on the model's device
     """
 
-    def __init__(self, rows: int, slots: int, device: torch.device) -> None:
-        self.rows, self.slots, self.device = rows, slots, device
+    def __init__(self, rows: int, slots: int, device: torch.device, prepared: Prepared) -> None:
+        self.rows, self.slots, self.device, self.prepared = rows, slots, device, prepared
         self.lengths = torch.zeros(rows, dtype=torch.int64)
-        self.first = 0
         self.every_row = torch.arange(rows, device=device)[:, None]
-        self.row_index = self.every_row
-        self.placed = torch.empty(rows, 0, dtype=torch.int64, device=device)
-        self.visible = 0
+
+    def slots_now(self) -> Slots:
+        """Return where the pass at hand writes."""
+        now = self.prepared.now()
+        assert now is not None, "this cache is written in passes of a session alone"
+        return now.slots
 
 
 class SlotCache(Cache):
     """A static cache in transformers' shape whose rows advance, go back and are rewritten each on their own."""
 
-    def __init__(self, layers: int, rows: int, slots: int, device: torch.device) -> None:
-        self.table = SlotTable(rows, slots, device)
+    def __init__(self, layers: int, rows: int, slots: int, device: torch.device, prepared: Prepared) -> None:
+        """Open a cache whose passes run on the model of `prepared`."""
+        self.table = SlotTable(rows, slots, device, prepared)
         self.slot_layers = [SlotLayer(self.table) for _ in range(layers)]
         super().__init__(layers=list(self.slot_layers))
 
@@ -134,18 +135,19 @@ class SlotCache(Cache):
         table.rows, table.slots = rows, slots
         table.every_row = torch.arange(rows, device=table.device)[:, None]
 
-    def place(self, slots: Tensor, first: int = 0) -> None:
-        """Say where the next pass writes, slots [b, T] int64 of rows first .. first + b; lengths stay as they are."""
+    def place(self, slots: Tensor, first: int = 0) -> Slots:
+        """Return the slots [b, T] int64 of rows first .. first + b for a pass to write; lengths stay as they are.
+
+        Raises ValueError where there are no such rows or slots.
+        """
         table = self.table
         last = first + slots.shape[0]
         if last > table.rows or slots.numel() == 0:
             raise ValueError(f"slots must be [rows, T] of rows {first}..{table.rows}; got {list(slots.shape)}")
         if int(slots.min()) < 0 or int(slots.max()) >= table.slots:
             raise ValueError(f"slots {int(slots.min())}..{int(slots.max())} do not fit a cache of {table.slots}")
-        table.first = first
-        table.row_index = table.every_row[first:last]
-        table.placed = slots.to(table.device, non_blocking=True)
-        table.visible = int(torch.maximum(table.lengths[first:last].max(), slots.max() + 1))
+        visible = int(torch.maximum(table.lengths[first:last].max(), slots.max() + 1))
+        return Slots(table.every_row[first:last], slots.to(table.device, non_blocking=True), first, visible)
 
     def clear(self) -> None:
         """Let every row hold nothing."""
@@ -202,15 +204,16 @@ class SlotCache(Cache):
         self.lengths[target] = length
         self.lengths[source] = 0
 
-    def copy(self, first: int) -> list[Tensor]:
-        """Return a copy of the first placed slots of the pass at hand, of every layer's keys and values."""
-        return [store[self._at(first)].clone() for layer in self.slot_layers for store in layer.stores]
+    def copy(self, slots: Slots, count: int) -> list[Tensor]:
+        """Return a copy of the first `count` slots of each row of a pass, of every layer's keys and values."""
+        at = slots.rows, slots.places[:, :count]
+        return [store[at].clone() for layer in self.slot_layers for store in layer.stores]
 
-    def paste(self, first: int, copies: list[Tensor]) -> None:
+    def paste(self, slots: Slots, count: int, copies: list[Tensor]) -> None:
         """Write back what `copy` returned."""
         stores = (store for layer in self.slot_layers for store in layer.stores)
         for store, copied in zip(stores, copies, strict=True):
-            store[self._at(first)] = copied
+            store[slots.rows, slots.places[:, :count]] = copied
 
     def check_integrity(self) -> None:
         """Raise AssertionError where the book-keeping and the stored tensors disagree."""
@@ -223,9 +226,6 @@ class SlotCache(Cache):
                 assert room, f"layer {index} holds {list(store.shape)}"
                 for row, length in enumerate(table.lengths.tolist()):
                     assert bool(store[row, :length].isfinite().all()), f"layer {index}, row {row} holds no numbers"
-
-    def _at(self, first: int) -> tuple[Tensor, Tensor]:
-        return self.table.row_index, self.table.placed[:, :first]
 
     def _set(self, row: int, length: int, at_least: int, at_most: int) -> None:
         if not at_least <= length <= at_most:

@@ -1,0 +1,303 @@
+"""The table of operations: what defines each one, the kernels that compute it faster, and when each kernel runs.
+
+`reference` defines an operation in plain PyTorch. Every function here has the reference's arguments; it runs the kernel
+that `TABLE` names for the tensors at hand, or the reference. docs/adding-a-kernel.md tells how to add an operation.
+
+A weight is a matrix with its bias: `Weight`. With `invariant`, a token's result has the same bits however many tokens
+are computed together (batch-invariant) where there are kernels of ours; PyTorch's products of many tokens are not used.
+"""
+
+from collections.abc import Callable, Sequence
+from math import prod
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sirius.kernels import attention, cpu, gpu, reference
+from sirius.kernels.activations import Activation, activation_name
+from sirius.kernels.launch import is_plain
+from sirius.kernels.reference import NormForm, Weight
+
+MANY = 64  # tokens from which PyTorch's product is the faster one, where the CPU has instructions for the dtype
+LONG = 8  # tokens of a row from which PyTorch's product is as fast, where rows have neurons of their own
+FEW = 16  # tokens up to which a kernel of ours reads a whole weight on a GPU as fast as memory allows
+
+
+class Asked(NamedTuple):
+    """What the choice of a kernel depends on.
+
+    inputs     the operation's inputs [..., H] or [..., F]
+    weights    the weights, [F, H] each
+    rows       [k] int64, the rows of the weights that are asked for; None: all
+    invariant  whether a token's result may not depend on how many tokens there are
+    activation which activation is part of the operation, if any
+    """
+
+    inputs: Sequence[Tensor]
+    weights: Sequence[Weight] = ()
+    rows: Tensor | None = None
+    invariant: bool = False
+    activation: Activation | None = None
+
+    @property
+    def tokens(self) -> int:
+        """The number of tokens."""
+        return prod(self.inputs[0].shape[:-1])
+
+    @property
+    def learns(self) -> bool:
+        """Whether a gradient is wanted, which kernels do not give."""
+        tensors = [*self.inputs, *(each for weight in self.weights for each in weight)]
+        return torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in tensors)
+
+    @property
+    def one_shape(self) -> bool:
+        """Whether all weights have one shape."""
+        return len({weight.shape for weight, _ in self.weights}) == 1
+
+
+class Kernel(NamedTuple):
+    """Where the kernel of an operation is, a function of the operation's name, and when it computes the operation."""
+
+    module: ModuleType
+    when: Callable[[Asked], bool]
+
+
+def _all_fit(asked: Asked, fits: Callable[[Tensor, Tensor], bool]) -> bool:
+    pairs = all(fits(x, weight) for x in asked.inputs for weight, _ in asked.weights)
+    return pairs and all(is_plain(bias) for _, bias in asked.weights) and not asked.learns
+
+
+def _cpu_product(asked: Asked) -> bool:
+    """Products on the CPU: few tokens, some rows, or a dtype that PyTorch multiplies slowly here."""
+    weight = asked.weights[0][0]
+    slow = weight.dtype is not torch.float32 and not cpu.multiplies_halves()
+    ours = asked.tokens < MANY or slow or asked.rows is not None or asked.invariant
+    return ours and _all_fit(asked, cpu.fits) and not gpu.runs_on(weight.device)
+
+
+def _cpu_activated(asked: Asked) -> bool:
+    return asked.activation is not None and activation_name(asked.activation) in cpu.ACTIVATIONS and _cpu_product(asked)
+
+
+def _gpu_rows(asked: Asked) -> bool:
+    """Products with some rows on a GPU, which are read where they lie."""
+    return asked.rows is not None and _all_fit(asked, gpu.fits)
+
+
+def _gpu_glu(asked: Asked) -> bool:
+    return _is_named(asked) and _gpu_rows(asked)
+
+
+def _gpu_gate(asked: Asked) -> bool:
+    return _is_named(asked) and asked.rows is None and asked.tokens <= FEW and _all_fit(asked, gpu.fits)
+
+
+def _is_named(asked: Asked) -> bool:
+    return asked.activation is not None and activation_name(asked.activation) is not None
+
+
+def _cpu_finish(asked: Asked) -> bool:
+    return asked.one_shape and _cpu_product(asked)
+
+
+def _cpu_sets(asked: Asked) -> bool:
+    return asked.one_shape and asked.inputs[0].shape[1] < LONG and _cpu_activated(asked)
+
+
+def _cpu_plain(asked: Asked) -> bool:
+    first = asked.inputs[0]
+    return is_plain(*asked.inputs) and cpu.runs_on(first.device, first.dtype)
+
+
+def _gpu_plain(asked: Asked) -> bool:
+    first = asked.inputs[0]
+    return is_plain(*asked.inputs) and first.dtype in gpu.DTYPES and gpu.runs_on(first.device)
+
+
+def _gpu_largest(asked: Asked) -> bool:
+    return asked.inputs[0].shape[-1] <= gpu.LONGEST and _gpu_plain(asked)
+
+
+def _cpu_norm(asked: Asked) -> bool:
+    x, [(weight, _)] = asked.inputs[0], asked.weights
+    same = weight.dtype == x.dtype and weight.device == x.device and weight.shape == x.shape[-1:]
+    return same and weight.is_contiguous() and is_plain(weight) and _cpu_plain(asked) and not asked.learns
+
+
+def _cpu_put(asked: Asked) -> bool:
+    store, values = asked.inputs
+    return values.stride(-1) == 1 and values.dtype is store.dtype and _cpu_plain(asked)
+
+
+TABLE: dict[str, tuple[Kernel, ...]] = {  # by the names in `reference`; the first kernel that fits computes
+    "linear": (Kernel(gpu, _gpu_rows), Kernel(cpu, _cpu_product)),
+    "project": (Kernel(gpu, _gpu_rows), Kernel(cpu, _cpu_product)),
+    "gate": (Kernel(gpu, _gpu_gate), Kernel(cpu, _cpu_activated)),
+    "glu": (Kernel(gpu, _gpu_glu), Kernel(cpu, _cpu_activated)),
+    "up_rows": (Kernel(gpu, _gpu_rows),),
+    "finish": (Kernel(cpu, _cpu_finish),),
+    "each": (Kernel(cpu, _cpu_sets),),
+    "largest": (Kernel(gpu, _gpu_largest), Kernel(cpu, _cpu_plain)),
+    "norm": (Kernel(cpu, _cpu_norm),),
+    "attend": (Kernel(attention, _gpu_plain), Kernel(cpu, _cpu_plain)),
+    "put": (Kernel(cpu, _cpu_put),),
+}
+
+
+def kernel(name: str, asked: Asked) -> Callable[..., Any] | None:
+    """Return the kernel that computes an operation of what is asked, None where its reference does."""
+    return next((getattr(each.module, name) for each in TABLE[name] if each.when(asked)), None)
+
+
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, index: Tensor | None = None, invariant: bool = False
+) -> Tensor:
+    """Return the products of x [..., H] with the rows of weight [F, H] at index; see `reference.linear`."""
+    run = kernel("linear", Asked([x], [(weight, bias)], index, invariant))
+    return (run or reference.linear)(x, weight, bias, index)
+
+
+def project(
+    z: Tensor, weight: Tensor, bias: Tensor | None = None, index: Tensor | None = None, invariant: bool = False
+) -> Tensor:
+    """Return the rows of weight [F, H] at index added up, weighed by z [..., k]; see `reference.project`."""
+    run = kernel("project", Asked([z], [(weight, bias)], index, invariant))
+    return (run or reference.project)(z, weight, bias, index)
+
+
+def gate(
+    x: Tensor, gate: Weight, activation: Activation, index: Tensor | None = None, invariant: bool = False
+) -> Tensor:
+    """Return act(gate(x)) [..., F] of x [..., H], or of the neurons at index alone; see `reference.gate`."""
+    run = kernel("gate", Asked([x], [gate], index, invariant, activation))
+    if run is not None:
+        return run(x, gate, activation_name(activation), index)
+    return activation(linear(x, *gate, index, invariant))
+
+
+def glu(
+    x: Tensor, gate: Weight, up: Weight, activation: Activation, index: Tensor | None = None, invariant: bool = False
+) -> Tensor:
+    """Return z = act(gate(x)) * up(x) [..., F] of x [..., H], of the neurons at index alone; see `reference.glu`."""
+    run = kernel("glu", Asked([x], [gate, up], index, invariant, activation))
+    if run is not None:
+        return run(x, gate, up, activation_name(activation), index)
+    return activation(linear(x, *gate, index, invariant)) * linear(x, *up, index, invariant)
+
+
+def finish(
+    gated: Tensor,
+    x: Tensor,
+    up: Weight,
+    down: Weight,
+    index: Tensor | None = None,
+    by_place: bool = False,
+    invariant: bool = False,
+) -> Tensor:
+    """Return down(gated * up(x)) [..., H] of x [..., H]; see `reference.finish`."""
+    run = kernel("finish", Asked([x, gated], [up, down], index, invariant))
+    if run is not None:
+        return run(gated, x, up, down, index, by_place)
+    if index is None or by_place:
+        return project(gated * linear(x, *up, index, invariant), *down, index, invariant)
+    return project(up_rows(gated, x, *up, index), *down, index, invariant)
+
+
+def up_rows(gated: Tensor, x: Tensor, up: Tensor, up_bias: Tensor | None, index: Tensor) -> Tensor:
+    """Return z [..., k] of the neurons at index, of gated = act(gate(x)) [..., F]; see `reference.up_rows`."""
+    run = kernel("up_rows", Asked([x], [(up, up_bias)], index))
+    return (run or reference.up_rows)(gated, x, up, up_bias, index)
+
+
+def gated_mlp(
+    x: Tensor,
+    weights: tuple[Weight, Weight, Weight],
+    activation: Activation,
+    index: Tensor | None = None,
+    invariant: bool = False,
+) -> Tensor:
+    """Return down(act(gate(x)) * up(x)) [..., H] of x [..., H] by weights of gate, up and down.
+
+    index  [k] int64  the neurons that are computed; None: all
+    """
+    first, up, down = weights
+    run = kernel("finish", Asked([x], weights, index, invariant))
+    if run is not None:
+        return run(gate(x, first, activation, index, invariant), x, up, down, index, True)
+    return project(glu(x, first, up, activation, index, invariant), *down, index, invariant)
+
+
+def gated_mlp_each(
+    x: Tensor,
+    weights: tuple[Weight, Weight, Weight],
+    activation: Activation,
+    index: Tensor,
+    counts: Sequence[int],
+) -> Tensor:
+    """Return the MLP of x [B, T, H], each row with neurons of its own, bit for bit as if it were the only one.
+
+    index   [sum of counts] int64  the neurons of all rows, one row after the other
+    counts  [B]                    how many each row has
+    """
+    run = kernel("each", Asked([x], weights, index, False, activation))
+    if run is not None:
+        return run(x, weights, activation_name(activation), index, counts)
+    sets = index.split(list(counts))
+    return torch.stack([gated_mlp(row, weights, activation, own) for row, own in zip(x, sets, strict=True)])
+
+
+def largest(values: Tensor, count: int) -> Tensor:
+    """Return the places of the `count` largest of values [..., F] at least 0, ascending; see `reference.largest`."""
+    return (kernel("largest", Asked([values])) or reference.largest)(values, count)
+
+
+def norm(x: Tensor, weight: Tensor, eps: float, form: NormForm) -> Tensor | None:
+    """Return x [..., H] over its root mean square, times weight [H], or None without a kernel; see `reference.norm`."""
+    run = kernel("norm", Asked([x], [(weight, None)]))
+    return None if run is None else run(x, weight, eps, form)
+
+
+def attend(
+    query: Tensor, keys: Tensor, values: Tensor, held: Tensor, seen: Tensor, scale: float, softcap: float | None
+) -> Tensor:
+    """Return what tokens see of the slots of a cache; see `reference.attend`."""
+    run = kernel("attend", Asked([query, keys, values])) or reference.attend
+    return run(query, keys, values, held, seen, scale, softcap)
+
+
+def put(store: Tensor, rows: Tensor, slots: Tensor, values: Tensor) -> None:
+    """Write values [B, T, heads, D] to the slots of rows of a store [R, S, heads, D]; see `reference.put`."""
+    (kernel("put", Asked([store, values])) or reference.put)(store, rows, slots, values)
+
+
+def attends(device: torch.device, dtype: torch.dtype) -> bool:
+    """Tell whether `attend` has a kernel for a device and dtype."""
+    return (dtype in gpu.DTYPES and gpu.runs_on(device)) or cpu.runs_on(device, dtype)
+
+
+def reads_rows(weight: Tensor) -> bool:
+    """Tell whether rows of weight [F, H] can be read where they lie, or must be copied together first."""
+    return cpu.fits(weight, weight) or gpu.fits(weight, weight)
+
+
+def best_side_by_side(up: Tensor, down: Tensor) -> bool:
+    """Tell whether rows of up and down [F, H] are best put side by side in memory: where `finish` reads both at once.
+
+    Not in 16 bits where PyTorch takes many tokens: it would copy such weights for each product.
+    """
+    same = up.shape == down.shape and up.dtype == down.dtype and up.device == down.device
+    ours = cpu.runs_on(up.device, up.dtype) and not gpu.runs_on(up.device)
+    return same and ours and (up.dtype is torch.float32 or not cpu.multiplies_halves())
+
+
+def places(kept: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """Return where kept [F] bool is True, ascending, as an index [k] int64 for a product of x with weight [F, H].
+
+    On a GPU, which is not asked how many there are, k is F and -1 fills the end: no neuron to the kernels there.
+    """
+    if _all_fit(Asked([x], [(weight, None)]), gpu.fits):
+        return torch.nonzero_static(kept, size=len(kept))[:, 0]
+    return kept.nonzero()[:, 0]

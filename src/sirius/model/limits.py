@@ -1,0 +1,96 @@
+"""How many tokens a model can be decoded for exactly: its context, sliding windows, and where positions change."""
+
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from sirius.errors import RequestError
+
+SCALED, DYNAMIC = ("linear", "dynamic", "ntk", "yarn"), "dynamic"
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+
+def context_limit(config: PreTrainedConfig) -> int | None:
+    """Return how many tokens a model was made for, scaled positions included, None where it does not say.
+
+    Scaled by a factor are `max_position_embeddings`, of yarn what it was before. Longrope, Llama 3 and Gemma 3 give it
+    scaled already. So vLLM derives its max_model_len.
+    """
+    text = config.get_text_config()
+    own = getattr(text, "max_position_embeddings", None)
+    if own is None or text.model_type.startswith("gemma3"):
+        return own
+    scaled = [
+        (rope.get("original_max_position_embeddings") or own if rope["rope_type"] == "yarn" else own) * rope["factor"]
+        for rope in _ropes(config)
+        if rope.get("rope_type") in SCALED and rope.get("factor")
+    ]
+    return int(max([own, *scaled]))
+
+
+def _ropes(config: PreTrainedConfig) -> list[dict[str, Any]]:
+    """Return how a model turns positions: one for all layers, or one for each kind of layer."""
+    rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    return [each for each in (rope, *rope.values()) if isinstance(each, dict)]
+
+
+def check_length(config: PreTrainedConfig, prompt: int, new: int) -> None:
+    """Raise RequestError where prompt + new tokens are more than a model can be decoded for exactly."""
+    _check_sliding(config, prompt, new)
+    _check_rope(config, prompt, new)
+
+
+def _check_sliding(config: PreTrainedConfig, prompt: int, new: int) -> None:
+    """Raise RequestError where prompt + new tokens pass a sliding-window layer, which forgets the first of them."""
+    if (found := sliding_window(config)) is None:
+        return
+    layer, window = found
+    if prompt + new > window:
+        raise RequestError(
+            f"prompt {prompt} + {new} new tokens pass layer {layer}'s sliding window of {window}; "
+            + (f"set max_new_tokens to at most {window - prompt}" if prompt < window else "shorten the prompt")
+        )
+
+
+def sliding_window(config: PreTrainedConfig) -> tuple[int, int] | None:
+    """Return a model's first sliding-window layer and how many tokens it sees, None where there is none.
+
+    A layer that picks so many tokens to look at (Doge) counts too: equal ones it picks by chance.
+    """
+    text = config.get_text_config()
+    window, picked = getattr(text, "sliding_window", None), getattr(text, "keep_window_size", None)
+    kinds = getattr(text, "layer_types", None) or [SLIDING if getattr(text, "use_sliding_window", True) else FULL]
+    found = [(0, picked)] if picked is not None else []
+    if window is not None and SLIDING in kinds:
+        found.append((kinds.index(SLIDING), window))
+    return min(found, key=lambda each: each[1], default=None)
+
+
+def rope_turn(config: PreTrainedConfig) -> int | None:
+    """Return the number of tokens past which a model turns all positions of a pass in another way, None of no such one.
+
+    A window across it would give the tokens before it what those after it get, unlike a token at a time.
+    """
+    text = config.get_text_config()
+    for rope in _ropes(config):
+        if rope.get("rope_type") == "longrope":
+            return rope.get("original_max_position_embeddings") or text.original_max_position_embeddings
+        if rope.get("rope_type") == DYNAMIC:
+            return text.max_position_embeddings
+    return None
+
+
+def _check_rope(config: PreTrainedConfig, prompt: int, new: int) -> None:
+    """Raise RequestError where prompt + new tokens come to where the model turns positions in another way.
+
+    Dynamic positions are turned in another way by each token from there on, so no text goes beyond.
+    """
+    turn = rope_turn(config)
+    dynamic = any(rope.get("rope_type") == DYNAMIC for rope in _ropes(config))
+    if turn is not None and turn < prompt + new and (dynamic or prompt <= turn):
+        way = "shorten the prompt" if dynamic else "lengthen the prompt by a token"
+        raise RequestError(
+            f"prompt {prompt} + {new} new tokens pass the {turn} after which this model's positions are scaled anew "
+            "(longrope, dynamic), and a window cannot be on both sides; "
+            + (f"set max_new_tokens to at most {turn - prompt}" if prompt < turn else way)
+        )

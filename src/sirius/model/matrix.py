@@ -1,0 +1,163 @@
+"""The weights of linear layers as values: a kind of weights is a class, and the rest of sirius does not look inside.
+
+`Dense` is the first kind: rows of numbers in memory. Another kind (rows on disk, rows of four bits) implements `Matrix`
+and is put in by `prepare(model, matrix=...)`; docs/adding-a-matrix.md shows one.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from sirius.kernels import ops
+from sirius.kernels.activations import Activation
+
+
+class Matrix(Protocol):
+    """The weights of a linear layer [F, H], and its bias; row j belongs to neuron j, or to output j.
+
+    index      [k] int64  the rows that are asked for; None: all
+    invariant  a token's result must have the same bits however many tokens there are
+    """
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows F and their length H."""
+        ...
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes that a product with all rows reads, the bias left out."""
+        ...
+
+    def part(self, begin: int, end: int) -> "Matrix":
+        """Return the rows from `begin` to `end`, which are not copied."""
+        ...
+
+    def linear(self, x: Tensor, index: Tensor | None = None, invariant: bool = False) -> Tensor:
+        """Return the products of x [..., H] with the rows, [..., F] or [..., k], the rows' biases added."""
+        ...
+
+    def project(self, z: Tensor, index: Tensor | None = None, invariant: bool = False) -> Tensor:
+        """Return the sum of the rows weighed by z [..., F] or [..., k], [..., H], the bias of the sum added."""
+        ...
+
+
+class Dense(NamedTuple):
+    """Rows of numbers in memory.
+
+    weight  [F, H], the elements of a row side by side; or [B, F, H], a stack of sets of neurons, one for each row of x
+    bias    of the rows [F], or where rows are added up, of the sum [H]; None: there is none
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows F and their length H."""
+        rows, length = self.weight.shape[-2:]
+        return rows, length
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes that a product with all rows reads, the bias left out."""
+        return self.weight.numel() * self.weight.element_size()
+
+    def part(self, begin: int, end: int) -> "Dense":
+        """Return the rows from `begin` to `end`, which are not copied."""
+        return Dense(self.weight[begin:end], None if self.bias is None else self.bias[begin:end])
+
+    def linear(self, x: Tensor, index: Tensor | None = None, invariant: bool = False) -> Tensor:
+        """Return the products of x [..., H] with the rows, [..., F] or [..., k]."""
+        return ops.linear(x, self.weight, self.bias, index, invariant)
+
+    def project(self, z: Tensor, index: Tensor | None = None, invariant: bool = False) -> Tensor:
+        """Return the sum of the rows weighed by z [..., F] or [..., k], [..., H]."""
+        return ops.project(z, self.weight, self.bias, index, invariant)
+
+
+MakeMatrix = Callable[[nn.Linear, bool], Matrix]
+
+
+def dense(layer: nn.Linear, transposed: bool = False) -> Dense:
+    """Return a layer's weights where they lie.
+
+    transposed  take the columns of the layer's weight for rows: its inputs are the neurons, as in an MLP's down layer
+    """
+    return Dense(layer.weight.t() if transposed else layer.weight, layer.bias)
+
+
+class Neurons(NamedTuple):
+    """The weights of one gated MLP, down(act(gate(x)) * up(x)): row j of each matrix belongs to neuron j."""
+
+    gate: Matrix
+    up: Matrix
+    down: Matrix
+
+    def activated(
+        self, x: Tensor, activation: Activation, index: Tensor | None = None, invariant: bool = False
+    ) -> Tensor:
+        """Return act(gate(x)) [..., F] of x [..., H], or [..., k] of the neurons at index [k] int64 alone."""
+        if isinstance(self.gate, Dense):
+            return ops.gate(x, self.gate, activation, index, invariant)
+        return activation(self.gate.linear(x, index, invariant))
+
+    def sent(self, x: Tensor, activation: Activation, invariant: bool = False) -> Tensor:
+        """Return z = act(gate(x)) * up(x) [..., F] of x [..., H], what each neuron sends on to down."""
+        if (known := self._dense()) is not None:
+            return ops.glu(x, *known[:2], activation, None, invariant)
+        return activation(self.gate.linear(x, None, invariant)) * self.up.linear(x, None, invariant)
+
+    def mlp(self, x: Tensor, activation: Activation, index: Tensor | None = None, invariant: bool = False) -> Tensor:
+        """Return the MLP of x [..., H], with the neurons at index [k] int64 alone or with all."""
+        if (known := self._dense()) is not None:
+            return ops.gated_mlp(x, known, activation, index, invariant)
+        gated = self.activated(x, activation, index, invariant)
+        return self.down.project(gated * self.up.linear(x, index, invariant), index, invariant)
+
+    def mlp_each(self, x: Tensor, activation: Activation, index: Tensor, counts: Sequence[int]) -> Tensor:
+        """Return the MLP of x [B, T, H], each row with neurons of its own; see `ops.gated_mlp_each`."""
+        if (known := self._dense()) is not None:
+            return ops.gated_mlp_each(x, known, activation, index, counts)
+        sets = index.split(list(counts))
+        return torch.stack([self.mlp(row, activation, own, True) for row, own in zip(x, sets, strict=True)])
+
+    def finish(self, gated: Tensor, x: Tensor, index: Tensor, invariant: bool = False) -> Tensor:
+        """Return the MLP of x [..., H] with the neurons at index [k] int64 alone, given act(gate(x)) [..., F] of all.
+
+        Only the neurons' rows of up and down are read.
+        """
+        if (known := self._dense()) is not None:
+            return ops.finish(gated, x, *known[1:], index, False, invariant)
+        return self.down.project(gated[..., index] * self.up.linear(x, index, invariant), index, invariant)
+
+    def places(self, kept: Tensor, x: Tensor) -> Tensor:
+        """Return where kept [F] bool is True, as the index that these weights take for x; see `ops.places`."""
+        return ops.places(kept, x, self.up.weight) if isinstance(self.up, Dense) else kept.nonzero()[:, 0]
+
+    @property
+    def copied(self) -> bool:
+        """Whether some of the neurons are read faster from a copy of them than where they lie."""
+        return isinstance(self.gate, Dense) and not ops.reads_rows(self.gate.weight)
+
+    def rows(self, sets: Sequence[Tensor]) -> "Neurons":
+        """Return a copy of dense neurons: of one set [k] int64, or of several of one size as a stack [B, k, H]."""
+        known = self._dense()
+        assert known is not None, "only dense weights are copied"
+        index = sets[0] if len(sets) == 1 else torch.stack(list(sets))
+        gate, up = (_rows(each, index) for each in known[:2])
+        return Neurons(gate, up, Dense(known[2].weight[index], known[2].bias))
+
+    def _dense(self) -> tuple[Dense, Dense, Dense] | None:
+        """Return the weights where all of them are dense: several operations at once have kernels then."""
+        gate, up, down = self
+        if isinstance(gate, Dense) and isinstance(up, Dense) and isinstance(down, Dense):
+            return gate, up, down
+        return None
+
+
+def _rows(matrix: Dense, index: Tensor) -> Dense:
+    bias = None if matrix.bias is None else matrix.bias[index]
+    return Dense(matrix.weight[index], bias[:, None] if bias is not None and index.ndim > 1 else bias)

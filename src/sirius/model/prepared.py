@@ -1,0 +1,103 @@
+"""What sirius keeps with a model that it has prepared, and the value that tells the model's parts what a pass does."""
+
+import weakref
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from threading import RLock, get_ident
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from sirius.model.matrix import MakeMatrix, dense
+
+
+class Slots(NamedTuple):
+    """Where a pass writes keys and values.
+
+    rows     [B, 1] int64  the cache's rows, on the model's device
+    places   [B, T] int64  the slots of those rows, there too
+    first    the number of the first row
+    visible  how many slots of each row attention is handed
+    """
+
+    rows: Tensor
+    places: Tensor
+    first: int
+    visible: int
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What one run of a model does, besides the tokens that it reads.
+
+    routes     of each gated MLP, what computes it: `route(mlp, x, now)`; None: all of its neurons
+    slots      where keys and values go
+    mask       [B, T, M] bool  which of the M slots after the held ones each token sees; where the model's own attention
+               runs, a mask over all visible slots in transformers' form
+    held       [B] int64       how many slots each row holds, which all of its tokens see
+    branches   [B, T] float    how likely each token's branch of a tree is, 0 of a dead one
+    attends    whether attention reads the slots by a kernel of ours
+    invariant  whether a token's result must have the same bits however many tokens are read together
+    """
+
+    routes: Sequence[Callable[[Any, Tensor, "Pass"], Tensor] | None]
+    slots: Slots
+    mask: Tensor
+    held: Tensor
+    branches: Tensor
+    attends: bool
+    invariant: bool
+
+
+class Prepared:
+    """What the parts of one prepared model share. One thread at a time runs a pass; it holds `lock`.
+
+    matrix         makes the weights of a linear layer
+    own_attention  the model's attention cannot be replaced by a kernel of ours, as a pass has shown
+    version        counts how often the model was prepared or restored
+    idle           workspaces of earlier sessions, for later ones
+    learnt         what passes cost and how often guesses stood, for later sessions
+    """
+
+    def __init__(self, matrix: MakeMatrix = dense) -> None:
+        self.matrix, self.own_attention, self.version = matrix, False, 0
+        self.lock = RLock()
+        self.idle: dict[Hashable, Any] = {}
+        self.learnt: dict[Hashable, Any] = {}
+        self._pass: Pass | None = None
+        self._thread = 0
+
+    def now(self) -> Pass | None:
+        """Return the pass that this thread runs on the model, None where the model is called by someone else."""
+        if torch.compiler.is_compiling():  # a compiler traces the thread that runs the pass
+            return self._pass
+        return self._pass if self._thread == get_ident() else None
+
+    @contextmanager
+    def running(self, now: Pass) -> Iterator[None]:
+        """Let the model's parts do what a pass says, for calls of this thread."""
+        before = self._pass, self._thread
+        self._pass, self._thread = now, get_ident()
+        try:
+            yield
+        finally:
+            self._pass, self._thread = before
+
+    def __reduce__(self) -> tuple[type["Prepared"], tuple[()]]:
+        """Copies and files of a model begin with nothing."""
+        return Prepared, ()
+
+
+_known: "weakref.WeakKeyDictionary[nn.Module, Prepared]" = weakref.WeakKeyDictionary()
+
+
+def prepared_of(model: nn.Module) -> Prepared:
+    """Return what is kept with a model; a copy of a prepared model has its own, which its parts hold."""
+    if (found := _known.get(model)) is None:
+        parts = (vars(module).get("prepared") for module in model.modules())
+        found = next((each for each in parts if isinstance(each, Prepared)), None) or Prepared()
+        found = _known.setdefault(model, found)
+        weakref.finalize(model, found.idle.clear).atexit = False  # the memory of workspaces goes with the model
+    return found

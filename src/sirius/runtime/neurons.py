@@ -1,0 +1,166 @@
+"""Which neurons of its gated MLPs a model computes in a pass: the routes, and who chooses them."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from sirius.errors import ConfigError
+from sirius.model.matrix import Neurons
+from sirius.model.mlp import SparseMLP
+from sirius.model.prepared import Pass
+from sirius.sparsity.base import PromptSparsity, Sparsity, TokenSparsity
+
+Route = Callable[[SparseMLP, Tensor, Pass], Tensor]  # returns the MLP of x [B, T, H]
+
+
+class Observe:
+    """The dense route that shows someone what each neuron sends on, z [B, T, F]."""
+
+    def __init__(self, see: Callable[[Tensor], None]) -> None:
+        self.see = see
+
+    def __call__(self, mlp: SparseMLP, x: Tensor, now: Pass) -> Tensor:
+        neurons = mlp.neurons
+        z = neurons.sent(x, mlp.activation, now.invariant)
+        self.see(z)
+        return neurons.down.project(z, None, now.invariant)
+
+
+class Packed:
+    """The sparse route of fixed neurons, copied once into memory of their own: one set, or one for each row."""
+
+    def __init__(self, neurons: Neurons) -> None:
+        self.neurons = neurons
+
+    def __call__(self, mlp: SparseMLP, x: Tensor, now: Pass) -> Tensor:
+        return self.neurons.mlp(x, mlp.activation, None, now.invariant)
+
+
+class Indexed:
+    """The sparse route of fixed neurons, read where they lie: one set [k] int64, or one for each row."""
+
+    def __init__(self, *sets: Tensor) -> None:
+        self.index = torch.cat(sets)  # `overwrite` writes to it
+        self.counts = [len(index) for index in sets]
+
+    def __call__(self, mlp: SparseMLP, x: Tensor, now: Pass) -> Tensor:
+        if len(self.counts) == 1:
+            return mlp.neurons.mlp(x, mlp.activation, self.index, now.invariant)
+        return mlp.neurons.mlp_each(x, mlp.activation, self.index, self.counts)
+
+
+class Tally:
+    """How many neurons the draft steps of a batch have read, row by row; its tensors stay where they are.
+
+    kept     [R] int64  neurons that the rows' steps have read so far, over all layers
+    offered  [R] int64  neurons that were there for them
+    """
+
+    def __init__(self, rows: int, device: torch.device) -> None:
+        self.kept, self.offered = torch.zeros(2, rows, dtype=torch.int64, device=device)
+
+    def reserve(self, rows: int) -> None:
+        """Make room for at least R rows."""
+        more = max(0, rows - len(self.kept))
+        self.kept, self.offered = (torch.cat([each, each.new_zeros(more)]) for each in (self.kept, self.offered))
+
+    def share(self, row: int) -> float:
+        """Return the share that a row's steps have read, 1 before the first."""
+        offered = int(self.offered[row])
+        return int(self.kept[row]) / offered if offered else 1.0
+
+    def move(self, source: int, target: int) -> None:
+        """Let row `target` be what row `source` was, which begins anew."""
+        for each in (self.kept, self.offered):
+            each[target] = each[source]
+            each[source] = 0
+
+    def clear(self) -> None:
+        """Let every row begin anew."""
+        self.kept.zero_()
+        self.offered.zero_()
+
+    def add(self, kept: Tensor, branches: Tensor) -> None:
+        """Count the neurons that a step of one layer keeps, [B, 1 or T, F] bool; branches [B, T] as `Pass` has them."""
+        lives = branches.sum(1) > 0
+        self.kept[: len(lives)] += kept.any(1).sum(1) * lives
+        self.offered[: len(lives)] += lives * kept.shape[2]
+
+
+class Chosen:
+    """The sparse route of a set per token: the gate in full, then up and down of the neurons it opens.
+
+    A row's tokens are branches of one tree, and share a set unless `per_branch`, so that a step reads no more than one
+    token's neurons. It is chosen by their mean |act(gate)|, each weighed by how likely its branch is. Source: Sirius
+    (arXiv 2409.03856), its repository's option `patternstrict`; the weights are ours (LOG.md has what they bring).
+
+    tally  None: the tokens are no branches of a tree, each has a set of its own, and nothing is counted
+    """
+
+    def __init__(self, method: TokenSparsity, layer: int, tally: Tally | None) -> None:
+        self.method, self.layer, self.tally = method, layer, tally
+
+    def __call__(self, mlp: SparseMLP, x: Tensor, now: Pass) -> Tensor:
+        neurons = mlp.neurons
+        gated = neurons.activated(x, mlp.activation, None, now.invariant)
+        size, tally = gated.abs(), self.tally
+        if x.shape[1] > 1 and tally is not None and not self.method.config.per_branch:
+            size = (size * now.branches.to(size)[..., None]).sum(1, keepdim=True)
+        if size.shape[:-1].numel() == 1 and self.method.fixed(self.layer) is not None:
+            return neurons.finish(gated, x, self.method.select(self.layer, size.flatten()), now.invariant)
+        kept = self.method.choose(self.layer, size)
+        if tally is not None:
+            if kept.shape[1] > 1:
+                kept = kept & (now.branches > 0)[..., None]
+            tally.add(kept, now.branches)
+        if kept.shape[:-1].numel() > 1:  # several sets
+            gated = gated * kept
+        return neurons.finish(gated, x, neurons.places(kept.flatten(0, 1).any(0), x), now.invariant)
+
+
+def fixed_routes(methods: Sequence[PromptSparsity], mlps: Sequence[SparseMLP]) -> list[Route | None]:
+    """Return the draft's route in each MLP for rows of prompts, each with its method; None is the dense one."""
+    first, others = methods[0], methods[1:]
+    if first.config.shared_set:
+        sets = [[first.select(layer, others)] for layer in range(len(mlps))]
+    else:
+        sets = [[method.select(layer) for method in methods] for layer in range(len(mlps))]
+    _check(first, sets, mlps)
+    return [_fixed_route(each, mlp) for each, mlp in zip(sets, mlps, strict=True)]
+
+
+def _fixed_route(sets: list[Tensor], mlp: SparseMLP) -> Route | None:
+    if all(len(index) == mlp.size for index in sets):
+        return None
+    return Packed(mlp.neurons.rows(sets)) if mlp.neurons.copied else Indexed(*sets)
+
+
+def overwrite(old: Route | None, new: Route | None) -> bool:
+    """Write the neurons of a new route over those of an old one, which stay where they are in memory.
+
+    Returns whether it could be done: both must be of one kind, and of one size.
+    """
+    if not isinstance(old, Indexed) or not isinstance(new, Indexed):
+        return old is new is None
+    if old.counts != new.counts:
+        return False
+    old.index.copy_(new.index)
+    return True
+
+
+def _check(method: Sparsity, sets: list[list[Tensor]], mlps: Sequence[SparseMLP]) -> None:
+    """Refuse what is no set of neurons; a third party's method may have meant something else. Asks a device once."""
+    pairs = [(index, mlp.size) for each, mlp in zip(sets, mlps, strict=True) for index in each]
+    wrong = next((n for n, (i, _) in enumerate(pairs) if i.dtype != torch.int64 or i.ndim != 1 or not len(i)), None)
+    if wrong is None:
+        ordered = [(index.sort().values, size) for index, size in pairs]
+        bad = torch.stack([(i.diff() == 0).any() | (i[0] < 0) | (i[-1] >= size) for i, size in ordered])
+        if not bool(bad.any()):
+            return
+        wrong = int(bad.int().argmax())
+    index, size = pairs[wrong]
+    raise ConfigError(
+        f"{type(method).__name__}.select must give distinct neurons of {size} as [k] int64; "
+        f"got {list(index.shape)} {index.dtype}"
+    )
