@@ -14,16 +14,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sirius import sparsity
-from sirius.core import (
-    AUTO,
-    SEEDS,
-    CorrectionConfig,
-    Round,
-    SparsityConfig,
-    check_together,
-)
-from sirius.decoding.loop import Row, first_round, make_plan, next_round, open_row
+from sirius.core import AUTO, SEEDS, CorrectionConfig, Round, SparsityConfig, check_together
+from sirius.decoding.accept import Rule, accept_own
+from sirius.decoding.loop import Row, first_round, next_round, open_row
 from sirius.decoding.period import AutoPeriod, Learnt, Period
+from sirius.decoding.plan import make_plan
 from sirius.decoding.probe import probe_if_due
 from sirius.decoding.sampling import Noise
 from sirius.decoding.stateless import Watch, is_stateless
@@ -34,7 +29,7 @@ from sirius.model.workspace import lock_of
 from sirius.processors import look_at_lines
 from sirius.scoring import SharedProcessor
 from sirius.shortage import ran_out, telling
-from sirius.stats import Setting, density, summarise
+from sirius.stats import Basis, density, summarise
 from sirius.texts import Completion, Ending, Text, Update
 
 _learnt: "WeakKeyDictionary[PreTrainedModel, dict[Hashable, Learnt]]" = WeakKeyDictionary()  # of each setting
@@ -79,7 +74,7 @@ class Batch:
     take turns, step by step. The model itself must not be called beside them.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - a model, its two configurations, and options by their names
         self,
         model: PreTrainedModel,
         chosen: SparsityConfig,
@@ -88,10 +83,15 @@ class Batch:
         ends: frozenset[int] = frozenset(),
         rows: int = 8,
         compiled: bool = False,
+        rule: Rule | None = None,
+        period: Period | None = None,
     ) -> None:
         """Open an empty batch; `ends` are token ids at which drafts stop, correction None is the sparse model alone.
 
-        compiled  a GPU's passes are compiled, which takes a minute or two and then saves time at each
+        compiled      a GPU's passes are compiled, which takes a minute or two and then saves time at each
+        rule, period  in place of those that the correction names, see `Engine.batch`
+
+        Raises ConfigError where the arguments do not fit each other or the model.
         """
         if type(rows) is not int or rows < 1:
             raise ConfigError(f"a batch has a whole number of rows, at least 1; got {rows!r}")
@@ -101,8 +101,11 @@ class Batch:
             neurons = tuple(mlp.size for mlp in mlps)
             self.session = Session(model, mlps, lambda: sparsity.create(chosen, neurons), compiled)
         self.asked = correction
-        self.correction = PLAIN if self.session.shared is None else correction
-        self.plan = make_plan(self.correction, self._period(compiled), ends)
+        self.correction = correction
+        if self.session.shared is None:  # a draft with every neuron would save nothing
+            self.correction, rule, period = PLAIN, None, None
+        self.plan = make_plan(self.correction, period or self._period(compiled), ends, rule)
+        self.ruled = rule not in (None, accept_own)  # so that nobody knows whether texts are lossless
         self.window = (self.correction.longest - 1) * self.correction.tree_width if self.correction else 0
         self.compiled = compiled
         self.waiting: deque[_Entry] = deque()
@@ -324,15 +327,15 @@ class Batch:
         rounds, ending = entry.rounds, entry.ending
         touched = self.session.touched(self.active.index(entry))
         sampled = entry.text.request.sampling.temperature > 0
-        setting = Setting(count_parameters(self.model), touched, self.correction, self._lossless(sampled))
+        basis = Basis(count_parameters(self.model), touched, self.correction, self._lossless(sampled))
         return Completion(
             ending.text,
             tuple(token for r in rounds for token in r.tokens),
             "stop" if ending.stopped else "length",
             tuple(origin for r in rounds for origin in r.origins),
             tuple(logprob for r in rounds for logprob in r.logprobs),
-            summarise(rounds, setting, entry.seconds),
-            setting,
+            summarise(rounds, basis, entry.seconds),
+            basis,
         )
 
     def _period(self, compiled: bool) -> Period:
@@ -355,7 +358,7 @@ class Batch:
         if self.correction is None:
             return whole
         chain = self.correction.tree_width == 1  # the likeliest branch of a whole draft need not be the greedy one
-        return (whole and chain) or self.correction.lossless(sampled)
+        return (whole and chain) or (self.correction.lossless(sampled) and (plain or not self.ruled))
 
     def _failed(self, entry: _Entry, error: SiriusError) -> Update:
         return Update(entry.ticket, "", Round(()), error=error)

@@ -9,7 +9,7 @@ holds n tokens, by slots of the cache:
     keep    [0 .......... n+kept+1)      the accepted branch, gathered into place; the rest is free
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from math import isnan
 from typing import NamedTuple
@@ -17,17 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sirius.core import CorrectionConfig, LanguageModel, Mode, Round, Verdict
-from sirius.decoding.accept import (
-    Branches,
-    Check,
-    Rule,
-    accept_own,
-    longest_branches,
-    make_rule,
-    make_verdicts,
-    without_interleave,
-)
+from sirius.core import LanguageModel, Mode, Round, Verdict, Window
+from sirius.decoding.accept import Check, Judged, Rule, accept, accept_own
 from sirius.decoding.host import Stopwatch, answers_at_once, fetch, send
 from sirius.decoding.period import PROBED, Measured, Period
 from sirius.decoding.sampling import Noise
@@ -42,10 +33,12 @@ class Plan:
     """How texts are decoded.
 
     period       K, from round to round; 1 drafts nothing, so every round is one pass of the judge
+    rule         which guesses pass
     judge        the mode of the pass that ends a round: DENSE, or SPARSE to decode with the sparse model alone
     ends         token ids that end a text: a branch that reaches one goes no further
     width, prune, temperature   of the tree, see `CorrectionConfig`
-    rewrite, interleave         False for studies, see `CorrectionConfig.ablate`
+    window       where a check reads a tree
+    accept       the step that judges a tree's guesses by the rule
     """
 
     period: Period = field(default_factory=lambda: Period(1))
@@ -55,24 +48,8 @@ class Plan:
     width: int = 1
     prune: float = 0.0
     temperature: float = 1.0
-    rewrite: bool = True
-    interleave: bool = True
-
-
-def make_plan(correction: CorrectionConfig | None, period: Period, ends: frozenset[int]) -> Plan:
-    """Return how texts are decoded under a correction, None being the sparse model alone."""
-    if correction is None:
-        return Plan(period, judge=Mode.SPARSE, ends=ends)
-    return Plan(
-        period,
-        make_rule(correction),
-        ends=ends,
-        width=correction.tree_width,
-        prune=correction.prune,
-        temperature=correction.accept_temperature,
-        rewrite="rewrite" not in correction.ablate,
-        interleave="interleave" not in correction.ablate,
-    )
+    window: Callable[[Tree], Window] = Tree.window
+    accept: Callable[[Check, Tensor, Rule], Judged] = accept
 
 
 @dataclass
@@ -99,24 +76,6 @@ class Row:
     stateless: bool = True
     new: int = 0
     error: SiriusError | None = None
-
-
-@dataclass(frozen=True)
-class Judged:
-    """What the host learns of a round, in one transfer.
-
-    verdicts  a row each
-    tokens    [B][N]  of the trees, by place
-    guessed   [B][N]  natural logs of the judge's probabilities of the tree's tokens, each after its parent
-    added     [B]     and of the token that follows the accepted branch
-    depth     [B]     of the trees
-    """
-
-    verdicts: list[Verdict]
-    tokens: list[list[int]]
-    guessed: list[list[float]]
-    added: list[float]
-    depth: list[int]
 
 
 def start(model: LanguageModel, row: Row) -> Round | None:
@@ -156,7 +115,7 @@ def next_round(model: LanguageModel, rows: Sequence[Row], plan: Plan) -> list[Ro
     tree = draft(model, rows, plan, period)
     watch.mark()
     raw, check = verify(model, rows, tree, plan)
-    judged = accept(check, raw, plan)
+    judged = plan.accept(check, raw, plan.rule)
     watch.mark()
     rounds = keep(model, rows, judged, (raw, check.scores), period)
     verdicts = judged.verdicts
@@ -194,32 +153,11 @@ def verify(model: LanguageModel, rows: Sequence[Row], tree: Tree, plan: Plan) ->
 
     Returns the judge's scores [B, N, V], and the check: the same after the rows' processors, with its choices.
     """
-    fixed = 0 if plan.rewrite else tree.last.start  # the deepest level was never fed to the draft model
-    raw = model.read(tree.tokens, plan.judge, tree.window(fixed=fixed))
+    raw = model.read(tree.tokens, plan.judge, plan.window(tree))
     levels = [slice(a, b) for a, b in zip(tree.levels, tree.levels[1:], strict=False)]
     scores = processed(rows, tree, levels, raw)
     choice = [noisy(rows, scores[:, here], depth).argmax(-1) for depth, here in enumerate(levels)]
     return raw, Check(tree, scores, torch.cat(choice, 1))
-
-
-def accept(check: Check, raw: Tensor, plan: Plan) -> Judged:
-    """Judge the guesses by the plan's rule: each row's longest branch of guesses that pass.
-
-    raw  [B, N, V]  the judge's scores before processors, of which probabilities are told
-    """
-    tree = check.tree
-    found = longest_branches(check, plan.rule(check))
-    row = torch.arange(len(raw), device=raw.device)
-    total = raw.logsumexp(-1)
-    guessed = raw[row[:, None], tree.parents, tree.tokens] - total.gather(1, tree.parents)
-    added = raw[row, found.end, found.next] - total[row, found.end]
-    *branches, tokens, guessed, added = fetch(*found, tree.tokens, guessed, added)
-    found = Branches(*branches)
-    verdicts = make_verdicts(found)
-    if not plan.interleave:
-        pairs = zip(verdicts, tokens.tolist(), strict=True)
-        verdicts = [without_interleave(verdict, line) for verdict, line in pairs]
-    return Judged(verdicts, tokens.tolist(), guessed.tolist(), added.tolist(), found.depth.tolist())
 
 
 def keep(
@@ -233,8 +171,7 @@ def keep(
     rounds: list[Round | None] = []
     for b, (row, verdict) in enumerate(zip(rows, verdicts, strict=True)):
         tokens, guessed = judged.tokens[b], judged.guessed[b]
-        logprobs = [guessed[place] for place in verdict.path]
-        logprobs.append(guessed[verdict.tip[-1]] if verdict.origin == "draft" else judged.added[b])
+        logprobs = [*(guessed[place] for place in verdict.path), judged.added[b]]
         places = [0, *verdict.path]
         taken = (*(tokens[place] for place in verdict.path), verdict.next)
         seen = (scores[0][b, places], scores[1][b, places]) if row.keep_scores else scores

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from sirius.core import LanguageModel, Mode
-from sirius.decoding.accept import Check, accept_all, accept_own
+from sirius.decoding.accept import Check, accept_own
 from sirius.decoding.host import Stopwatch, fetch
 from sirius.decoding.loop import Plan, Row, noisy, processed
 from sirius.decoding.period import Probed
@@ -63,7 +63,7 @@ def _processed(rows: Sequence[Row], tree: Tree, scores: Tensor) -> Tensor:
 
 def _check(model: LanguageModel, rows: Sequence[Row], tree: Tree, count: int, plan: Plan) -> Check:
     """Return what the judge says at the tokens: they are its own choice, or under a lossy rule it is asked again."""
-    if plan.rule in (accept_own, accept_all):
+    if plan.rule is accept_own:
         return Check(tree, tree.tokens[:, :0], tree.tokens.roll(-1, 1))
     here = slice(0, count)
     scores = model.read(tree.tokens[:, here], plan.judge, tree.window(here, fixed=count))
