@@ -37,7 +37,7 @@ def mean_advance(histogram: Sequence[float]) -> float:
     return 1 + sum(i * share for i, share in enumerate(histogram)) / sum(histogram)
 
 
-class Replay:
+class Playback:
     """A rule of acceptance that looks at no token: as many levels pass as the histogram says, window by window.
 
     The windows' counts follow a fixed even sequence, so that few windows have the histogram's mean already.
