@@ -1,4 +1,4 @@
-"""Time per token of one stream, settings in turns in one run, beside what reading the weights must cost."""
+"""Time per token of one stream, beside the least time that reading the weights takes; settings take turns."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -60,7 +60,7 @@ class Workload:
 
 @dataclass(frozen=True)
 class TimedSetting:
-    """A way to decode; no sparsity is someone else's."""
+    """A way to decode that is timed; one without sparsity runs in transformers or llama.cpp."""
 
     name: str
     sparsity: SparsityConfig | None = None
@@ -86,7 +86,7 @@ class Times:
 
 @dataclass(frozen=True)
 class DecodeFigures:
-    """What a setting costs.
+    """The figures of a setting.
 
     ms_per_token, p10, p90   milliseconds: median and percentiles over its windows (or steps), each over `aal` tokens
     aal                      tokens of a window, the histogram's mean; 1 without a draft
@@ -112,14 +112,14 @@ class DecodeFigures:
 
 
 class _Watched(Period):
-    """A period that writes down what its windows cost."""
+    """A fixed period that notes the times of its windows."""
 
     def __init__(self, now: int, times: Times) -> None:
         super().__init__(now)
         self.times = times
 
     def learn(self, measured: Measured) -> None:
-        """Take note of a whole window."""
+        """Note the times of a whole window."""
         if measured.steps < self.now - 1:
             return
         self.times.drafts.append(measured.draft)
@@ -127,7 +127,7 @@ class _Watched(Period):
 
 
 class _Clock(BaseStreamer):
-    """Writes down when transformers gives each token."""
+    """Notes when transformers gives each token."""
 
     def __init__(self) -> None:
         self.at: list[float] = []
@@ -233,7 +233,7 @@ def _run_ours(engine: Engine, setting: TimedSetting, workload: Workload, times: 
 
 
 def open_batch(engine: Engine, setting: TimedSetting, histogram: Sequence[float], times: Times, rows: int = 1) -> Batch:
-    """Open the batch of a setting; in its windows the histogram is played back, and `times` learns of their parts."""
+    """Open the batch of a setting; its windows play the histogram back, and `times` gets those of draft and check."""
     options: dict[str, Any] = {"sparsity": setting.sparsity or "none", "correction": setting.correction}
     if setting.guesses:
         options |= {"rule": Playback(histogram), "period": _Watched(setting.guesses + 1, times)}

@@ -66,7 +66,7 @@ class Workload:
 
 @dataclass(frozen=True)
 class GrowthFigures:
-    """What a point costs: medians, in milliseconds, of passes over all of its rows at once.
+    """The figures of a point: medians, in milliseconds, of passes over all of its rows at once.
 
     A step brings every row one token, so that its time is also each row's time per token; `batch` of them come of it.
 

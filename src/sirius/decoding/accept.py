@@ -16,7 +16,7 @@ from sirius.errors import ConfigError
 
 @dataclass(frozen=True)
 class Check:
-    """What the full model says of a tree's guesses.
+    """A tree's guesses with the full model's scores, by which a rule judges them.
 
     tree    B rows of N places
     scores  [B, N, V] float  the next token's after each place, processors applied; a guess is judged at its parent
@@ -31,7 +31,7 @@ class Check:
         """Tell which guesses are the full model's own choice, [B, N] bool."""
         return self.tree.tokens == self.choice.gather(1, self.tree.parents)
 
-    def judging(self, temperature: float) -> tuple[Tensor, Tensor]:
+    def log_probabilities(self, temperature: float) -> tuple[Tensor, Tensor]:
         """Return the tempered log-probabilities after each place [B, N, V], and those of the guesses [B, N]."""
         logs = torch.log_softmax(self.scores / temperature, dim=-1)
         row = torch.arange(len(logs), device=logs.device)[:, None]
@@ -96,7 +96,7 @@ def accept_threshold(check: Check, *, threshold: float, temperature: float) -> T
     Lossy up to threshold 0.5. Source: Sirius (arXiv 2409.03856), section 4; that the own choice passes at any threshold
     is ours: rejecting it would only write it again.
     """
-    _, guessed = check.judging(temperature)
+    _, guessed = check.log_probabilities(temperature)
     return (guessed.exp() >= threshold) | check.own()
 
 
@@ -110,13 +110,13 @@ def make_rule(config: CorrectionConfig) -> Rule:
 
 @dataclass(frozen=True)
 class Judged:
-    """What the host learns of a round, in one transfer.
+    """The result of a check on the host, fetched in one transfer.
 
-    verdicts  a row each
-    tokens    [B][N]  of the trees, by place
-    guessed   [B][N]  natural logs of the judge's probabilities of the tree's tokens, each after its parent
+    verdicts  [B]
+    tokens    [B][N]  the trees' tokens, by place
+    guessed   [B][N]  natural logs of the judge's probabilities of these tokens, each after its parent
     added     [B]     natural log of the judge's probability of each verdict's `next`
-    depth     [B]     of the trees
+    depth     [B]     the trees' depths
     """
 
     verdicts: list[Verdict]
@@ -129,7 +129,7 @@ class Judged:
 def accept(check: Check, raw: Tensor, rule: Rule) -> Judged:
     """Judge the guesses by a rule: each row keeps its longest branch of guesses that pass.
 
-    raw  [B, N, V]  the judge's scores before processors, of which probabilities are told
+    raw  [B, N, V]  the judge's scores before processors, from which the log-probabilities are computed
     """
     tree = check.tree
     found = longest_branches(check, rule(check))
@@ -143,13 +143,14 @@ def accept(check: Check, raw: Tensor, rule: Rule) -> Judged:
 
 
 class Branches(NamedTuple):
-    """Each row's longest branch of passing guesses.
+    """Each row's longest branch of passing guesses, "the branch" below.
 
-    kept   [B, N] bool   its places, the root's included
-    tip    [B, N] bool   the places on to the deepest guess that follows it, of those the one of highest score
-    end    [B] int64     its last place
-    next   [B] int64     the full model's token after it, read at that place
-    depth  [B] int64     of the tree's deepest guess
+    kept   [B, N] bool   the places of the branch, the root's included
+    tip    [B, N] bool   the places from the root to the deepest guess that follows the branch; of several such guesses
+                         the one of highest score
+    end    [B] int64     the last place of the branch
+    next   [B] int64     the full model's token after the branch, read at its last place
+    depth  [B] int64     the depth of the tree's deepest guess
     """
 
     kept: Tensor
@@ -164,11 +165,11 @@ def longest_branches(check: Check, passed: Tensor) -> Branches:
 
     passed  [B, N] bool  which guesses pass after their parents
 
-    Every node of the tree may end the branch, one whose continuations were dropped too.
+    Every node of the tree may end the branch, even one whose continuations were pruned.
     """
     tree = check.tree
-    stands = passed | (tree.depths == 0)
-    kept = tree.alive & ~(tree.seen & ~stands[:, None]).any(-1)  # no ancestor fails
+    passing = passed | (tree.depths == 0)
+    kept = tree.alive & ~(tree.seen & ~passing[:, None]).any(-1)  # no ancestor fails
     end = _deepest(tree, kept)
     following = tree.alive & tree.seen.gather(2, end[:, None, None].expand(-1, tree.seen.shape[1], 1))[:, :, 0]
     tip = _deepest(tree, following)
@@ -178,7 +179,7 @@ def longest_branches(check: Check, passed: Tensor) -> Branches:
 
 
 def make_verdicts(found: Branches) -> list[Verdict]:
-    """Return what branches, fetched to the host, mean for each row."""
+    """Return each row's verdict, from branches that were fetched to the host."""
     return [_verdict(*each) for each in zip(*(part.tolist() for part in found), strict=True)]
 
 

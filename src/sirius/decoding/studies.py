@@ -22,7 +22,7 @@ def accept_relative(check: Check, *, threshold: float, temperature: float) -> Te
 
     Lossy. A flat distribution, in which no token reaches a fixed threshold, rejects nothing likely.
     """
-    logs, guessed = check.judging(temperature)
+    logs, guessed = check.log_probabilities(temperature)
     most = logs.amax(-1).gather(1, check.tree.parents)
     return ((guessed - most).exp() >= threshold) | check.own()
 
@@ -34,7 +34,7 @@ def accept_typical(check: Check, *, threshold: float, temperature: float) -> Ten
     H is the entropy of the distribution, so the less certain the full model is, the more passes. Lossy. Source: Medusa
     (arXiv 2401.10774), section 2.3.1, with its recommended delta = sqrt(epsilon).
     """
-    logs, guessed = check.judging(temperature)
+    logs, guessed = check.log_probabilities(temperature)
     entropy = -(logs.exp() * logs.clamp_min(-1e30)).sum(-1).gather(1, check.tree.parents)
     return (guessed.exp() >= (threshold**0.5 * (-entropy).exp()).clamp_max(threshold)) | check.own()
 
@@ -45,7 +45,7 @@ def accept_all(check: Check) -> Tensor:
 
 
 def without_rollback(plan: Plan) -> Plan:
-    """Return a plan under which every guess stays."""
+    """Return a plan under which every guess is accepted."""
     return replace(plan, rule=accept_all)
 
 
