@@ -1,6 +1,8 @@
 """The shape of the code: imports go down, files and functions stay small, the public names are what they are."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 from statistics import median
 
@@ -100,8 +102,16 @@ def test_public_functions_and_classes_say_what_they_are():
 
 
 def test_the_public_names_are_sorted_and_there():
-    assert sirius.__all__ == sorted(sirius.__all__)
-    assert all(hasattr(sirius, name) for name in sirius.__all__)
+    assert sirius.__all__ == sorted(sirius.__all__) == dir(sirius)
+    assert all(getattr(sirius, name).__name__ == name for name in sirius.__all__)
+
+
+def test_the_public_names_are_loaded_at_their_first_use():
+    program = (
+        "import sys, sirius; before = 'torch' in sys.modules; sirius.Engine; print(before, 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "True"]
 
 
 def test_nothing_prints_but_the_command_line():

@@ -13,16 +13,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sirius import sparsity
-from sirius.core import (
-    AUTO,
-    SEEDS,
-    CorrectionConfig,
-    Round,
-    SparsityConfig,
-    check_together,
-)
-from sirius.decoding.loop import Row, first_round, make_plan, next_round, open_row
+from sirius.core import AUTO, SEEDS, CorrectionConfig, Round, SparsityConfig, check_together
+from sirius.decoding.accept import Rule, accept_own
+from sirius.decoding.loop import Row, first_round, next_round, open_row
 from sirius.decoding.period import AutoPeriod, Learnt, Period
+from sirius.decoding.plan import make_plan
 from sirius.decoding.probe import probe_if_due
 from sirius.decoding.sampling import Noise
 from sirius.decoding.stateless import Watch, is_stateless
@@ -34,19 +29,20 @@ from sirius.runtime.session import Session, ordinary
 from sirius.runtime.studies import RefreshingSession
 from sirius.scoring import SharedProcessor
 from sirius.shortage import ran_out, telling
-from sirius.stats import Setting, density, summarise
+from sirius.stats import Basis, density, summarise
 from sirius.texts import Completion, Ending, Text, Update
 
 Method = TypeVar("Method", bound=Callable[..., Any])
-PLAIN = CorrectionConfig(period=1)  # every round is one dense pass of the whole model
-GROWTH = 1024  # slots of the cache that a text begins with beyond its prompt; they double when it has filled them
+PLAIN = CorrectionConfig(period=1)  # every round is one pass of the full model
+GROWTH = 1024  # slots of the cache that a text begins with beyond its prompt; they double when they are used up
 
 
 @dataclass(eq=False)
 class _Entry:
-    """A text in the batch, and what it has been through.
+    """A text in the batch, with its rounds so far.
 
-    most  slots of the cache that it needs in the end
+    most     slots of the cache that it needs at most
+    seconds  time of all passes that it took part in
     """
 
     ticket: int
@@ -60,7 +56,7 @@ class _Entry:
 
 
 def _one_at_a_time(method: Method) -> Method:
-    """Let a batch's method wait for the model: passes set its routes, and share the memory of its workspace."""
+    """Run a batch's method under the model's lock: passes change the model's state and share one workspace."""
 
     @wraps(method)
     def waiting(self: "Batch", *args: Any) -> Any:
@@ -78,7 +74,7 @@ class Batch:
     take turns, step by step. The model itself must not be called beside them.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - a model, its two configurations, and options by their names
         self,
         model: PreTrainedModel,
         chosen: SparsityConfig,
@@ -87,10 +83,17 @@ class Batch:
         ends: frozenset[int] = frozenset(),
         rows: int = 8,
         compiled: bool = False,
+        rule: Rule | None = None,
+        period: Period | None = None,
     ) -> None:
-        """Open an empty batch; `ends` are token ids at which drafts stop, correction None is the sparse model alone.
+        """Open an empty batch.
 
-        compiled  a GPU's passes are compiled, which takes a minute or two and then saves time at each
+        correction    None decodes with the sparse model alone
+        ends          token ids at which drafts stop
+        compiled      compile a GPU's passes: minutes at first, then less time a token
+        rule, period  in place of those that the correction names, see `Engine.batch`
+
+        Raises ConfigError where the arguments do not fit each other or the model.
         """
         if type(rows) is not int or rows < 1:
             raise ConfigError(f"a batch has a whole number of rows, at least 1; got {rows!r}")
@@ -101,14 +104,17 @@ class Batch:
             make = RefreshingSession if chosen.refresh else Session
             self.session = make(model, mlps, lambda: sparsity.create(chosen, neurons), compiled)
         self.asked = correction
-        self.correction = PLAIN if self.session.shared is None else correction
-        self.plan = make_plan(self.correction, self._period(compiled), ends)
+        self.correction = correction
+        if self.session.shared is None:  # a draft with every neuron would save nothing
+            self.correction, rule, period = PLAIN, None, None
+        self.plan = make_plan(self.correction, period or self._period(compiled), ends, rule)
+        self.ruled = rule not in (None, accept_own)  # so that nobody knows whether texts are lossless
         self.window = (self.correction.longest - 1) * self.correction.tree_width if self.correction else 0
         self.compiled = compiled
         self.waiting: deque[_Entry] = deque()
         self.active: list[_Entry] = []  # by row of the session
         self.tickets = 0
-        self.midway = False  # in a step, or since one that was interrupted
+        self.midway = False  # during a step, and for ever after one that was interrupted
 
     @property
     def busy(self) -> bool:
@@ -126,25 +132,27 @@ class Batch:
         else:
             noise = None
         most = len(request.prompt) + request.max_new_tokens + self.window
-        slots = most if self.compiled else self._few(request.prompt, most)  # passes are compiled anew where they grow
+        slots = (
+            most if self.compiled else self._first_slots(request.prompt, most)
+        )  # as compiled passes are compiled anew when they grow
         row = Row(list(request.prompt), request.max_new_tokens, slots, text.process, noise, text.keep_scores)
-        row.stateless, watch = self._tried(text)
+        row.stateless, watch = self._try_processor(text)
         self.tickets += 1
         self.waiting.append(_Entry(self.tickets, text, text.make_ending(), row, most, watch))
         return self.tickets
 
     @property
     def drafts(self) -> bool:
-        """Whether anything is drafted, so that processors are asked about tokens that may go."""
+        """Whether anything may be drafted, so that processors are called with guesses."""
         return self.correction is not None and self.correction.period != 1
 
-    def _tried(self, text: Text) -> tuple[bool, Watch | None]:
-        """Tell whether a text's processor keeps no state, as far as trials show, and return what watches that."""
+    def _try_processor(self, text: Text) -> tuple[bool, Watch | None]:
+        """Tell whether a text's processor keeps no state, as far as trials show, and return its `Watch` if any."""
         process, held = text.process, text.watched
         if process is None or look_at_lines(process):
             return True, None
         if not self.drafts:
-            return False, None  # it may: it is asked once about each token
+            return False, None  # no trial: without a draft it is called once for each token anyway
         stateless = text.stateless
         if stateless is None:
             assert not isinstance(process, SharedProcessor), "whoever shares a processor says whether it is stateless"
@@ -197,12 +205,12 @@ class Batch:
         return self._round() if self.active else []
 
     def _admit(self, count: int) -> list[Update]:
-        """Read the prompts of the next texts in line, one after the other, and give all their first tokens."""
+        """Read the prompts of the next waiting texts, one after the other, and choose their first tokens together."""
         failed, read = [], []
         for _ in range(count):
             entry, began = self.waiting.popleft(), perf_counter()
             try:
-                read.append(self._open(entry))
+                read.append(self._read_prompt(entry))
             except RequestError as error:
                 self._close_unread()
                 failed.append(self._failed(entry, error))
@@ -214,13 +222,13 @@ class Batch:
             with telling(max((entry.row.slots for entry in entries), default=0)):
                 rounds = first_round([entry.row for entry in entries], read)
         except OutOfMemoryError as error:
-            return failed + [self._ended(self.active.index(entry), error) for entry in entries]
-        _watch(entries)
-        took = [self._took(entry, done) for entry, done in zip(entries, rounds, strict=True)]
+            return failed + [self._end_with_error(self.active.index(entry), error) for entry in entries]
+        _check_watches(entries)
+        took = [self._add_round(entry, done) for entry, done in zip(entries, rounds, strict=True)]
         return sorted(failed + took, key=lambda update: update.ticket)
 
-    def _open(self, entry: _Entry) -> Tensor:
-        """Read a prompt, with room for those behind it where memory has that, so that nothing moves twice."""
+    def _read_prompt(self, entry: _Entry) -> Tensor:
+        """Read a prompt; if memory suffices, reserve the slots of all waiting texts first, so that rows move once."""
         rows = min(self.rows, len(self.active) + 1 + len(self.waiting))
         slots = max(e.row.slots for e in (entry, *islice(self.waiting, self.rows)))
         try:
@@ -230,13 +238,13 @@ class Batch:
         except OutOfMemoryError:
             self._close_unread()
         self.session.release()
-        entry.row.slots = self._few(entry.text.request.prompt, entry.most)
+        entry.row.slots = self._first_slots(entry.text.request.prompt, entry.most)
         with telling(entry.row.slots):
             self.session.reserve(len(self.active) + 1, entry.row.slots)
             return open_row(self.session, entry.row)
 
-    def _few(self, prompt: Sequence[int], most: int) -> int:
-        """Return the slots that a text begins with."""
+    def _first_slots(self, prompt: Sequence[int], most: int) -> int:
+        """Return the slots that a text begins with where no more are reserved."""
         return min(most, len(prompt) + self.window + GROWTH)
 
     def _round(self) -> list[Update]:
@@ -248,27 +256,27 @@ class Batch:
                 with telling(max(lengths)):
                     done = self._advance()
             except OutOfMemoryError as error:
-                spoilt = any(not entry.row.stateless for entry in self.active)  # a processor was asked already
-                if spoilt or lengths != self._lengths():  # or tokens were kept already
-                    return failed + [self._ended(0, error) for _ in lengths]
+                called = any(not entry.row.stateless for entry in self.active)  # a processor that keeps state
+                if called or lengths != self._lengths():  # or tokens were kept already
+                    return failed + [self._end_with_error(0, error) for _ in lengths]
                 if released:
-                    failed.append(self._ended(lengths.index(max(lengths)), error))
+                    failed.append(self._end_with_error(lengths.index(max(lengths)), error))
             else:
-                return failed + [self._took(*each) for each in done]
+                return failed + [self._add_round(*each) for each in done]
             self.session.release()
             released = True
         return failed
 
     def _grow(self) -> list[Update]:
-        """Let the cache have the slots of the next round; where memory has none, the longest text ends."""
+        """Reserve the slots of the next round; while memory does not suffice, end the longest text."""
         failed: list[Update] = []
-        while self.active and (error := self._shortage()) is not None:
+        while self.active and (error := self._make_room()) is not None:
             lengths = self._lengths()
-            failed.append(self._ended(lengths.index(max(lengths)), error))
+            failed.append(self._end_with_error(lengths.index(max(lengths)), error))
         return failed
 
-    def _shortage(self) -> OutOfMemoryError | None:
-        """Make the cache twice as large, or larger by a step, where the next round needs that; return what failed."""
+    def _make_room(self) -> OutOfMemoryError | None:
+        """Double the cache, or enlarge it by `GROWTH`, if the next round needs that; return the error of failing."""
         held, error = self.session.slots, None
         needs = [(length + self.window, entry.most) for length, entry in zip(self._lengths(), self.active, strict=True)]
         if max(needs)[0] <= held:
@@ -291,15 +299,15 @@ class Batch:
         began, rows = perf_counter(), [entry.row for entry in self.active]
         probe_if_due(self.session, rows, self.plan)
         rounds = next_round(self.session, rows, self.plan)
-        _watch(self.active)
+        _check_watches(self.active)
         seconds = perf_counter() - began
         pairs = list(zip(self.active, rounds, strict=True))
         for entry, _ in pairs:
             entry.seconds += seconds
         return pairs
 
-    def _took(self, entry: _Entry, done: Round | None) -> Update:
-        """Add a round to a text, cut where the text ends; a text that has ended frees its row."""
+    def _add_round(self, entry: _Entry, done: Round | None) -> Update:
+        """Add a round to a text, up to where the text ends; a text that has ended frees its row."""
         if entry.row.error is not None or done is None:
             assert entry.row.error is not None
             self._close(self.active.index(entry))
@@ -308,10 +316,10 @@ class Batch:
         shown = len(ending.text)
         try:
             used = done.until(ending.push(done.tokens))
-        except Exception as error:  # whatever a user's criterion raises is this text's affair alone
+        except Exception as error:  # a user's criterion may raise anything; only this text ends
             failure = OutOfMemoryError if ran_out(error) else RequestError
             self._close(self.active.index(entry))
-            return self._failed(entry, _caused(failure(f"a stopping criterion failed: {error!r}"), error))
+            return self._failed(entry, _with_cause(failure(f"a stopping criterion failed: {error!r}"), error))
         entry.rounds.append(used)
         if not ending.stopped and entry.row.room:
             return Update(entry.ticket, ending.text[shown:], used)
@@ -324,19 +332,19 @@ class Batch:
         rounds, ending = entry.rounds, entry.ending
         touched = self.session.touched(self.active.index(entry))
         sampled = entry.text.request.sampling.temperature > 0
-        setting = Setting(count_parameters(self.model), touched, self.correction, self._lossless(sampled))
+        basis = Basis(count_parameters(self.model), touched, self.correction, self._lossless(sampled))
         return Completion(
             ending.text,
             tuple(token for r in rounds for token in r.tokens),
             "stop" if ending.stopped else "length",
             tuple(origin for r in rounds for origin in r.origins),
             tuple(logprob for r in rounds for logprob in r.logprobs),
-            summarise(rounds, setting, entry.seconds),
-            setting,
+            summarise(rounds, basis, entry.seconds),
+            basis,
         )
 
     def _period(self, compiled: bool) -> Period:
-        """Return the period of this batch; an automatic one knows what earlier texts of the setting taught."""
+        """Return the period of this batch; an automatic one knows what earlier texts of this configuration taught."""
         asked = 1 if self.correction is None else self.correction.period
         if asked != AUTO:
             return Period(asked)
@@ -344,8 +352,8 @@ class Batch:
         place = *self.session.place, torch.get_num_threads(), compiled
         learnt = prepared_of(self.model).learnt.setdefault((self.sparsity, self.correction, place), Learnt())
         parameters = count_parameters(self.model)
-        floor, probed = (density(parameters, each, "streamed") for each in self.session.least_touched())
-        return AutoPeriod(floor, learnt, probed=probed, width=self.correction.tree_width)
+        floor, probe_share = (density(parameters, each, "streamed") for each in self.session.least_touched())
+        return AutoPeriod(floor, learnt, probe_share=probe_share, width=self.correction.tree_width)
 
     def _lossless(self, sampled: bool) -> bool:
         plain = self.correction is not None and self.correction.period == 1
@@ -355,18 +363,18 @@ class Batch:
         if self.correction is None:
             return whole
         chain = self.correction.tree_width == 1  # the likeliest branch of a whole draft need not be the greedy one
-        return (whole and chain) or self.correction.lossless(sampled)
+        return (whole and chain) or (self.correction.lossless(sampled) and (plain or not self.ruled))
 
     def _failed(self, entry: _Entry, error: SiriusError) -> Update:
         return Update(entry.ticket, "", Round(()), error=error)
 
     def _close_unread(self) -> None:
-        """Drop the row of a prompt whose first token memory did not do for."""
+        """Drop the row of a prompt where memory ran out before its first token."""
         while len(self.session.methods) > len(self.active):
             self.session.close(len(self.session.methods) - 1)
 
-    def _ended(self, index: int, error: SiriusError) -> Update:
-        """Drop a row, and tell of the text's error."""
+    def _end_with_error(self, index: int, error: SiriusError) -> Update:
+        """Drop a row, and return the update with its text's error."""
         entry = self.active[index]
         self._close(index)
         return self._failed(entry, error)
@@ -377,12 +385,12 @@ class Batch:
         self.active.pop()
 
 
-def _watch(entries: Sequence[_Entry]) -> None:
+def _check_watches(entries: Sequence[_Entry]) -> None:
     for entry in entries:
         if entry.watch is not None and entry.row.error is None:
             entry.row.error = entry.watch.failure()
 
 
-def _caused(failed: RequestError, error: Exception) -> RequestError:
+def _with_cause(failed: RequestError, error: Exception) -> RequestError:
     failed.__cause__ = error
     return failed

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from sirius.errors import ConfigError
 
-AcceptName = Literal["lossless", "argmax", "sampling", "threshold", "relative", "typical"]
 Ablation = Literal["rewrite", "interleave", "rollback"]
 Origin = Literal["full", "draft", "correction", "bonus"]
 FinishReason = Literal["stop", "length"]
@@ -83,6 +82,8 @@ class CorrectionConfig:
                         "threshold"  probability at least `threshold` (the paper's rule; lossy)
                         "relative"   probability at least `threshold` times the largest (lossy)
                         "typical"    probability at least min(threshold, sqrt(threshold) exp(-entropy)) (lossy)
+                        or a name registered with `sirius.decoding.register` (lossy). As with a sparsity method's name,
+                        one that is not known is refused where it is first used
     threshold           see `accept`; None is 0.1. Refused beside a lossless rule, which has none
     accept_temperature  the temperature of those probabilities, and of the scores by which branches are ranked
     tree_width          w, branches drafted side by side
@@ -92,7 +93,7 @@ class CorrectionConfig:
     """
 
     period: int | Literal["auto"] = AUTO
-    accept: AcceptName = "lossless"
+    accept: str = "lossless"
     threshold: float | None = None
     accept_temperature: float = 0.6
     tree_width: int = 1
@@ -105,8 +106,6 @@ class CorrectionConfig:
         _check_kinds(self, accept=str, threshold=float | None, accept_temperature=float, tree_width=int, prune=float)
         if self.period != AUTO and self.period < 1:
             raise ConfigError(f"period counts the tokens of a check, at least 1 (plain decoding); got {self.period}")
-        if self.accept not in get_args(AcceptName):
-            raise ConfigError(f"accept is one of {', '.join(get_args(AcceptName))}; got {self.accept!r}")
         if self.threshold is not None:
             if not 0 <= self.threshold <= 1:
                 raise ConfigError(f"threshold is a probability, from 0 to 1; got {self.threshold}")

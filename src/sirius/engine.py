@@ -6,13 +6,15 @@ from functools import partial
 from itertools import chain, islice, repeat
 from numbers import Integral
 from pathlib import Path
-from typing import Any, TypedDict, Unpack, cast, get_type_hints
+from typing import Any, TypedDict
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sirius.batch import Batch
 from sirius.core import CorrectionConfig, Request, SamplingConfig, SparsityConfig, as_config, check_together
+from sirius.decoding.accept import Rule
+from sirius.decoding.period import Period
 from sirius.errors import ConfigError, RequestError, SiriusError
 from sirius.model.limits import check_length, context_limit, rope_turn, sliding_window
 from sirius.model.loading import Source, load_model, load_tokenizer
@@ -23,37 +25,21 @@ from sirius.text import StopAt
 from sirius.texts import Completion, Text, Update
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
+Stop = str | Sequence[str] | None
+Sampling = SamplingConfig | Mapping[str, Any] | float | None
+Sparsity = SparsityConfig | Mapping[str, Any] | str
+Correction = CorrectionConfig | Mapping[str, Any] | int | str | None
 
 DEFAULT_NEW_TOKENS = 256
+LOSSLESS = CorrectionConfig()
 
 
 class TextOptions(TypedDict, total=False):
-    """What one text may ask for.
-
-    max_new_tokens  None: 256, or as many as the model's context has room for
-    stop            strings that end the text; None: those of the checkpoint's generation config, () none
-    sampling        a temperature, a SamplingConfig or a mapping of its fields; None, or left out: greedy
-    """
+    """Options of one prompt of `Engine.generate_many`, as `Engine.text` has them."""
 
     max_new_tokens: int | None
-    stop: str | Sequence[str] | None
-    sampling: SamplingConfig | Mapping[str, Any] | float | None
-
-
-class BatchOptions(TypedDict, total=False):
-    """What the texts of a batch have in common.
-
-    sparsity    a method's name at keep 0.5, a SparsityConfig, or a mapping of its fields; "coarse" if left out
-    correction  a period or "auto", "paper" (the paper's setting, lossy), a CorrectionConfig or a mapping of its fields;
-                None leaves the sparse model alone (lossy). Left out: lossless, and drafted where that is faster
-    """
-
-    sparsity: SparsityConfig | Mapping[str, Any] | str
-    correction: CorrectionConfig | Mapping[str, Any] | int | str | None
-
-
-class Options(TextOptions, BatchOptions, total=False):
-    """All options of `Engine.generate` and `Engine.stream`."""
+    stop: Stop
+    sampling: Sampling
 
 
 class Engine:
@@ -114,86 +100,147 @@ class Engine:
         model, tokenizer = load_model(source, dtype, device), load_tokenizer(source)
         return cls(model, tokenizer, compile=compile, max_context=max_context)
 
-    def generate(self, prompt: Prompt, **options: Unpack[Options]) -> Completion:
-        """Decode one prompt to its end; the arguments are those of `stream`."""
-        *_, last = self.stream(prompt, **options)
-        assert last.completion is not None
-        return last.completion
+    def generate(
+        self,
+        prompt: Prompt,
+        *,
+        max_new_tokens: int | None = None,
+        stop: Stop = None,
+        sampling: Sampling = None,
+        sparsity: Sparsity = "coarse",
+        correction: Correction = LOSSLESS,
+    ) -> Completion:
+        """Decode one prompt to its end.
 
-    def stream(self, prompt: Prompt, **options: Unpack[Options]) -> Iterator[Update]:
-        """Decode one prompt round by round; closing the iterator frees what it holds at once.
-
-        prompt   a text, token ids, or chat messages ({"role": ..., "content": ...})
-        options  see `Options`
+        prompt          a text, token ids, or chat messages ({"role": ..., "content": ...})
+        max_new_tokens  None: 256, or as many as the model's context has room for
+        stop            strings that end the text; None: those of the checkpoint's generation config, () none
+        sampling        a temperature, a SamplingConfig or a mapping of its fields; None is greedy
+        sparsity        a method's name at keep 0.5, a SparsityConfig, or a mapping of its fields
+        correction      a CorrectionConfig, a mapping of its fields, a period, "auto", or "paper" (the paper's setting,
+                        lossy). None decodes with the sparse model alone (lossy). The default is lossless, and drafts
+                        where that is faster
 
         Raises RequestError of a prompt that cannot be decoded, ConfigError of options that do not fit.
         """
-        shared, own = _sorted_out(options)
-        batch = self.batch(rows=1, **shared)
-        batch.add(self.text(prompt, **own))
+        *_, last = self.stream(
+            prompt,
+            max_new_tokens=max_new_tokens,
+            stop=stop,
+            sampling=sampling,
+            sparsity=sparsity,
+            correction=correction,
+        )
+        assert last.completion is not None
+        return last.completion
+
+    def stream(
+        self,
+        prompt: Prompt,
+        *,
+        max_new_tokens: int | None = None,
+        stop: Stop = None,
+        sampling: Sampling = None,
+        sparsity: Sparsity = "coarse",
+        correction: Correction = LOSSLESS,
+    ) -> Iterator[Update]:
+        """Decode one prompt round by round; closing the iterator frees what it holds at once.
+
+        The arguments are those of `generate`. Raises as `generate` does, before the iterator is asked for anything.
+        """
+        batch = self.batch(rows=1, sparsity=sparsity, correction=correction)
+        batch.add(self.text(prompt, max_new_tokens=max_new_tokens, stop=stop, sampling=sampling))
         return _raising(_steps(batch))
 
-    def generate_many(
+    def generate_many(  # noqa: PLR0913 - prompts, and options by their names
         self,
         prompts: Iterable[Prompt],
         *,
         batch_size: int = 8,
         each: Iterable[TextOptions] = (),
-        **options: Unpack[Options],
+        max_new_tokens: int | None = None,
+        stop: Stop = None,
+        sampling: Sampling = None,
+        sparsity: Sparsity = "coarse",
+        correction: Correction = LOSSLESS,
     ) -> Iterator[tuple[int, Completion | SiriusError]]:
         """Decode prompts side by side, `batch_size` at a time; yield each one's index and completion as it finishes.
 
         prompts  any number of them; they are taken a few ahead of those at work
-        each     options of each prompt, in their order, that go before the common ones; fewer leave the rest as it is
+        each     a mapping for each prompt, in their order, of max_new_tokens, stop or sampling in place of the common
+                 ones below; where there are fewer mappings than prompts, the others have the common options
 
-        A prompt that cannot be decoded yields its error in place of a completion, and the others go on. The order is
-        that in which texts end; closing the iterator drops those at work. Raises ConfigError of common options that do
-        not fit, RequestError where `prompts` is a single one.
+        The other arguments are those of `generate`. A prompt that cannot be decoded, or whose mapping in `each` does
+        not fit, yields its error in place of a completion, and the others go on. The order is that in which texts end;
+        closing the iterator drops those at work. Raises ConfigError of common options that do not fit, RequestError
+        where `prompts` is a single one.
         """
         if isinstance(prompts, str | bytes) or (isinstance(prompts, Sequence) and prompts and is_chat(prompts)):
             raise RequestError("generate_many takes several prompts; give a single one to generate, or in a list")
         if _is_ids(prompts):
             raise RequestError("generate_many takes several prompts, and these are one's token ids: put them in a list")
-        shared, own = _sorted_out(options)
-        batch = self.batch(rows=batch_size, **shared)
-        check_together(_request((0,), own, budget=1).sampling, batch.asked)
+        batch = self.batch(rows=batch_size, sparsity=sparsity, correction=correction)
+        check_together(_request((0,), max_new_tokens, stop, sampling).sampling, batch.asked)
+        common: TextOptions = {"max_new_tokens": max_new_tokens, "stop": stop, "sampling": sampling}
         asked = zip(prompts, chain(each, repeat(TextOptions())), strict=False)
-        return self._many(enumerate(asked), batch, own)
+        return self._many(enumerate(asked), batch, common)
 
     def _many(
-        self, asked: Iterator[tuple[int, tuple[Prompt, TextOptions]]], batch: Batch, own: TextOptions
+        self, asked: Iterator[tuple[int, tuple[Prompt, TextOptions]]], batch: Batch, common: TextOptions
     ) -> Iterator[tuple[int, Completion | SiriusError]]:
         indices: dict[int, int] = {}
         while True:
             taken = list(islice(asked, batch.rows - len(batch.waiting)))
             if not taken and not batch.busy:
                 return
-            for index, (prompt, options) in taken:
+            for index, (prompt, own) in taken:
                 try:
-                    indices[batch.add(self.text(prompt, **{**own, **options}))] = index
+                    _check_known(own, common)
+                    indices[batch.add(self.text(prompt, **(common | own)))] = index
                 except SiriusError as error:
                     yield index, error
             for update in batch.step():
                 if done := update.completion or update.error:
                     yield indices.pop(update.ticket), done
 
-    def batch(self, *, rows: int = 8, **options: Unpack[BatchOptions]) -> Batch:
-        """Open a batch of up to `rows` texts at a time; fill it with `batch.add(engine.text(prompt))`."""
-        _check_known(options, BatchOptions)
-        chosen = as_config(SparsityConfig, options.get("sparsity", "coarse"))
-        asked = options.get("correction", CorrectionConfig())
-        correction = None if asked is None else as_config(CorrectionConfig, asked)
-        return Batch(self.model, chosen, correction, ends=self.ends, rows=rows, compiled=self.compile)
+    def batch(
+        self,
+        *,
+        rows: int = 8,
+        sparsity: Sparsity = "coarse",
+        correction: Correction = LOSSLESS,
+        rule: Rule | None = None,
+        period: Period | None = None,
+    ) -> Batch:
+        """Open a batch of up to `rows` texts at a time; fill it with `batch.add(engine.text(prompt))`.
 
-    def text(self, prompt: Prompt, **options: Unpack[TextOptions]) -> Text:
-        """Return a prompt with its options, checked and ready for a batch; raise as `stream` does."""
-        _check_known(options, TextOptions)
+        sparsity, correction  as in `generate`
+        rule    a function that tells which guesses pass, in place of the correction's; texts then count as lossy
+        period  chooses K from round to round, in place of the correction's; never above the correction's longest
+
+        Rule and period change nothing with sparsity "none", which drafts nothing. Raises ConfigError of options that
+        do not fit.
+        """
+        asked = None if correction is None else as_config(CorrectionConfig, correction)
+        return Batch(
+            self.model,
+            as_config(SparsityConfig, sparsity),
+            asked,
+            ends=self.ends,
+            rows=rows,
+            compiled=self.compile,
+            rule=rule,
+            period=period,
+        )
+
+    def text(
+        self, prompt: Prompt, *, max_new_tokens: int | None = None, stop: Stop = None, sampling: Sampling = None
+    ) -> Text:
+        """Return a prompt with its options, checked and ready for a batch; arguments and errors as in `generate`."""
         tokens = self.encode(prompt)
         room = self._room(len(tokens))
-        if options.get("stop") is None:
-            options = {**options, "stop": self.stops}
-        request = _request(tokens, options, budget=min(DEFAULT_NEW_TOKENS, room))
-        budget = request.max_new_tokens
+        budget = min(DEFAULT_NEW_TOKENS, room) if max_new_tokens is None else max_new_tokens
+        request = _request(tokens, budget, self.stops if stop is None else stop, sampling)
         if budget > room:
             check_length(self.model.config, len(tokens), budget)
             raise RequestError(
@@ -303,27 +350,17 @@ def stop_strings(model: PreTrainedModel) -> tuple[str, ...]:
     return (found,) if isinstance(found, str) else tuple(found)
 
 
-def _request(prompt: tuple[int, ...], options: TextOptions, budget: int) -> Request:
-    """Return a prompt with its options, checked but for the model; `budget` is the one where none is asked for."""
-    asked, stop, sampling = options.get("max_new_tokens"), options.get("stop"), options.get("sampling")
+def _request(prompt: tuple[int, ...], max_new_tokens: int | None, stop: Stop, sampling: Sampling) -> Request:
+    """Return a prompt with its options, checked but for the model."""
     sampled = SamplingConfig() if sampling is None else as_config(SamplingConfig, sampling)
-    stop = () if stop is None else stop
-    texts = tuple(stop) if isinstance(stop, Iterable) and not isinstance(stop, str) else (stop,)
-    return Request(prompt, budget if asked is None else asked, texts, sampled)
+    budget = DEFAULT_NEW_TOKENS if max_new_tokens is None else max_new_tokens
+    stops = () if stop is None else (stop,) if isinstance(stop, str) or not isinstance(stop, Iterable) else tuple(stop)
+    return Request(prompt, budget, stops, sampled)
 
 
-def _sorted_out(options: Options) -> tuple[BatchOptions, TextOptions]:
-    """Part the options of a batch from those of a text, and refuse what is neither."""
-    _check_known(options, Options)
-    shared = {name: value for name, value in options.items() if name in get_type_hints(BatchOptions)}
-    own = {name: value for name, value in options.items() if name not in shared}
-    return cast("BatchOptions", shared), cast("TextOptions", own)
-
-
-def _check_known(options: Mapping[str, object], kind: type) -> None:
-    known = get_type_hints(kind)
-    if unknown := options.keys() - known.keys():
-        raise TypeError(f"unknown option {', '.join(sorted(unknown))}; there are {', '.join(known)}")
+def _check_known(own: TextOptions, known: TextOptions) -> None:
+    if unknown := own.keys() - known.keys():
+        raise ConfigError(f"each takes {', '.join(known)}; got {', '.join(sorted(map(str, unknown)))}")
 
 
 def _steps(batch: Batch) -> Iterator[Update]:

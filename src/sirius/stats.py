@@ -130,7 +130,7 @@ class Stats:
 
 
 @dataclass(frozen=True)
-class Setting:
+class Basis:
     """What the figures of a generation depend on besides its rounds.
 
     correction  None where the sparse model decodes alone
@@ -148,19 +148,19 @@ def average_advance(rounds: Sequence[Round]) -> float | None:
     return sum(len(r.tokens) for r in rounds) / len(rounds) if rounds else None
 
 
-def summarise(rounds: Sequence[Round], setting: Setting, seconds: float) -> Stats:
+def summarise(rounds: Sequence[Round], basis: Basis, seconds: float) -> Stats:
     """Work out the figures of one generation; rounds[0] is the prompt's pass and counts as no window."""
     windows = rounds[1:]
-    correction = setting.correction
+    correction = basis.correction
     period = correction.period if correction else 1
     drafted = [w for w in windows if w.steps] if period == AUTO else windows
     complete = [w for w in drafted if not w.cut and w.steps == w.period - 1]
     tokens = sum(len(r.tokens) for r in rounds)
     accepted = [w.accepted for w in drafted]
     corrected = [w for w in windows if w.origins[-1:] == ("correction",)]
-    published = density(setting.parameters, setting.touched)
-    streamed = density(setting.parameters, setting.touched, "streamed")
-    effective = _read_per_token(windows, published, setting.correction is not None)
+    published = density(basis.parameters, basis.touched)
+    streamed = density(basis.parameters, basis.touched, "streamed")
+    effective = _read_per_token(windows, published, basis.correction is not None)
     return Stats(
         rounds=len(windows),
         rounds_complete=len(complete),
@@ -176,12 +176,12 @@ def summarise(rounds: Sequence[Round], setting: Setting, seconds: float) -> Stat
         density=published,
         effective_density=effective,
         density_streamed=streamed,
-        effective_density_streamed=_read_per_token(windows, streamed, setting.correction is not None),
-        parameters_per_token=effective * setting.parameters.total,
+        effective_density_streamed=_read_per_token(windows, streamed, basis.correction is not None),
+        parameters_per_token=effective * basis.parameters.total,
         acceptance_histogram=tuple(accepted.count(i) for i in range(correction.longest if correction else 1)),
         seconds=seconds,
         tokens_per_second=tokens / seconds if seconds > 0 else 0.0,
-        lossless=setting.lossless,
+        lossless=basis.lossless,
     )
 
 

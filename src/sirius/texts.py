@@ -7,7 +7,7 @@ from typing import Protocol
 from sirius.core import FinishReason, Origin, Request, Round
 from sirius.errors import SiriusError
 from sirius.scoring import Processor, SharedProcessor
-from sirius.stats import Setting, Stats
+from sirius.stats import Basis, Stats
 
 
 class Ending(Protocol):
@@ -61,7 +61,7 @@ class Completion:
     origins: tuple[Origin, ...]
     logprobs: tuple[float, ...]
     stats: Stats
-    setting: Setting | None = field(default=None, repr=False, compare=False)
+    setting: Basis | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,10 @@ from conftest import tiny_config, tiny_model
 from sirius.benchmark import ceiling as ceiling_module
 from sirius.benchmark import memory, show
 from sirius.benchmark.ceiling import Ceiling, cache_bytes, weight_bytes
-from sirius.benchmark.decode import Row, Setting, Times, bytes_per_token
+from sirius.benchmark.decode import DecodeFigures, TimedSetting, Times, bytes_per_token
 from sirius.benchmark.kernels import Size, count
 from sirius.benchmark.models import SHAPES, make_config, make_model
-from sirius.benchmark.replay import acceptance
+from sirius.benchmark.playback import acceptance
 from sirius.core import CorrectionConfig, SparsityConfig
 from sirius.engine import Engine
 from sirius.kernels import cpu
@@ -99,7 +99,7 @@ def test_guesses_stand_as_often_as_published_in_windows_of_any_period(bench, sha
 
 
 def test_the_widest_figures_fit_a_terminal_too():
-    row = Row(
+    row = DecodeFigures(
         "coarse 0.5 corrected, tree 4", 12345.67, 1, 1, 9, 12.3, 12.34, 12.34, 12.34, 12 * 10**9, 0.85, 0.16, -0.01
     )
     console = Console(width=80, record=True, file=io.StringIO())
@@ -196,8 +196,8 @@ def test_the_bytes_of_a_token_are_those_of_its_passes():
     held = cache_bytes(text, 10, torch.float32)
     assert held == 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * 10 * 4
     times = Times(density=0.5, aal=3.0)
-    alone = Setting("alone", SparsityConfig("coarse"))
-    corrected = Setting("corrected", SparsityConfig("coarse"), CorrectionConfig(4))
+    alone = TimedSetting("alone", SparsityConfig("coarse"))
+    corrected = TimedSetting("corrected", SparsityConfig("coarse"), CorrectionConfig(4))
     assert bytes_per_token(alone, times, parameters, torch.float32, held) == 0.5 * whole + held
     passes = [0.5 * whole + held] * 3 + [whole + held]
     assert bytes_per_token(corrected, times, parameters, torch.float32, held) == pytest.approx(4 * mean(passes) / 3)

@@ -1,5 +1,7 @@
 """What an engine takes for a prompt, and what it refuses."""
 
+import pydoc
+import re
 import time
 
 import pytest
@@ -9,6 +11,8 @@ from transformers import PreTrainedTokenizerFast
 
 from conftest import greedy, tiny_model
 from sirius.core import CorrectionConfig, SparsityConfig
+from sirius.decoding import accept, register
+from sirius.decoding.period import Period
 from sirius.engine import Engine, end_tokens
 from sirius.errors import ConfigError, ModelError, RequestError
 
@@ -114,7 +118,6 @@ def test_options_out_of_range_are_refused_before_anything_is_decoded(engine, opt
         {"accept": "threshold", "threshold": -0.1},
         {"accept": "threshold", "threshold": 1.1},
         {"accept_temperature": 0.0},
-        {"accept": "sampled"},
     ],
     ids=str,
 )
@@ -123,9 +126,109 @@ def test_a_correction_out_of_range_is_refused(change):
         CorrectionConfig(**change)
 
 
-def test_an_unknown_option_is_refused(engine):
+def test_a_rule_that_nobody_registered_is_refused_before_anything_is_decoded(engine):
+    unknown = CorrectionConfig(accept="sampled")
+    for decode in (engine.stream, lambda prompt, **options: engine.generate_many([prompt], **options)):
+        with pytest.raises(ConfigError, match=r"accept is one of lossless, .*threshold.*; got 'sampled'"):
+            decode([5, 6], correction=unknown)  # not iterated
+
+
+OPTIONS = ("max_new_tokens", "stop", "sampling", "sparsity", "correction")
+
+
+@pytest.mark.parametrize("name", ["generate", "stream", "generate_many"])
+def test_help_names_every_option(name):
+    page = pydoc.render_doc(getattr(Engine, name), renderer=pydoc.plaintext)
+    for option in OPTIONS:
+        assert re.search(rf"\b{option}: .* = ", page), option
+
+
+def test_the_help_of_generate_says_what_each_option_does():
+    page = pydoc.render_doc(Engine.generate, renderer=pydoc.plaintext)
+    for option in ("prompt", *OPTIONS):
+        assert re.search(rf"^ +{option}  +\w", page, re.MULTILINE), option
+
+
+@pytest.mark.parametrize("name", ["generate", "stream", "generate_many", "batch", "text"])
+def test_a_misspelt_option_is_refused(engine, name):
+    first = {"batch": (), "generate_many": ([[5]],)}.get(name, ([5],))
     with pytest.raises(TypeError, match="perod"):
-        engine.generate([5], perod=3)
+        getattr(engine, name)(*first, perod=3)
+
+
+def test_a_misspelt_option_of_one_prompt_is_its_own_error(engine):
+    each = [{"max_new_token": 3}, {"max_new_tokens": 3}, {"sparsity": "none"}]
+    done = dict(engine.generate_many([[5, 6], [5, 6], [5, 6]], each=each, max_new_tokens=5))
+    assert len(done[1].token_ids) == 3
+    for index, name in ((0, "max_new_token"), (2, "sparsity")):
+        assert isinstance(done[index], ConfigError)
+        assert str(done[index]) == f"each takes max_new_tokens, stop, sampling; got {name}"
+
+
+@pytest.fixture
+def third_party():
+    """Register a rule that passes every guess but one token, and forget it afterwards."""
+    seen = []
+
+    @register("anything-but-five")
+    def accept_all_but_five(check, *, threshold, temperature):
+        seen.append((threshold, temperature))
+        return check.own() | (check.tree.tokens != 5)
+
+    yield seen
+    del accept._RULES["anything-but-five"]
+
+
+def test_a_rule_of_a_third_party_decodes(engine, third_party):
+    correction = {"period": 4, "accept": "anything-but-five", "threshold": 0.3, "accept_temperature": 0.9}
+    done = engine.generate([5, 6, 7], max_new_tokens=21, sparsity={"keep": 0.1}, correction=correction)
+    full = engine.generate([5, 6, 7], max_new_tokens=21, sparsity="none")
+    assert done.stats.acceptance_histogram[3] == done.stats.rounds > 0 and done.token_ids != full.token_ids
+    assert not done.stats.lossless and set(third_party) == {(0.3, 0.9)}
+
+
+def decoded(batch, engine):
+    batch.add(engine.text([5, 6, 7], max_new_tokens=13))
+    while batch.busy:
+        for update in batch.step():
+            done = update.completion
+    return done
+
+
+def test_a_batch_takes_a_rule_of_the_callers_own(engine):
+    def nothing(check):
+        return torch.zeros_like(check.own())
+
+    done = decoded(engine.batch(sparsity="coarse", correction=4, rule=nothing), engine)
+    assert done.stats.accepted == 0 < done.stats.drafted and not done.stats.lossless
+    done = decoded(engine.batch(sparsity="coarse", correction=4, rule=accept.accept_own), engine)
+    assert done.stats.lossless
+
+
+def test_a_batch_takes_a_period_of_the_callers_own(engine):
+    class Alternating(Period):
+        def choose(self, rows):
+            self.now = 5 - self.now
+            return self.now
+
+    done = decoded(engine.batch(sparsity={"keep": 1.0}, correction=4, period=Alternating(1)), engine)
+    none, *_, whole = done.stats.acceptance_histogram
+    assert none > 0 and whole > 0  # rounds that drafted nothing, and those of four tokens
+    assert done.token_ids == engine.generate([5, 6, 7], max_new_tokens=13, sparsity="none").token_ids
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"correction": None, "rule": accept.accept_own}, "without a correction there are none"),
+        ({"correction": None, "period": Period(4)}, "begins at 4 tokens a check, and the correction allows at most 1"),
+        ({"correction": 3, "period": Period(4)}, "begins at 4 tokens a check, and the correction allows at most 3"),
+    ],
+    ids=["rule alone", "period alone", "too long"],
+)
+def test_a_rule_or_period_that_fits_no_correction_is_refused(engine, options, says):
+    with pytest.raises(ConfigError, match=says):
+        engine.batch(**options)
 
 
 def test_a_model_without_a_tokenizer_takes_ids_and_gives_ids():

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from conftest import FAMILIES, SHARED, VOCABULARY, greedy, slow, tiny_model
 from sirius.batch import Batch
 from sirius.core import CorrectionConfig, Mode, SparsityConfig, Window
-from sirius.decoding import loop
+from sirius.decoding import accept
 from sirius.decoding.period import AutoPeriod, Probed
 from sirius.decoding.tree import Tree
 from sirius.engine import Engine
@@ -349,7 +349,7 @@ def staleness(session: Session, row: int, tokens: list[int]) -> float:
 
 def test_a_correction_read_at_the_wrong_node_is_caught(monkeypatch):
     """The published code's mistake: on a rejection the scores are taken from the rejected node, not its parent."""
-    right = loop.longest_branches
+    right = accept.longest_branches
 
     def wrong(check, passed):
         found = right(check, passed)
@@ -359,7 +359,7 @@ def test_a_correction_read_at_the_wrong_node_is_caught(monkeypatch):
 
     model = tiny_model(eos_token_id=None)
     want = greedy(model, PROMPT, NEW)
-    monkeypatch.setattr(loop, "longest_branches", wrong)
+    monkeypatch.setattr(accept, "longest_branches", wrong)
     for width in WIDTHS:
         got = Engine(model).generate(PROMPT, max_new_tokens=NEW, sparsity="fine", correction=argmax(6, width))
         assert list(got.token_ids) != want, f"width {width}"

@@ -10,7 +10,7 @@ from conftest import tiny_config, tiny_model
 from sirius.benchmark import extras, growth
 from sirius.benchmark.decode import Times
 from sirius.benchmark.growth import CORRECTED, FULL, PLAIN, SPARSE, Point, Workload, along, make_points
-from sirius.benchmark.replay import acceptance
+from sirius.benchmark.playback import acceptance
 from sirius.engine import Engine
 from sirius.errors import ConfigError
 
@@ -233,7 +233,7 @@ def test_one_point_makes_no_line(bench, measured, tmp_path):
 
 
 def test_the_rows_of_an_axis_are_in_its_order():
-    row = growth.Row(BASE, 1, 1, 1, 1, 1, 1, 1, 1, None)
+    row = growth.GrowthFigures(BASE, 1, 1, 1, 1, 1, 1, 1, 1, None)
     rows = [row, replace(row, point=replace(BASE, keep=0.2)), replace(row, point=replace(BASE, batch=3))]
     assert [each.point.keep for each in along(rows, BASE, "keep")] == [0.2, 0.5]
     with pytest.raises(ConfigError, match="drafts nothing"):

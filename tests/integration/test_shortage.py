@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 from conftest import greedy, tiny_model
 from sirius.core import CorrectionConfig, SparsityConfig
-from sirius.decoding import loop
 from sirius.engine import Engine
 from sirius.errors import OutOfMemoryError, RequestError
 from sirius.runtime.cache import SlotLayer
@@ -354,9 +353,10 @@ class Counting:
         return scores.roll(self.calls, -1)
 
 
-def test_a_round_is_not_repeated_before_a_processor_that_keeps_state(engine, monkeypatch):
+def test_a_round_is_not_repeated_before_a_processor_that_keeps_state(engine):
     """Asked a second time about a token, it would count that twice: its text must not go on."""
-    accept, rounds = loop.accept, []
+    batch, rounds = open_batch(engine), []
+    accept = batch.plan.accept
 
     def full_once(*arguments):
         rounds.append(1)
@@ -364,8 +364,7 @@ def test_a_round_is_not_repeated_before_a_processor_that_keeps_state(engine, mon
             raise torch.OutOfMemoryError("full")
         return accept(*arguments)
 
-    monkeypatch.setattr(loop, "accept", full_once)
-    batch = open_batch(engine)
+    batch.plan = replace(batch.plan, accept=full_once)
     ticket = batch.add(replace(engine.text(PROMPTS[0], max_new_tokens=NEW), process=Counting()))
     assert "out of memory" in str(drain(batch)[ticket])
 

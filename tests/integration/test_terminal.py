@@ -17,11 +17,11 @@ from conftest import tiny_model
 from sirius import __version__, cli
 from sirius.benchmark import show as bench_show
 from sirius.benchmark.ceiling import Ceiling
-from sirius.benchmark.decode import Row as BenchRow
+from sirius.benchmark.decode import DecodeFigures
 from sirius.cli import terminal
 from sirius.cli.streams import guarded
 from sirius.demo import show
-from sirius.demo.showcase import Row
+from sirius.demo.showcase import DemoFigures
 
 pytestmark = pytest.mark.integration
 
@@ -228,10 +228,10 @@ def shown(renderable: object, width: int) -> str:
 
 @pytest.mark.parametrize("width", [30, 40, 60, 75, 80, 120])
 def test_tables_are_whole_at_any_width(width):
-    row = Row("coarse + correction", 0.4, "reasoning", 40, 0.995, 0.01, 13.78, 0.548, 0.621, 163, False)
+    row = DemoFigures("coarse + correction", 0.4, "reasoning", 40, 0.995, 0.01, 13.78, 0.548, 0.621, 163, False)
     text = shown(show.table([row, replace(row, task="understanding")]), width)
     assert all(part in text for part in ("coarse + correction", "0.995 ± 0.010", "13.78", "effective", "lossy"))
-    timed = BenchRow("coarse 0.5, tree 4", 12.67, 1, 1, 9, 12.3, 12.34, 12.34, 12.34, 12 * 10**9, 0.8, 0.1, 0.1)
+    timed = DecodeFigures("coarse 0.5, tree 4", 12.67, 1, 1, 9, 12.3, 12.34, 12.34, 12.34, 12 * 10**9, 0.8, 0.1, 0.1)
     assert "\N{HORIZONTAL ELLIPSIS}" not in text + shown(bench_show.decoding([timed], Ceiling(10, 10)), width)
 
 

@@ -9,20 +9,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sirius.core import AcceptName, CorrectionConfig, Verdict
+from sirius.core import CorrectionConfig, Verdict
 from sirius.decoding.accept import (
     Check,
     Rule,
     accept_own,
-    accept_relative,
     accept_threshold,
-    accept_typical,
+    known,
     longest_branches,
     make_rule,
     make_verdicts,
-    without_interleave,
+    register,
 )
+from sirius.decoding.period import Period
+from sirius.decoding.plan import make_plan
+from sirius.decoding.studies import accept_relative, accept_typical, drop_bonus
 from sirius.decoding.tree import Tree
+from sirius.errors import ConfigError
 
 V = 5
 INF = float("inf")
@@ -218,7 +221,7 @@ def test_a_lower_threshold_never_keeps_fewer(rule, drawn, one, other):
 
 def test_a_configuration_names_its_rule():
     scores = [1.1, 1.0, 0.0, 0.0, 0.0]  # at temperature 0.6 token 1 has probability 0.364, 0.846 times token 0's
-    names: dict[tuple[AcceptName, float | None], bool] = {
+    names: dict[tuple[str, float | None], bool] = {
         ("lossless", None): False,
         ("argmax", None): False,
         ("sampling", None): False,
@@ -232,10 +235,23 @@ def test_a_configuration_names_its_rule():
         assert judged(scores, 1, make_rule(CorrectionConfig(accept=accept, threshold=threshold))) is passes
     cold = CorrectionConfig(accept="threshold", threshold=0.35, accept_temperature=1e-2)
     assert not judged(scores, 1, make_rule(cold))
-    assert judged(scores, 4, make_rule(CorrectionConfig(accept="argmax", ablate=("rollback",))))
+    everything = CorrectionConfig(accept="argmax", ablate=("rollback",))
+    assert judged(scores, 4, make_plan(everything, Period(1), frozenset()).rule)
+
+
+def test_a_name_that_no_rule_has_is_refused_with_the_known_ones():
+    for name in ("greedy", ""):
+        with pytest.raises(ConfigError, match=rf"accept is one of lossless, .*typical.*; got '{name}'"):
+            make_rule(CorrectionConfig(accept=name))
+
+
+@pytest.mark.parametrize("name", ["threshold", "argmax"])
+def test_a_name_is_registered_once(name):
+    with pytest.raises(ConfigError, match=f"named '{name}' is already there"):
+        register(name)(lambda check, threshold, temperature: check.own())
+    assert known().count(name) == 1
 
 
 def test_without_interleaving_the_last_guess_of_a_whole_draft_is_the_newest_token():
-    whole, broken = Verdict((1, 3), 9, "bonus", (1, 3)), Verdict((1,), 9, "correction", (1, 3))
-    assert without_interleave(whole, [4, 5, 6, 7]) == Verdict((1,), 7, "draft", (1, 3))
-    assert without_interleave(broken, [4, 5, 6, 7]) is broken
+    whole = Verdict((1, 3), 9, "bonus", (1, 3))
+    assert drop_bonus(whole, [4, 5, 6, 7]) == Verdict((1,), 7, "draft", (1, 3))

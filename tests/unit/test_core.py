@@ -33,7 +33,7 @@ BAD: list[tuple[type, dict[str, list]]] = [
         CorrectionConfig,
         {
             "period": [0, -1, 2.0, "often", True, None],
-            "accept": ["greedy", "", 3, None],
+            "accept": [3, None],
             "threshold": [-0.1, 0.1, 1.1, NAN, "0.1"],  # 0.1 beside the rule that has none
             "accept_temperature": [0, -1.0, INF, NAN, "warm"],
             "tree_width": [0, -2, 1.5, True],

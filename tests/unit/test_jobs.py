@@ -14,14 +14,14 @@ from hypothesis import strategies as st
 from sirius.core import CorrectionConfig, Round, SamplingConfig
 from sirius.errors import FileError
 from sirius.jobs import STDIN, BadLine, Job, Output, read_jobs, to_line
-from sirius.stats import DENSE, Parameters, Setting, summarise
+from sirius.stats import DENSE, Basis, Parameters, summarise
 from sirius.texts import Completion
 
 SETTINGS = {"model": "here", "stop": ["\n"], "sparsity": {"method": "coarse", "keep": 0.5}}
 BREAKS = "\u2028 \u2029 \x85 \x0b \x0c \x1c"  # `str.splitlines` breaks a line at each of them
 STATS = summarise(
     [Round((5,)), Round((6, 7), ("draft", "bonus"), draft=(6,), accepted=1, steps=1, period=2)],
-    Setting(Parameters(9, 1, 1, 1, 1), DENSE, CorrectionConfig(2), False),
+    Basis(Parameters(9, 1, 1, 1, 1), DENSE, CorrectionConfig(2), False),
     0.5,
 )
 DONE = Completion("two\nlines", (5, 6, 7), "length", ("full", "draft", "bonus"), (-0.5, -0.25, -1.0), STATS)

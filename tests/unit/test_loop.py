@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from conftest import Toy, slow
 from sirius.core import Mode, Round
-from sirius.decoding import loop
-from sirius.decoding.accept import accept_all, accept_own
+from sirius.decoding import accept, studies
+from sirius.decoding.accept import accept_own
 from sirius.decoding.loop import Plan, Row, next_round, start
 from sirius.decoding.period import Period
 from sirius.decoding.sampling import Noise
@@ -111,7 +111,7 @@ def test_rows_that_join_and_leave_at_any_time_keep_their_text(texts, period, wid
 
 def test_a_correction_read_at_the_wrong_node_is_caught(monkeypatch):
     """The reference's mistake: on a rejection the scores are taken from the rejected node, not from its parent."""
-    right = loop.longest_branches
+    right = accept.longest_branches
 
     def wrong(check, passed):
         found = right(check, passed)
@@ -119,7 +119,7 @@ def test_a_correction_read_at_the_wrong_node_is_caught(monkeypatch):
         at = torch.where(rejected > 0, rejected, found.end)
         return found._replace(next=check.choice.gather(1, at[:, None])[:, 0])
 
-    monkeypatch.setattr(loop, "longest_branches", wrong)
+    monkeypatch.setattr(accept, "longest_branches", wrong)
     for width in WIDTHS:
         assert text(run(Toy(0.3), plan_of(6, width))) != dense_greedy(PROMPT, 60)
 
@@ -245,7 +245,8 @@ def test_noise_acts_on_the_draft_so_that_a_perfect_one_passes_whole():
 @pytest.mark.parametrize("interleave", [True, False])
 def test_the_automatic_period_is_shown_what_was_kept_and_how_many_drafts_fell_short(width, interleave):
     learnt = []
-    plan = plan_of(6, width, interleave=interleave)
+    plan = plan_of(6, width)
+    plan = plan if interleave else studies.without_interleave(plan)
     plan.period.learn = learnt.append
     windows = run(Toy(noise=0.3), plan, new_tokens=80)[1:]
     assert [m.kept for m in learnt] == [w.accepted for w in windows]
@@ -292,7 +293,7 @@ def test_a_row_whose_processor_breaks_ends_alone():
 
 
 def test_without_the_rewrite_the_drafts_own_entries_stay():
-    toy, plan = Toy(noise=0.3), plan_of(5, rewrite=False)
+    toy, plan = Toy(noise=0.3), studies.without_rewrite(plan_of(5))
     row = make_row(PROMPT, 40, plan)
     start(toy, row)
     while row.room:
@@ -301,14 +302,14 @@ def test_without_the_rewrite_the_drafts_own_entries_stay():
 
 
 def test_without_interleaving_a_draft_that_passes_gets_no_bonus():
-    rounds = run(Toy(noise=0.2), plan_of(4, interleave=False), new_tokens=40)
+    rounds = run(Toy(noise=0.2), studies.without_interleave(plan_of(4)), new_tokens=40)
     assert "bonus" not in {origin for r in rounds for origin in r.origins}
     assert all(r.accepted == len(r.tokens) for r in rounds[1:] if "correction" not in r.origins and r.draft)
     assert text(rounds) == dense_greedy(PROMPT, 40)
 
 
 def test_without_rollback_every_guess_stays():
-    rounds = run(Toy(noise=0.9), plan_of(4, rule=accept_all), new_tokens=41)[1:]
+    rounds = run(Toy(noise=0.9), studies.without_rollback(plan_of(4)), new_tokens=41)[1:]
     assert all(r.accepted == len(r.draft) for r in rounds)
     assert text(rounds) != dense_greedy(PROMPT, 40)
 

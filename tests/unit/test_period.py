@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 
 from sirius.core import LONGEST
-from sirius.decoding.period import CHOICES, SETTLED, AutoPeriod, Learnt, Measured, Period, Probed
+from sirius.decoding.period import CHOICES, WARM_UP, AutoPeriod, Learnt, Measured, Period, Probed
 
 FIXED = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 TEXT = 200  # tokens
@@ -40,7 +40,7 @@ class World:
 
         def took(shape: object, cost: float) -> float:
             seen[shape] = seen.get(shape, 0) + 1
-            cost += self.warm if seen[shape] <= SETTLED else 0.0
+            cost += self.warm if seen[shape] <= WARM_UP else 0.0
             return cost * (1 + self.noise * self.chance.uniform(-1, 1))
 
         while new < tokens:
@@ -111,7 +111,7 @@ def test_a_draft_that_pays_reaches_nineteen_twentieths_of_the_best_fixed_period(
 
 def test_a_draft_that_reads_every_weight_is_never_asked():
     period, world = AutoPeriod(1.0), World(0.1, 0.0, 1.0, floor=1.0)
-    assert world.text(period) == TEXT - 1 and period.costs(1).now == 1
+    assert world.text(period) == TEXT - 1 and period.costs(1).period == 1
 
 
 def test_each_probe_that_promises_nothing_doubles_the_wait():
@@ -130,12 +130,12 @@ def test_it_begins_when_acceptance_rises_and_ends_when_it_falls():
     period = AutoPeriod(0.4)
     bad, good = World(0.4, 0.02, 0.1, floor=0.4), World(0.4, 0.02, 0.97, floor=0.4)
     bad.text(period)
-    assert period.costs(1).now == 1
+    assert period.costs(1).period == 1
     for _ in range(5):
         good.text(period)
-    assert period.costs(1).now >= 6
+    assert period.costs(1).period >= 6
     bad.text(period)
-    assert period.costs(1).now == 1
+    assert period.costs(1).period == 1
 
 
 def test_a_batch_for_which_drafting_does_not_pay_leaves_single_texts_their_gain():
@@ -145,7 +145,7 @@ def test_a_batch_for_which_drafting_does_not_pay_leaves_single_texts_their_gain(
     for _ in range(8):
         alone.text(AutoPeriod(0.5, learnt))
         batch.text(AutoPeriod(0.5, learnt))
-    assert learnt.costs[1].now > 1 == learnt.costs[8].now
+    assert learnt.costs[1].period > 1 == learnt.costs[8].period
     assert mean(alone, lambda: AutoPeriod(0.5, learnt), 15) < 0.8 * plain
 
 
@@ -155,7 +155,7 @@ def test_another_number_of_rows_needs_no_probe_once_acceptance_is_known():
     world, period = World(0.5, 0.04, 0.95, floor=0.5, rows=2), AutoPeriod(0.5, learnt)
     period.probes = lambda rows, new: 0  # type: ignore[method-assign]
     world.text(period)
-    assert learnt.costs[2].now > 1
+    assert learnt.costs[2].period > 1
 
 
 def test_after_windows_that_paid_for_long_a_stop_waits_longer_each_time():
@@ -163,7 +163,7 @@ def test_after_windows_that_paid_for_long_a_stop_waits_longer_each_time():
     World(0.4, 0.02, 0.97, floor=0.4).text(period, tokens=800)
     World(0.4, 0.02, 0.1, floor=0.4).text(period)
     costs = period.costs(1)
-    assert costs.now == 1
+    assert costs.period == 1
     for _ in range(3):
         waits.append(costs.wait)
         costs.wait = 0
@@ -171,29 +171,29 @@ def test_after_windows_that_paid_for_long_a_stop_waits_longer_each_time():
     assert waits[0] < waits[1] < waits[2] == 2 * waits[1]
 
 
-def test_a_probe_for_which_there_is_no_memory_is_put_off():
+def test_a_probe_for_which_there_is_no_memory_is_postponed():
     period = AutoPeriod(0.5)
-    for _ in range(SETTLED + 1):
+    for _ in range(WARM_UP + 1):
         period.learn(Measured(1, 0.0, 1.0, 0, 0, 0))
     assert period.probes(1, 100)
-    period.put_off(1)
+    period.postpone_probe(1)
     assert not period.probes(1, 100) and period.choose(1) == 1
 
 
 def test_of_a_tree_every_branch_counts_in_a_check_that_was_not_measured():
     chain, tree = AutoPeriod(0.5), AutoPeriod(0.5, width=4)
     for period in (chain, tree):
-        for _ in range(SETTLED + 1):
+        for _ in range(WARM_UP + 1):
             period.learn(Measured(1, 0.0, 1.0, 0, 0, 0))
-    assert chain.costs(1).check(11, chain.width) == pytest.approx(1.2)
-    assert tree.costs(1).check(11, tree.width) == pytest.approx(1.8)
+    assert chain.costs(1).check_seconds(11, chain.width) == pytest.approx(1.2)
+    assert tree.costs(1).check_seconds(11, tree.width) == pytest.approx(1.8)
 
 
 def test_costs_are_known_apart_for_each_number_of_rows():
     period = AutoPeriod(0.6)
     for rows in (1, 8):
         World(0.6, 0.02 * rows, 0.97, rows=rows).text(period)
-    assert period.costs(1).check(16, 1) < 1.5 < period.costs(8).check(16, 1)
+    assert period.costs(1).check_seconds(16, 1) < 1.5 < period.costs(8).check_seconds(16, 1)
 
 
 def test_a_window_shorter_than_the_period_counts_as_what_it_was():
@@ -201,10 +201,10 @@ def test_a_window_shorter_than_the_period_counts_as_what_it_was():
     period = AutoPeriod(0.5)
     for _ in range(4):
         period.learn(Measured(1, draft=1.0, verify=1.0, steps=2, kept=2, rejected=0))
-    assert period.costs(1).step(0.5) == 0.5 and 3 in period.costs(1).checks
+    assert period.costs(1).draft_seconds(0.5) == 0.5 and 3 in period.costs(1).checks
 
 
-def test_a_fixed_period_stays_and_asks_nothing():
+def test_a_fixed_period_never_changes_and_makes_no_probe():
     fixed = Period(5)
     fixed.learn(Measured(1, 1.0, 1.0, 4, 0, 1))
     assert fixed.choose(1) == 5 and not fixed.probes(1, 100)

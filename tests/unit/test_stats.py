@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sirius.core import LONGEST, CorrectionConfig, Origin, Round
-from sirius.stats import DENSE, Parameters, Setting, Touched, combine, density, effective_density, summarise
+from sirius.stats import DENSE, Basis, Parameters, Touched, combine, density, effective_density, summarise
 
 # Parameters of the published models in millions: total, embedding, MLP (three equal matrices).
 LLAMA_3_8B = (8030, 525.5, 5637)
@@ -104,7 +104,7 @@ def figures(
     seconds: float = 2.0,
 ):
     correction = CorrectionConfig(period, accept="argmax") if corrected else None
-    return summarise((Round((7,)), *windows), Setting(SMALL, touched, correction, lossless=True), seconds)
+    return summarise((Round((7,)), *windows), Basis(SMALL, touched, correction, lossless=True), seconds)
 
 
 def test_figures_of_a_generation_by_hand():

@@ -1,7 +1,7 @@
-"""Time per token of one stream, settings in turns in one run, beside what reading the weights must cost."""
+"""Time per token of one stream, beside the least time that reading the weights takes; settings take turns."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from statistics import median, quantiles
 from time import perf_counter
 from typing import Any, cast
@@ -11,11 +11,11 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from sirius.batch import Batch
-from sirius.benchmark import replay
 from sirius.benchmark.ceiling import Ceiling, cache_bytes, weight_bytes
 from sirius.benchmark.memory import peak_bytes, reset_peak
 from sirius.benchmark.peer import NAME as PEER
 from sirius.benchmark.peer import Peer
+from sirius.benchmark.playback import Playback, mean_advance
 from sirius.benchmark.timing import timed
 from sirius.core import CorrectionConfig, SparsityConfig
 from sirius.decoding.period import Measured, Period
@@ -60,8 +60,8 @@ class Workload:
 
 
 @dataclass(frozen=True)
-class Setting:
-    """A way to decode; no sparsity is someone else's."""
+class TimedSetting:
+    """A way to decode that is timed; one without sparsity runs in transformers or llama.cpp."""
 
     name: str
     sparsity: SparsityConfig | None = None
@@ -86,8 +86,8 @@ class Times:
 
 
 @dataclass(frozen=True)
-class Row:
-    """What a setting costs.
+class DecodeFigures:
+    """The figures of a setting.
 
     ms_per_token, p10, p90   milliseconds: median and percentiles over its windows (or steps), each over `aal` tokens
     aal                      tokens of a window, the histogram's mean; 1 without a draft
@@ -113,14 +113,14 @@ class Row:
 
 
 class _Watched(Period):
-    """A period that writes down what its windows cost."""
+    """A fixed period that notes the times of its windows."""
 
     def __init__(self, now: int, times: Times) -> None:
         super().__init__(now)
         self.times = times
 
     def learn(self, measured: Measured) -> None:
-        """Take note of a whole window."""
+        """Note the times of a whole window."""
         if measured.steps < self.now - 1:
             return
         self.times.drafts.append(measured.draft)
@@ -128,7 +128,7 @@ class _Watched(Period):
 
 
 class _Clock(BaseStreamer):
-    """Writes down when transformers gives each token."""
+    """Notes when transformers gives each token."""
 
     def __init__(self) -> None:
         self.at: list[float] = []
@@ -152,30 +152,30 @@ def check_context(workload: Workload, config: PreTrainedConfig) -> None:
 
 def make_settings(
     keep: float, fine_keeps: Sequence[float], period: int, widths: Sequence[int], device: str
-) -> list[Setting]:
+) -> list[TimedSetting]:
     """Return the settings of a run: transformers, our full decoding, each sparsity alone, and corrected ones.
 
     On a GPU transformers' static cache, with which it compiles its steps, is one more.
     """
     coarse, fines = SparsityConfig("coarse", keep), [SparsityConfig("fine", each) for each in fine_keeps]
-    theirs = [Setting(TRANSFORMERS), *([Setting(STATIC)] if device.startswith("cuda") else [])]
-    settings = [*theirs, Setting(FULL, SparsityConfig("none")), Setting(f"coarse {keep:g}", coarse)]
-    settings += [Setting(f"fine {each.keep:g}", each) for each in fines]
+    theirs = [TimedSetting(TRANSFORMERS), *([TimedSetting(STATIC)] if device.startswith("cuda") else [])]
+    settings = [*theirs, TimedSetting(FULL, SparsityConfig("none")), TimedSetting(f"coarse {keep:g}", coarse)]
+    settings += [TimedSetting(f"fine {each.keep:g}", each) for each in fines]
     for width in widths:
         tree = f", tree {width}" if width > 1 else ""
         rule = CorrectionConfig(period, tree_width=width)
-        settings += [Setting(f"{s.method} {s.keep:g} corrected{tree}", s, rule) for s in (coarse, *fines[:1])]
+        settings += [TimedSetting(f"{s.method} {s.keep:g} corrected{tree}", s, rule) for s in (coarse, *fines[:1])]
     return settings
 
 
 def run(
     model: PreTrainedModel,
-    settings: Sequence[Setting],
+    settings: Sequence[TimedSetting],
     workload: Workload,
     ceiling: Ceiling,
     peer: Peer | None = None,
     on_turn: Callable[[], None] = lambda: None,
-) -> list[Row]:
+) -> list[DecodeFigures]:
     """Time every setting in turns, a peer after them, and return the figures; `on_turn` is called after each turn."""
     times = {setting.name: Times() for setting in settings}
     for _ in range(workload.cycles):
@@ -186,11 +186,11 @@ def run(
             turn = peer.turn(prompt(model, workload.context), workload.tokens - 1)
             times.setdefault(PEER, Times()).rounds += turn.seconds
             on_turn()
-    settings = [*settings, *([Setting(PEER)] if peer else [])]
+    settings = [*settings, *([TimedSetting(PEER)] if peer else [])]
     return _rows(Engine(model), settings, times, workload, ceiling)
 
 
-def _turn(model: PreTrainedModel, setting: Setting, workload: Workload, times: Times) -> None:
+def _turn(model: PreTrainedModel, setting: TimedSetting, workload: Workload, times: Times) -> None:
     drop_idle(model)  # another setting's cache is none of this one's memory
     known = reset_peak(workload.device)
     if setting.sparsity is None:
@@ -201,7 +201,7 @@ def _turn(model: PreTrainedModel, setting: Setting, workload: Workload, times: T
         times.peaks.append(peak_bytes(workload.device))
 
 
-def _run_transformers(model: PreTrainedModel, setting: Setting, workload: Workload, times: Times) -> None:
+def _run_transformers(model: PreTrainedModel, setting: TimedSetting, workload: Workload, times: Times) -> None:
     restore(model)
     ids, clock = torch.tensor([prompt(model, workload.context)], device=workload.device), _Clock()
     with torch.inference_mode():
@@ -217,7 +217,7 @@ def _run_transformers(model: PreTrainedModel, setting: Setting, workload: Worklo
     times.rounds += [b - a for a, b in zip(clock.at[1:], clock.at[2:], strict=False)]  # the first put is the prompt
 
 
-def _run_ours(engine: Engine, setting: Setting, workload: Workload, times: Times) -> None:
+def _run_ours(engine: Engine, setting: TimedSetting, workload: Workload, times: Times) -> None:
     batch = open_batch(engine, setting, workload.histogram, times)
     batch.add(engine.text(prompt(engine.model, workload.context), max_new_tokens=workload.tokens))
     step(batch)
@@ -233,14 +233,13 @@ def _run_ours(engine: Engine, setting: Setting, workload: Workload, times: Times
             times.density = update.completion.stats.density_streamed
 
 
-def open_batch(engine: Engine, setting: Setting, histogram: Sequence[float], times: Times, rows: int = 1) -> Batch:
-    """Open the batch of a setting; in its windows the histogram is played back, and `times` learns of their parts."""
-    batch = engine.batch(rows=rows, sparsity=setting.sparsity or "none", correction=setting.correction)
+def open_batch(engine: Engine, setting: TimedSetting, histogram: Sequence[float], times: Times, rows: int = 1) -> Batch:
+    """Open the batch of a setting; its windows play the histogram back, and `times` gets those of draft and check."""
+    options: dict[str, Any] = {"sparsity": setting.sparsity or "none", "correction": setting.correction}
     if setting.guesses:
-        period = _Watched(setting.guesses + 1, times)
-        batch.plan = replace(batch.plan, period=period, rule=replay.Replay(histogram))
-        times.aal = replay.mean_advance(histogram)
-    return batch
+        options |= {"rule": Playback(histogram), "period": _Watched(setting.guesses + 1, times)}
+        times.aal = mean_advance(histogram)
+    return engine.batch(rows=rows, **options)
 
 
 def step(batch: Batch) -> list[Update]:
@@ -259,8 +258,8 @@ def prompt(model: PreTrainedModel, count: int) -> list[int]:
 
 
 def _rows(
-    engine: Engine, settings: Sequence[Setting], times: dict[str, Times], workload: Workload, ceiling: Ceiling
-) -> list[Row]:
+    engine: Engine, settings: Sequence[TimedSetting], times: dict[str, Times], workload: Workload, ceiling: Ceiling
+) -> list[DecodeFigures]:
     parameters, dtype = count_parameters(engine.model), engine.model.dtype
     held = cache_bytes(engine.model.config, workload.context + workload.tokens // 2, dtype)
     medians = {name: median(each.rounds) / each.aal for name, each in times.items()}
@@ -272,7 +271,7 @@ def _rows(
         window = median(mine.rounds)
         parts = (median(mine.drafts) / window, median(mine.checks) / window) if mine.drafts else None
         rows.append(
-            Row(
+            DecodeFigures(
                 name=setting.name,
                 ms_per_token=round(1e3 * seconds, 3),
                 p10=round(1e3 * tenths[0], 3),
@@ -291,7 +290,9 @@ def _rows(
     return rows
 
 
-def bytes_per_token(setting: Setting, times: Times, parameters: Parameters, dtype: torch.dtype, held: int) -> float:
+def bytes_per_token(
+    setting: TimedSetting, times: Times, parameters: Parameters, dtype: torch.dtype, held: int
+) -> float:
     """Return the bytes that a token must read: of the weights, and of `held` bytes of keys and values a pass."""
     weights = weight_bytes(parameters, dtype)
     sparse = times.density * weights + held

@@ -10,8 +10,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from sirius.batch import Batch
 from sirius.benchmark.ceiling import Ceiling
-from sirius.benchmark.decode import FULL, Setting, Times, open_batch, prompt, step
-from sirius.benchmark.replay import PUBLISHED_AAL, PUBLISHED_PERIOD, acceptance, geometric
+from sirius.benchmark.decode import FULL, TimedSetting, Times, open_batch, prompt, step
+from sirius.benchmark.playback import PUBLISHED_AAL, PUBLISHED_PERIOD, acceptance, geometric
 from sirius.benchmark.timing import timed
 from sirius.core import CorrectionConfig, SparsityConfig
 from sirius.engine import Engine
@@ -65,8 +65,8 @@ class Workload:
 
 
 @dataclass(frozen=True)
-class Row:
-    """What a point costs: medians, in milliseconds, of passes over all of its rows at once.
+class GrowthFigures:
+    """The figures of a point: medians, in milliseconds, of passes over all of its rows at once.
 
     A step brings every row one token, so that its time is also each row's time per token; `batch` of them come of it.
 
@@ -105,7 +105,7 @@ def make_points(values: Mapping[str, Sequence[Any]], axes: Iterable[str]) -> lis
     return list(dict.fromkeys([base, *(replace(base, **{axis: value}) for axis in axes for value in values[axis])]))
 
 
-def along(rows: Iterable[Row], base: Point, axis: str) -> list[Row]:
+def along(rows: Iterable[GrowthFigures], base: Point, axis: str) -> list[GrowthFigures]:
     """Return the rows that differ from the base point on one axis at most, in its order."""
     on = [row for row in rows if replace(row.point, **{axis: getattr(base, axis)}) == base]
     return sorted(on, key=lambda row: getattr(row.point, axis))
@@ -131,9 +131,9 @@ def run(
     model: PreTrainedModel,
     points: Sequence[Point],
     workload: Workload,
-    done: Iterable[Row] = (),
-    on_row: Callable[[list[Row]], None] = lambda _: None,
-) -> list[Row]:
+    done: Iterable[GrowthFigures] = (),
+    on_row: Callable[[list[GrowthFigures]], None] = lambda _: None,
+) -> list[GrowthFigures]:
     """Measure every point that is not among those done; `on_row` gets all rows so far after each."""
     rows = list(done)
     there = {row.point for row in rows}
@@ -144,7 +144,7 @@ def run(
     return rows
 
 
-def measure(model: PreTrainedModel, point: Point, workload: Workload) -> Row:
+def measure(model: PreTrainedModel, point: Point, workload: Workload) -> GrowthFigures:
     """Time the settings of a point in turns; each turn begins at the point's context."""
     engine = Engine(model, compile=workload.compile)
     settings = make_settings(point, workload.sparsity)
@@ -156,7 +156,7 @@ def measure(model: PreTrainedModel, point: Point, workload: Workload) -> Row:
     return make_row(point, times)
 
 
-def read_rows(record: Mapping[str, Any]) -> tuple[Workload, list[Row]]:
+def read_rows(record: Mapping[str, Any]) -> tuple[Workload, list[GrowthFigures]]:
     """Return what a record of growth holds; raise FileError where it is none."""
     try:
         asked = record["workload"]
@@ -175,13 +175,13 @@ def read_ceiling(record: Mapping[str, Any]) -> Ceiling:
         raise FileError(f"this record has no ceiling: {error!r}") from error
 
 
-def _row(row: Mapping[str, Any]) -> Row:
+def _row(row: Mapping[str, Any]) -> GrowthFigures:
     figures = {name: value for name, value in row.items() if name not in ("point", "rest_ms", "acceptance")}
     chance, rest = row["acceptance"], row["rest_ms"]  # there may be none of either
     if not isinstance(rest, int | float) or not isinstance(chance, int | float | None):
         raise ValueError(f"rest_ms {rest!r}, acceptance {chance!r}")
     point = Point(**_positive(row["point"]))
-    return Row(point=point, **_positive(figures), rest_ms=rest, acceptance=chance)
+    return GrowthFigures(point=point, **_positive(figures), rest_ms=rest, acceptance=chance)
 
 
 def _positive(figures: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -191,18 +191,18 @@ def _positive(figures: Mapping[str, Any]) -> Mapping[str, Any]:
     return figures
 
 
-def make_settings(point: Point, method: str) -> list[Setting]:
+def make_settings(point: Point, method: str) -> list[TimedSetting]:
     """Return what is timed at a point: full, plain, sparse, corrected."""
     sparse = SparsityConfig(method, point.keep)
     return [
-        Setting(FULL, SparsityConfig("none")),
-        Setting(PLAIN, sparse, CorrectionConfig(1)),
-        Setting(SPARSE, sparse),
-        Setting(CORRECTED, sparse, CorrectionConfig(point.period, tree_width=point.tree_width)),
+        TimedSetting(FULL, SparsityConfig("none")),
+        TimedSetting(PLAIN, sparse, CorrectionConfig(1)),
+        TimedSetting(SPARSE, sparse),
+        TimedSetting(CORRECTED, sparse, CorrectionConfig(point.period, tree_width=point.tree_width)),
     ]
 
 
-def open_filled(engine: Engine, setting: Setting, point: Point, workload: Workload, times: Times) -> Batch:
+def open_filled(engine: Engine, setting: TimedSetting, point: Point, workload: Workload, times: Times) -> Batch:
     """Open a setting's batch with every row at the point's context, and run one round that is not timed.
 
     Only `PROMPT` tokens are read. What the other slots hold changes no speed, but zeros that were never written would:
@@ -227,7 +227,7 @@ def open_filled(engine: Engine, setting: Setting, point: Point, workload: Worklo
     return batch
 
 
-def _turn(batch: Batch, setting: Setting, point: Point, device: str, times: Times) -> None:
+def _turn(batch: Batch, setting: TimedSetting, point: Point, device: str, times: Times) -> None:
     for row in range(point.batch):
         batch.session.cache.truncate(row, point.context)
     for _ in range(1 if setting.guesses else STEPS):
@@ -241,14 +241,14 @@ def _budget(point: Point, cycles: int) -> int:
     return (cycles + 2) * max(STEPS, point.period)
 
 
-def make_row(point: Point, times: Mapping[str, Times]) -> Row:
+def make_row(point: Point, times: Mapping[str, Times]) -> GrowthFigures:
     """Return the figures of a point from the times of its settings."""
     full, plain, sparse = (1e3 * median(times[name].rounds) for name in (FULL, PLAIN, SPARSE))
     windows = times[CORRECTED]
     parts = zip(windows.rounds, windows.drafts, windows.checks, strict=True)
     window = 1e3 * median(windows.rounds)
     aal = window / full
-    return Row(
+    return GrowthFigures(
         point,
         full_ms=round(full, 3),
         plain_ratio=round(plain / full, 3),

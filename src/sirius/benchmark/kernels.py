@@ -27,7 +27,7 @@ BATCHES = (1, 2, 4, 8, 16)
 
 
 @dataclass(frozen=True)
-class Row:
+class KernelFigures:
     """An operation on `batch` tokens at a density: milliseconds (medians) by kernel and by reference.
 
     gb_per_s          of the weights that must be read, by the kernel
@@ -61,7 +61,7 @@ def run(
     densities: Sequence[float] = DENSITIES,
     batches: Sequence[int] = BATCHES,
     on_row: Callable[[], None] = lambda: None,
-) -> list[Row]:
+) -> list[KernelFigures]:
     """Time every operation; `on_row` is called after each row. Weights take turns, so that no cache holds them."""
     matrix = size.neurons * size.hidden * size.dtype.itemsize
     copies = min(max(4, -(-SIZE // matrix)), MOST)
@@ -97,7 +97,9 @@ def whole_operations(size: Size) -> tuple[str, ...]:
     return ("gate", "largest", "attend") if attends(torch.device(size.device), size.dtype) else ("gate", "largest")
 
 
-def _row(operation: str, size: Size, batch: int, density: float, weights: Sequence[Any], ceiling: Ceiling) -> Row:
+def _row(
+    operation: str, size: Size, batch: int, density: float, weights: Sequence[Any], ceiling: Ceiling
+) -> KernelFigures:
     count = round(density * size.neurons)
     order = torch.randperm(size.neurons, generator=torch.Generator().manual_seed(0))
     whole = count == size.neurons and size.device == "cpu"  # on a GPU products with all rows are PyTorch's
@@ -107,7 +109,7 @@ def _row(operation: str, size: Size, batch: int, density: float, weights: Sequen
     )
     products = count * size.hidden * (2 if operation in TWO else 1)
     speed = products * size.dtype.itemsize / of_kernel / 1e6
-    return Row(
+    return KernelFigures(
         operation,
         batch,
         density,
@@ -136,7 +138,7 @@ def _call(
     return calls[operation]
 
 
-def _whole(operation: str, size: Size, batch: int, weights: list[Tensor], ceiling: Ceiling) -> Row:
+def _whole(operation: str, size: Size, batch: int, weights: list[Tensor], ceiling: Ceiling) -> KernelFigures:
     """Time an operation without a density; of `largest` half of the values are wanted, to `attend` are SLOTS slots."""
     turns = cycle(weights)
     x, values = _random(size, batch, size.hidden), _random(size, batch, size.neurons).abs()
@@ -157,7 +159,9 @@ def _whole(operation: str, size: Size, batch: int, weights: list[Tensor], ceilin
     speed = read * size.dtype.itemsize / of_kernel / 1e6
     share, gflops = round(speed / ceiling.gb_per_s, 3), round(2 * products / of_kernel / 1e6, 1)
     density = 0.5 if operation == "largest" else 1.0
-    return Row(operation, batch, density, round(of_kernel, 4), round(of_reference, 4), round(speed, 2), share, gflops)
+    return KernelFigures(
+        operation, batch, density, round(of_kernel, 4), round(of_reference, 4), round(speed, 2), share, gflops
+    )
 
 
 def _milliseconds(call: Callable[[], object], device: str) -> float:

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from sirius.benchmark.extras import need
-from sirius.benchmark.growth import VALUES, Row, Workload, along
-from sirius.benchmark.replay import PUBLISHED_AAL, PUBLISHED_PERIOD
+from sirius.benchmark.growth import VALUES, GrowthFigures, Workload, along
+from sirius.benchmark.playback import PUBLISHED_AAL, PUBLISHED_PERIOD
 from sirius.errors import ConfigError, FileError
 
 SUFFIXES = (".svg", ".png")
@@ -22,7 +22,7 @@ def check_plot(path: Path) -> None:
     need("matplotlib.figure", "plot", "--plot")
 
 
-def draw(workload: Workload, rows: Sequence[Row], path: Path) -> None:
+def draw(workload: Workload, rows: Sequence[GrowthFigures], path: Path) -> None:
     """Draw the break-even AAL against each axis that has several points.
 
     Raises ConfigError as `check_plot` does and where no axis has, FileError where the file cannot be written.
@@ -47,7 +47,7 @@ def draw(workload: Workload, rows: Sequence[Row], path: Path) -> None:
         raise FileError(f"cannot write {path}: {error.strerror or error}") from error
 
 
-def _draw_axis(panel: Any, axis: str, line: Sequence[Row]) -> None:
+def _draw_axis(panel: Any, axis: str, line: Sequence[GrowthFigures]) -> None:
     values = [getattr(row.point, axis) for row in line]
     periods = [row.point.period for row in line]
     published = [PUBLISHED_AAL if period == PUBLISHED_PERIOD else float("nan") for period in periods]

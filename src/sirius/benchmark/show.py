@@ -8,7 +8,7 @@ from rich.text import Text
 
 from sirius.benchmark import growth, kernels
 from sirius.benchmark.ceiling import Ceiling
-from sirius.benchmark.decode import Row
+from sirius.benchmark.decode import DecodeFigures
 from sirius.table import Figures
 
 LEGEND = """\
@@ -25,7 +25,7 @@ guess: the chance with which each guess must stand for that.
 """
 
 
-def decoding(rows: Sequence[Row], ceiling: Ceiling) -> RenderableType:
+def decoding(rows: Sequence[DecodeFigures], ceiling: Ceiling) -> RenderableType:
     """Return the figures of decoding as a table under the ceiling."""
     table = Figures(padding=(0, 1, 0, 0))
     for name in ("", "ms/token", "GB/s", "wall", "full", "hf", "GB", "time"):
@@ -45,7 +45,7 @@ def decoding(rows: Sequence[Row], ceiling: Ceiling) -> RenderableType:
     return Group(_bar(ceiling), table, Text(LEGEND, "dim"))
 
 
-def operations(rows: Sequence[kernels.Row], ceiling: Ceiling) -> RenderableType:
+def operations(rows: Sequence[kernels.KernelFigures], ceiling: Ceiling) -> RenderableType:
     """Return the figures of the kernels as a table under the ceiling."""
     table = Figures(padding=(0, 1, 0, 0))
     for name in ("operation", "batch", "density", "kernel ms", "reference ms", "GB/s", "wall", "GFLOP/s"):
@@ -56,7 +56,7 @@ def operations(rows: Sequence[kernels.Row], ceiling: Ceiling) -> RenderableType:
     return Group(_bar(ceiling), table)
 
 
-def growing(workload: growth.Workload, rows: Sequence[growth.Row], ceiling: Ceiling) -> RenderableType:
+def growing(workload: growth.Workload, rows: Sequence[growth.GrowthFigures], ceiling: Ceiling) -> RenderableType:
     """Return the figures of growth as a table, axis by axis, under the ceiling."""
     table = Figures(padding=(0, 1, 0, 0))
     for name in ("", "full", "plain", "sparse", "draft", "check", "rest", "AAL", "guess"):
@@ -69,14 +69,16 @@ def growing(workload: growth.Workload, rows: Sequence[growth.Row], ceiling: Ceil
     return Group(_bar(ceiling), f"{workload.sparsity}; base point: {base}", table, Text(GROWTH, "dim"))
 
 
-def _lines(workload: growth.Workload, rows: Sequence[growth.Row]) -> Iterator[tuple[str, list[growth.Row]]]:
+def _lines(
+    workload: growth.Workload, rows: Sequence[growth.GrowthFigures]
+) -> Iterator[tuple[str, list[growth.GrowthFigures]]]:
     """Yield each axis with its rows; those with the base point alone only where no axis has more."""
     lines = {axis: growth.along(rows, workload.base, axis) for axis in growth.VALUES}
     several = {axis: line for axis, line in lines.items() if len(line) > 1}
     yield from (several or dict([*lines.items()][:1])).items()
 
 
-def _growth_figures(row: growth.Row) -> tuple[str, ...]:
+def _growth_figures(row: growth.GrowthFigures) -> tuple[str, ...]:
     return (
         f"{row.full_ms:.1f}",
         f"{row.plain_ratio:.2f}",

@@ -76,7 +76,7 @@ def decode(
     from sirius.benchmark.ceiling import measure_ceiling
     from sirius.benchmark.models import make_config
     from sirius.benchmark.peer import open_peer
-    from sirius.benchmark.replay import PUBLISHED_AAL, PUBLISHED_PERIOD, acceptance, geometric
+    from sirius.benchmark.playback import PUBLISHED_AAL, PUBLISHED_PERIOD, acceptance, geometric
     from sirius.engine import Engine
 
     chance = acceptance(PUBLISHED_AAL, PUBLISHED_PERIOD) if aal is None else acceptance(aal, period)
@@ -212,7 +212,7 @@ def _grow(
     saving = nullcontext() if output is None else saved_as_it_goes()
     with saving, progress("measuring", len(points)) as advance:
 
-        def keep(rows: list[measure.Row]) -> None:
+        def keep(rows: list[measure.GrowthFigures]) -> None:
             found["rows"] = [asdict(row) for row in rows]
             if output is not None:
                 record.save(output, found)

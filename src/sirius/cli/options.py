@@ -134,6 +134,7 @@ def check_hot(asked: Asked, any_hot: bool) -> None:
 def make_options(asked: Asked) -> dict[str, Any]:
     """Return the options of `Engine.generate`; raise ConfigError where they are out of range or contradict."""
     from sirius.core import CorrectionConfig, Request, SamplingConfig, SparsityConfig, check_together
+    from sirius.decoding import check_rule
     from sirius.sparsity import find
 
     check_method(asked, find(asked["sparsity"]))  # a wrong name is told before a large model is loaded
@@ -151,6 +152,8 @@ def make_options(asked: Asked) -> dict[str, Any]:
         **{name: asked[name] for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed")}
     )
     check_together(sampling, correction)
+    if correction is not None:
+        check_rule(correction.accept)
     return {
         "max_new_tokens": budget,
         "stop": stop,

@@ -1,20 +1,22 @@
-"""Rules of acceptance, as pure functions of guesses and the full model's scores, and what follows from them."""
+"""Rules of acceptance and the register of their names, and what a rule's answer means for each row."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from sirius.core import OWN, CorrectionConfig, Origin, Verdict
+from sirius.decoding.host import fetch
 from sirius.decoding.tree import Tree
+from sirius.errors import ConfigError
 
 
 @dataclass(frozen=True)
 class Check:
-    """What the full model says of a tree's guesses.
+    """A tree's guesses with the full model's scores, by which a rule judges them.
 
     tree    B rows of N places
     scores  [B, N, V] float  the next token's after each place, processors applied; a guess is judged at its parent
@@ -29,14 +31,53 @@ class Check:
         """Tell which guesses are the full model's own choice, [B, N] bool."""
         return self.tree.tokens == self.choice.gather(1, self.tree.parents)
 
-    def judging(self, temperature: float) -> tuple[Tensor, Tensor]:
+    def log_probabilities(self, temperature: float) -> tuple[Tensor, Tensor]:
         """Return the tempered log-probabilities after each place [B, N, V], and those of the guesses [B, N]."""
         logs = torch.log_softmax(self.scores / temperature, dim=-1)
         row = torch.arange(len(logs), device=logs.device)[:, None]
         return logs, logs[row, self.tree.parents, self.tree.tokens]
 
 
-Rule = Callable[[Check], Tensor]  # which guesses pass after their parents, [B, N] bool
+Rule = Callable[[Check], Tensor]  # tells which guesses pass after their parents, [B, N] bool
+
+
+class LossyRule(Protocol):
+    """A rule with the two numbers of a `CorrectionConfig`, which `make_rule` binds."""
+
+    def __call__(self, check: Check, *, threshold: float, temperature: float) -> Tensor:
+        """Tell which guesses pass after their parents, [B, N] bool."""
+        ...
+
+
+Registered = TypeVar("Registered", bound=LossyRule)
+_RULES: dict[str, LossyRule] = {}
+
+
+def register(*names: str) -> Callable[[Registered], Registered]:
+    """Register a lossy rule under its names: `@register("threshold")` above the function.
+
+    A text decoded by it counts as lossy. Raises ConfigError of a name that is taken.
+    """
+
+    def add(rule: Registered) -> Registered:
+        for name in names:
+            if name in OWN or _RULES.get(name, rule) is not rule:
+                raise ConfigError(f"a rule of acceptance named {name!r} is already there; choose another name")
+            _RULES[name] = rule
+        return rule
+
+    return add
+
+
+def known() -> list[str]:
+    """Return the names of all rules, the lossless ones first."""
+    return [*OWN, *_RULES]
+
+
+def check_rule(name: str) -> None:
+    """Raise ConfigError, with the known names, where no rule has this name."""
+    if name not in known():
+        raise ConfigError(f"accept is one of {', '.join(known())}; got {name!r}")
 
 
 def accept_own(check: Check) -> Tensor:
@@ -48,66 +89,68 @@ def accept_own(check: Check) -> Tensor:
     return check.own()
 
 
+@register("threshold")
 def accept_threshold(check: Check, *, threshold: float, temperature: float) -> Tensor:
     """Pass guesses of probability at least `threshold`, and the full model's own choice.
 
     Lossy up to threshold 0.5. Source: Sirius (arXiv 2409.03856), section 4; that the own choice passes at any threshold
     is ours: rejecting it would only write it again.
     """
-    _, guessed = check.judging(temperature)
+    _, guessed = check.log_probabilities(temperature)
     return (guessed.exp() >= threshold) | check.own()
 
 
-def accept_relative(check: Check, *, threshold: float, temperature: float) -> Tensor:
-    """Pass guesses of probability at least `threshold` times the likeliest token's, and the full model's own choice.
-
-    Lossy. A flat distribution, in which no token reaches a fixed threshold, rejects nothing likely.
-    """
-    logs, guessed = check.judging(temperature)
-    most = logs.amax(-1).gather(1, check.tree.parents)
-    return ((guessed - most).exp() >= threshold) | check.own()
-
-
-def accept_typical(check: Check, *, threshold: float, temperature: float) -> Tensor:
-    """Pass guesses of probability at least min(threshold, sqrt(threshold) exp(-H)), and the full model's own choice.
-
-    H is the entropy of the distribution, so the less certain the full model is, the more passes. Lossy. Source: Medusa
-    (arXiv 2401.10774), section 2.3.1, with its recommended delta = sqrt(epsilon).
-    """
-    logs, guessed = check.judging(temperature)
-    entropy = -(logs.exp() * logs.clamp_min(-1e30)).sum(-1).gather(1, check.tree.parents)
-    return (guessed.exp() >= (threshold**0.5 * (-entropy).exp()).clamp_max(threshold)) | check.own()
-
-
-def accept_all(check: Check) -> Tensor:
-    """Pass every guess: the study without rollback."""
-    return torch.ones_like(check.tree.alive)
-
-
-LOSSY = {
-    "threshold": accept_threshold,
-    "relative": accept_relative,
-    "typical": accept_typical,
-}
-
-
 def make_rule(config: CorrectionConfig) -> Rule:
-    """Return the rule that a configuration names."""
-    if "rollback" in config.ablate:
-        return accept_all
+    """Return the rule that a configuration names; raise ConfigError, with the known names, where there is none."""
+    check_rule(config.accept)
     if config.accept in OWN:
         return accept_own
-    return partial(LOSSY[config.accept], threshold=config.least, temperature=config.accept_temperature)
+    return partial(_RULES[config.accept], threshold=config.least, temperature=config.accept_temperature)
+
+
+@dataclass(frozen=True)
+class Judged:
+    """The result of a check on the host, fetched in one transfer.
+
+    verdicts  [B]
+    tokens    [B][N]  the trees' tokens, by place
+    guessed   [B][N]  natural logs of the judge's probabilities of these tokens, each after its parent
+    added     [B]     natural log of the judge's probability of each verdict's `next`
+    depth     [B]     the trees' depths
+    """
+
+    verdicts: list[Verdict]
+    tokens: list[list[int]]
+    guessed: list[list[float]]
+    added: list[float]
+    depth: list[int]
+
+
+def accept(check: Check, raw: Tensor, rule: Rule) -> Judged:
+    """Judge the guesses by a rule: each row keeps its longest branch of guesses that pass.
+
+    raw  [B, N, V]  the judge's scores before processors, from which the log-probabilities are computed
+    """
+    tree = check.tree
+    found = longest_branches(check, rule(check))
+    row = torch.arange(len(raw), device=raw.device)
+    total = raw.logsumexp(-1)
+    guessed = raw[row[:, None], tree.parents, tree.tokens] - total.gather(1, tree.parents)
+    added = raw[row, found.end, found.next] - total[row, found.end]
+    *branches, tokens, guessed, added = fetch(*found, tree.tokens, guessed, added)
+    found = Branches(*branches)
+    return Judged(make_verdicts(found), tokens.tolist(), guessed.tolist(), added.tolist(), found.depth.tolist())
 
 
 class Branches(NamedTuple):
-    """Each row's longest branch of passing guesses.
+    """Each row's longest branch of passing guesses, "the branch" below.
 
-    kept   [B, N] bool   its places, the root's included
-    tip    [B, N] bool   the places on to the deepest guess that follows it, of those the one of highest score
-    end    [B] int64     its last place
-    next   [B] int64     the full model's token after it, read at that place
-    depth  [B] int64     of the tree's deepest guess
+    kept   [B, N] bool   the places of the branch, the root's included
+    tip    [B, N] bool   the places from the root to the deepest guess that follows the branch; of several such guesses
+                         the one of highest score
+    end    [B] int64     the last place of the branch
+    next   [B] int64     the full model's token after the branch, read at its last place
+    depth  [B] int64     the depth of the tree's deepest guess
     """
 
     kept: Tensor
@@ -122,11 +165,11 @@ def longest_branches(check: Check, passed: Tensor) -> Branches:
 
     passed  [B, N] bool  which guesses pass after their parents
 
-    Every node of the tree may end the branch, one whose continuations were dropped too.
+    Every node of the tree may end the branch, even one whose continuations were pruned.
     """
     tree = check.tree
-    stands = passed | (tree.depths == 0)
-    kept = tree.alive & ~(tree.seen & ~stands[:, None]).any(-1)  # no ancestor fails
+    passing = passed | (tree.depths == 0)
+    kept = tree.alive & ~(tree.seen & ~passing[:, None]).any(-1)  # no ancestor fails
     end = _deepest(tree, kept)
     following = tree.alive & tree.seen.gather(2, end[:, None, None].expand(-1, tree.seen.shape[1], 1))[:, :, 0]
     tip = _deepest(tree, following)
@@ -136,18 +179,8 @@ def longest_branches(check: Check, passed: Tensor) -> Branches:
 
 
 def make_verdicts(found: Branches) -> list[Verdict]:
-    """Return what branches, fetched to the host, mean for each row."""
+    """Return each row's verdict, from branches that were fetched to the host."""
     return [_verdict(*each) for each in zip(*(part.tolist() for part in found), strict=True)]
-
-
-def without_interleave(verdict: Verdict, tokens: list[int]) -> Verdict:
-    """Return the verdict of the study without interleaved tokens: a draft that passed whole gets no bonus.
-
-    Its last guess is then the newest token, to be fed again. `tokens` are the row's, by place.
-    """
-    if verdict.origin != "bonus":
-        return verdict
-    return replace(verdict, path=verdict.path[:-1], next=tokens[verdict.path[-1]], origin="draft")
 
 
 def _deepest(tree: Tree, among: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What the host learns of a device, and when: a GPU runs behind the host, and for every answer it must catch up."""
+"""Transfers between host and device. The host must wait for a GPU wherever it asks for a value, so it asks seldom."""
 
 from itertools import pairwise
 from time import perf_counter
@@ -8,12 +8,12 @@ from torch import Tensor
 
 
 def answers_at_once(tensor: Tensor) -> bool:
-    """Tell whether the host may look into a tensor without waiting for a device."""
+    """Tell whether the host can read a tensor's values without waiting for a device."""
     return tensor.device.type == "cpu"
 
 
 def fetch(*tensors: Tensor) -> list[Tensor]:
-    """Return tensors on the host, all of them in one transfer; numbers up to 2**53 stay what they are."""
+    """Return tensors on the host, all of them in one transfer; whole numbers are exact up to 2**53."""
     if all(map(answers_at_once, tensors)):
         return list(tensors)
     together = torch.cat([tensor.double().flatten() for tensor in tensors]).cpu()
@@ -22,15 +22,15 @@ def fetch(*tensors: Tensor) -> list[Tensor]:
 
 
 def send(values: list[int], device: torch.device) -> Tensor:
-    """Return whole numbers on a device, [n] int64, without waiting for what it has yet to do."""
+    """Return whole numbers on a device, [n] int64, without waiting for its pending work."""
     return torch.tensor(values, dtype=torch.int64).to(device, non_blocking=True)
 
 
 class Stopwatch:
-    """Times the stretches between marks: on a GPU its own work, not how long the host took to ask for it."""
+    """Measures the time between marks: on a GPU that of the device's work, not that of the host's launches."""
 
     def __init__(self, device: torch.device) -> None:
-        """Set the first mark."""
+        """Set the first mark, at once."""
         self.device, self.on_gpu = device, device.type == "cuda"
         self.marks: list[float] = []
         self.events: list[torch.cuda.Event] = []
@@ -45,7 +45,7 @@ class Stopwatch:
             self.marks.append(perf_counter())
 
     def laps(self) -> list[float]:
-        """Return the seconds from each mark to the next; a GPU must have come to the last one."""
+        """Return the seconds from each mark to the next; waits until a GPU has reached the last one."""
         if not self.on_gpu:
             return [b - a for a, b in pairwise(self.marks)]
         self.events[-1].synchronize()

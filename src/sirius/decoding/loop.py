@@ -1,4 +1,4 @@
-"""The method on one screen: start, then rounds of draft, verify, accept, keep, for any number of rows side by side.
+"""The decoding loop: start, then rounds of draft, verify, accept, keep, for any number of rows side by side.
 
 Between rounds each row holds every token but the newest, all of it written by the full model. A round of a row that
 holds n tokens, by slots of the cache:
@@ -9,7 +9,7 @@ holds n tokens, by slots of the cache:
     keep    [0 .......... n+kept+1)      the accepted branch, gathered into place; the rest is free
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from math import isnan
 from typing import NamedTuple
@@ -17,19 +17,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sirius.core import CorrectionConfig, LanguageModel, Mode, Round, Verdict
-from sirius.decoding.accept import (
-    Branches,
-    Check,
-    Rule,
-    accept_own,
-    longest_branches,
-    make_rule,
-    make_verdicts,
-    without_interleave,
-)
+from sirius.core import LanguageModel, Mode, Round, Verdict, Window
+from sirius.decoding.accept import Check, Judged, Rule, accept, accept_own
 from sirius.decoding.host import Stopwatch, answers_at_once, fetch, send
-from sirius.decoding.period import PROBED, Measured, Period
+from sirius.decoding.period import PROBE_TOKENS, Measured, Period
 from sirius.decoding.sampling import Noise
 from sirius.decoding.tree import Tree
 from sirius.errors import ModelError, RequestError, SiriusError
@@ -42,10 +33,12 @@ class Plan:
     """How texts are decoded.
 
     period       K, from round to round; 1 drafts nothing, so every round is one pass of the judge
+    rule         tells which guesses pass
     judge        the mode of the pass that ends a round: DENSE, or SPARSE to decode with the sparse model alone
     ends         token ids that end a text: a branch that reaches one goes no further
     width, prune, temperature   of the tree, see `CorrectionConfig`
-    rewrite, interleave         False for studies, see `CorrectionConfig.ablate`
+    window       returns the places of a tree that a check reads and writes
+    accept       judges a tree's guesses by the rule
     """
 
     period: Period = field(default_factory=lambda: Period(1))
@@ -55,24 +48,8 @@ class Plan:
     width: int = 1
     prune: float = 0.0
     temperature: float = 1.0
-    rewrite: bool = True
-    interleave: bool = True
-
-
-def make_plan(correction: CorrectionConfig | None, period: Period, ends: frozenset[int]) -> Plan:
-    """Return how texts are decoded under a correction, None being the sparse model alone."""
-    if correction is None:
-        return Plan(period, judge=Mode.SPARSE, ends=ends)
-    return Plan(
-        period,
-        make_rule(correction),
-        ends=ends,
-        width=correction.tree_width,
-        prune=correction.prune,
-        temperature=correction.accept_temperature,
-        rewrite="rewrite" not in correction.ablate,
-        interleave="interleave" not in correction.ablate,
-    )
+    window: Callable[[Tree], Window] = Tree.window
+    accept: Callable[[Check, Tensor, Rule], Judged] = accept
 
 
 @dataclass
@@ -83,11 +60,13 @@ class Row:
     room     how many more new tokens the budget allows
     slots    of the cache to begin with, enough for the prompt and one tree
     process  applied to the scores of both models before a token is chosen
-    noise    what makes the choice a sample; None is greedy
-    error    why the text cannot go on; its neighbours do
+    noise    random numbers that make the choice a sample; None is greedy
+    new      how many new tokens there are
+    error    why the text cannot go on; the other rows do
 
-    stateless   whether `process` keeps no state. Where it may, no row of the batch is drafted for, so that it is asked
-                once about each token
+    keep_scores  whether rounds return the scores of their tokens
+    stateless    whether `process` keeps no state. If it may, nothing is drafted in the batch, so that the processor is
+                 called once for each token
     """
 
     tokens: list[int]
@@ -101,62 +80,49 @@ class Row:
     error: SiriusError | None = None
 
 
-@dataclass(frozen=True)
-class Judged:
-    """What the host learns of a round, in one transfer.
-
-    verdicts  a row each
-    tokens    [B][N]  of the trees, by place
-    guessed   [B][N]  natural logs of the judge's probabilities of the tree's tokens, each after its parent
-    added     [B]     and of the token that follows the accepted branch
-    depth     [B]     of the trees
-    """
-
-    verdicts: list[Verdict]
-    tokens: list[list[int]]
-    guessed: list[list[float]]
-    added: list[float]
-    depth: list[int]
-
-
 def start(model: LanguageModel, row: Row) -> Round | None:
-    """Read a row's prompt with the full model, the sparsity method looking on, and give the first token.
+    """Read a row's prompt with the full model, observed by the sparsity method, and return the first token's round.
 
-    Returns None, and the row's error, where its processor fails.
+    Returns None, and sets the row's error, where its processor fails.
     """
     return first_round([row], [open_row(model, row)])[0]
 
 
 def open_row(model: LanguageModel, row: Row) -> Tensor:
-    """Read a row's prompt with the full model, the sparsity method looking on; return the next token's scores [V]."""
+    """Read a row's prompt with the full model, observed by the sparsity method; return the next token's scores [V]."""
     return model.open(send(row.tokens, model.device), row.slots)
 
 
 def first_round(rows: Sequence[Row], raw: Sequence[Tensor]) -> list[Round | None]:
-    """Give the first tokens of rows by the scores after their prompts, [V] each; None for a row with an error."""
-    asked = []
+    """Choose the rows' first tokens.
+
+    raw  the scores [V] after each row's prompt
+
+    Returns a round of each row, None for a row with an error.
+    """
+    calls = []
     for row, line in zip(rows, raw, strict=True):
         scores = line.clone() if row.process else line
-        asked.append(_Asked(row, send(row.tokens, line.device)[None], scores[None], line[None]))
-    pairs = zip(asked, _answers(asked), strict=True)
-    return [_first(each.row, each.raw, answer) for each, answer in pairs]
+        calls.append(_ProcessorCall(row, send(row.tokens, line.device)[None], scores[None], line[None]))
+    pairs = zip(calls, _run_calls(calls), strict=True)
+    return [_choose_first(each.row, each.raw, answer) for each, answer in pairs]
 
 
-def _first(row: Row, raw: Tensor, scores: Tensor) -> Round | None:
-    token = noisy([row], scores[None], 0)[0].argmax(-1)
+def _choose_first(row: Row, raw: Tensor, scores: Tensor) -> Round | None:
+    token = add_noise([row], scores[None], 0)[0].argmax(-1)
     [token, logprob] = fetch(token, raw.log_softmax(-1)[0, token])
     verdict = Verdict((), int(token), "full", ())
-    return _advanced(row, (int(token),), (float(logprob),), verdict, (raw, scores))
+    return _add_tokens(row, (int(token),), (float(logprob),), verdict, (raw, scores))
 
 
 def next_round(model: LanguageModel, rows: Sequence[Row], plan: Plan) -> list[Round | None]:
-    """Run one round: guess, check, keep what passed and add one token of the judge; None for a row with an error."""
+    """Run one round: draft, verify, accept, keep. Returns each row's round, None for a row with an error."""
     watch = Stopwatch(model.device)
     period = plan.period.choose(len(rows)) if all(row.stateless for row in rows) else 1
     tree = draft(model, rows, plan, period)
     watch.mark()
     raw, check = verify(model, rows, tree, plan)
-    judged = accept(check, raw, plan)
+    judged = plan.accept(check, raw, plan.rule)
     watch.mark()
     rounds = keep(model, rows, judged, (raw, check.scores), period)
     verdicts = judged.verdicts
@@ -169,8 +135,8 @@ def next_round(model: LanguageModel, rows: Sequence[Row], plan: Plan) -> list[Ro
 def draft(model: LanguageModel, rows: Sequence[Row], plan: Plan, period: int) -> Tree:
     """Guess up to period-1 tokens on every branch, one sparse pass a level, as far as budget and ends of text allow.
 
-    A branch that ends the text goes no further, and none does where branches of one length have likelier ended than
-    not. On a GPU the guesses stay there, and so do passes that nothing came of: asking would cost more.
+    A branch that ends the text goes no further. No branch of a row does, once it is more likely that the text has ended
+    than that it goes on. On a GPU the host does not wait to learn whether any branch goes on: it runs every level.
     """
     tree = Tree.root(send([row.tokens[-1] for row in rows], model.device))
     depths = [min(period, row.room) - 1 for row in rows]
@@ -183,7 +149,7 @@ def draft(model: LanguageModel, rows: Sequence[Row], plan: Plan, period: int) ->
         if answers_at_once(going) and not bool(going.any()):
             break
         scores = model.read(tree.tokens[:, here], Mode.SPARSE, tree.window(here))
-        scores = noisy(rows, processed(rows, tree, [here], scores), level)
+        scores = add_noise(rows, process_scores(rows, tree, [here], scores), level)
         likely = torch.log_softmax(scores / plan.temperature, dim=-1)
         tree = tree.grow(likely.masked_fill(~going[..., None], -torch.inf), plan.width, plan.prune)
     return tree
@@ -192,34 +158,13 @@ def draft(model: LanguageModel, rows: Sequence[Row], plan: Plan, period: int) ->
 def verify(model: LanguageModel, rows: Sequence[Row], tree: Tree, plan: Plan) -> tuple[Tensor, Check]:
     """Read the newest token and every guess in one pass, over the draft's own slots.
 
-    Returns the judge's scores [B, N, V], and the check: the same after the rows' processors, with its choices.
+    Returns the judge's scores [B, N, V], and the check, which holds them after the rows' processors.
     """
-    fixed = 0 if plan.rewrite else tree.last.start  # the deepest level was never fed to the draft model
-    raw = model.read(tree.tokens, plan.judge, tree.window(fixed=fixed))
+    raw = model.read(tree.tokens, plan.judge, plan.window(tree))
     levels = [slice(a, b) for a, b in zip(tree.levels, tree.levels[1:], strict=False)]
-    scores = processed(rows, tree, levels, raw)
-    choice = [noisy(rows, scores[:, here], depth).argmax(-1) for depth, here in enumerate(levels)]
+    scores = process_scores(rows, tree, levels, raw)
+    choice = [add_noise(rows, scores[:, here], depth).argmax(-1) for depth, here in enumerate(levels)]
     return raw, Check(tree, scores, torch.cat(choice, 1))
-
-
-def accept(check: Check, raw: Tensor, plan: Plan) -> Judged:
-    """Judge the guesses by the plan's rule: each row's longest branch of guesses that pass.
-
-    raw  [B, N, V]  the judge's scores before processors, of which probabilities are told
-    """
-    tree = check.tree
-    found = longest_branches(check, plan.rule(check))
-    row = torch.arange(len(raw), device=raw.device)
-    total = raw.logsumexp(-1)
-    guessed = raw[row[:, None], tree.parents, tree.tokens] - total.gather(1, tree.parents)
-    added = raw[row, found.end, found.next] - total[row, found.end]
-    *branches, tokens, guessed, added = fetch(*found, tree.tokens, guessed, added)
-    found = Branches(*branches)
-    verdicts = make_verdicts(found)
-    if not plan.interleave:
-        pairs = zip(verdicts, tokens.tolist(), strict=True)
-        verdicts = [without_interleave(verdict, line) for verdict, line in pairs]
-    return Judged(verdicts, tokens.tolist(), guessed.tolist(), added.tolist(), found.depth.tolist())
 
 
 def keep(
@@ -233,12 +178,11 @@ def keep(
     rounds: list[Round | None] = []
     for b, (row, verdict) in enumerate(zip(rows, verdicts, strict=True)):
         tokens, guessed = judged.tokens[b], judged.guessed[b]
-        logprobs = [guessed[place] for place in verdict.path]
-        logprobs.append(guessed[verdict.tip[-1]] if verdict.origin == "draft" else judged.added[b])
+        logprobs = [*(guessed[place] for place in verdict.path), judged.added[b]]
         places = [0, *verdict.path]
         taken = (*(tokens[place] for place in verdict.path), verdict.next)
         seen = (scores[0][b, places], scores[1][b, places]) if row.keep_scores else scores
-        done = _advanced(row, taken, tuple(logprobs), verdict, seen)
+        done = _add_tokens(row, taken, tuple(logprobs), verdict, seen)
         branch = tuple(tokens[place] for place in verdict.tip)
         rounds.append(done and replace(done, draft=branch, steps=judged.depth[b], period=period))
     counts = [0 if row.error else 1 + len(v.path) for row, v in zip(rows, verdicts, strict=True)]
@@ -247,14 +191,14 @@ def keep(
     return rounds
 
 
-def _advanced(
+def _add_tokens(
     row: Row,
     tokens: tuple[int, ...],
     logprobs: tuple[float, ...],
     verdict: Verdict,
     scores: tuple[Tensor, Tensor],
 ) -> Round | None:
-    """Add kept guesses and the token after them to a row; scores are what they were judged by, before and after."""
+    """Add kept guesses and the token after them to a row; `scores` of these tokens before and after processors."""
     if row.error is None and any(map(isnan, logprobs)):
         row.error = ModelError(
             "the model's scores are not numbers; its weights are damaged, or dtype is too narrow for it"
@@ -265,42 +209,46 @@ def _advanced(
     row.room -= len(tokens)
     row.new += len(tokens)
     if row.noise is not None:
-        row.noise.forget(max(0, row.new - PROBED))  # a probe looks back so far
+        row.noise.forget(max(0, row.new - PROBE_TOKENS))  # a probe reads tokens up to there
     raw, processed = (each.clone() for each in scores) if row.keep_scores else (None, None)
     origins = ("draft",) * len(verdict.path) + (verdict.origin,)
     return Round(tokens, origins, logprobs, accepted=verdict.accepted, scores=processed, logits=raw)
 
 
-def processed(rows: Sequence[Row], tree: Tree, levels: Sequence[slice], scores: Tensor) -> Tensor:
-    """Return scores [B, m, V] after the nodes of levels, one behind the other, as the rows' processors leave them."""
+def process_scores(rows: Sequence[Row], tree: Tree, levels: Sequence[slice], scores: Tensor) -> Tensor:
+    """Return scores [B, m, V] changed by the rows' processors.
+
+    levels  the places of the tree that the scores follow, m in all
+    """
     if not any(row.process for row in rows):
         return scores
     changed = scores.clone()
     for level in levels:
         here = slice(level.start - levels[0].start, level.stop - levels[0].start)
-        _process(rows, tree, level, scores[:, here], changed[:, here])
+        _write_processed(rows, tree, level, scores[:, here], changed[:, here])
     return changed
 
 
-def _process(rows: Sequence[Row], tree: Tree, level: slice, raw: Tensor, scores: Tensor) -> None:
-    """Write to scores what each row's processor makes of the raw ones [B, m, V] after the nodes of a level."""
-    asked, places = [], []
+def _write_processed(rows: Sequence[Row], tree: Tree, level: slice, raw: Tensor, scores: Tensor) -> None:
+    """Write to `scores` the raw ones [B, m, V] after the nodes of a level, changed by the rows' processors."""
+    calls, places = [], []
     for b, row in enumerate(rows):
         nodes = tree.alive[b, level].nonzero()[:, 0] + level.start
         if row.process is not None and len(nodes):
             branches = tree.tokens[b].expand(len(nodes), -1)[tree.seen[b, nodes]].view(len(nodes), -1)
             held = torch.tensor(row.tokens[:-1], device=scores.device).expand(len(nodes), -1)
             places.append((b, slice(None) if len(nodes) == scores.shape[1] else nodes - level.start))
-            asked.append(_Asked(row, torch.cat([held, branches], 1), scores[places[-1]], raw[places[-1]]))
-    for place, answer in zip(places, _answers(asked), strict=True):
+            calls.append(_ProcessorCall(row, torch.cat([held, branches], 1), scores[places[-1]], raw[places[-1]]))
+    for place, answer in zip(places, _run_calls(calls), strict=True):
         scores[place] = answer
 
 
-class _Asked(NamedTuple):
-    """What a row's processor is asked: tokens [m, n] int64, and the scores [m, V] of what follows them.
+class _ProcessorCall(NamedTuple):
+    """The arguments of one call of a row's processor.
 
-    scores  a copy, to which the processor may write
-    raw     the model's own
+    tokens  [m, n] int64  m branches, from the beginning of the text
+    scores  [m, V]        of the tokens that follow them; a copy, to which the processor may write
+    raw     [m, V]        the model's own
     """
 
     row: Row
@@ -309,57 +257,58 @@ class _Asked(NamedTuple):
     raw: Tensor
 
 
-def _answers(asked: Sequence[_Asked]) -> list[Tensor]:
-    """Return what rows' processors make of their scores; rows that share one are asked about together."""
-    answers = [each.scores for each in asked]
+def _run_calls(calls: Sequence[_ProcessorCall]) -> list[Tensor]:
+    """Return the scores that processors give; rows that share a processor are handed to it in one call."""
+    answers = [call.scores for call in calls]
     together: dict[int, list[int]] = {}
-    for place, (row, *_) in enumerate(asked):
+    for index, (row, *_) in enumerate(calls):
         if row.process is not None and row.error is None:
             key = id(row.process.act if isinstance(row.process, SharedProcessor) else row)
-            together.setdefault(key, []).append(place)
-    for places in together.values():
-        for place, answer in zip(places, _acted([asked[place] for place in places]), strict=True):
-            answers[place] = answer
+            together.setdefault(key, []).append(index)
+    for indices in together.values():
+        for index, answer in zip(indices, _run_together([calls[index] for index in indices]), strict=True):
+            answers[index] = answer
     return answers
 
 
-def _acted(asked: Sequence[_Asked]) -> list[Tensor]:
-    """Apply the processor that rows share, or one row's; a failure becomes their error.
+def _run_together(calls: Sequence[_ProcessorCall]) -> list[Tensor]:
+    """Apply one row's processor, or the one that rows share; if it fails, these rows get an error.
 
-    Not where the model's scores are no numbers: that is told of later. Memory that runs out is the caller's affair.
+    They get none here where the model's scores are not numbers, which `_add_tokens` reports. Raises where memory runs
+    out.
     """
-    process = asked[0].row.process
+    process = calls[0].row.process
     try:
         if isinstance(process, SharedProcessor):
-            texts = [each.row.process.text for each in asked if isinstance(each.row.process, SharedProcessor)]
-            answers = process.act([Lines(t, a.tokens, a.scores) for t, a in zip(texts, asked, strict=True)])
+            texts = [each.row.process.text for each in calls if isinstance(each.row.process, SharedProcessor)]
+            answers = process.act([Lines(t, a.tokens, a.scores) for t, a in zip(texts, calls, strict=True)])
         else:
             assert process is not None
-            answers = [ask(process, asked[0].tokens, asked[0].scores)]
-        return [_checked(answer, each.scores) for answer, each in zip(answers, asked, strict=True)]
-    except Exception as error:  # whatever a user's function raises is these rows' affair alone
+            answers = [ask(process, calls[0].tokens, calls[0].scores)]
+        return [_check_answer(answer, each.scores) for answer, each in zip(answers, calls, strict=True)]
+    except Exception as error:  # a user's function may raise anything; only these rows end
         if ran_out(error):
             raise
-        for each in asked:
+        for each in calls:
             if not bool(each.raw.isnan().any()):
-                each.row.error = _failure(error, each.row.stateless)
-        return [each.raw for each in asked]
+                each.row.error = _processor_error(error, each.row.stateless)
+        return [each.raw for each in calls]
 
 
-def _failure(error: Exception, stateless: bool) -> RequestError:
+def _processor_error(error: Exception, stateless: bool) -> RequestError:
     way = "; if it keeps state from call to call, decode without a draft (correction=1)" if stateless else ""
     failed = RequestError(f"a logits processor failed: {error!r}{way}")
     failed.__cause__ = error
     return failed
 
 
-def _checked(answer: Tensor, scores: Tensor) -> Tensor:
+def _check_answer(answer: Tensor, scores: Tensor) -> Tensor:
     if answer.shape != scores.shape or not bool(answer.amax(-1).isfinite().all()):
         raise ValueError(f"it must return [{len(scores)}, {scores.shape[1]}] numbers, not all of a line -inf")
     return answer.to(scores)
 
 
-def noisy(rows: Sequence[Row], scores: Tensor, depth: int) -> Tensor:
+def add_noise(rows: Sequence[Row], scores: Tensor, depth: int) -> Tensor:
     """Add to scores [B, m, V] the noise of the new token that follows the nodes of a depth, in rows that sample."""
     if not any(row.noise for row in rows):
         return scores

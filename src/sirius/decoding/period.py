@@ -1,4 +1,4 @@
-"""How long the next window is: always the same, or what measured cost and acceptance make the best of."""
+"""The period K of each round: fixed, or chosen from the measured cost of passes and the acceptance of guesses."""
 
 from collections import Counter, deque
 from dataclasses import dataclass, field
@@ -7,29 +7,29 @@ from statistics import median
 from sirius.core import LONGEST
 
 CHOICES = tuple(k for k in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32) if k <= LONGEST)
-GAIN = 1.05  # drafting must promise that much more speed than plain decoding to begin
-BETTER = 1.02  # and another period than the last one: noise alone should change nothing
-FORGET = 0.99  # weight of earlier guesses at each draft pass
-SETTLED = 3  # passes of a shape in a session that are slower than later ones, as they are recorded then
-KEPT = 9  # settled times of a shape whose median counts
-EACH = 0.02  # what a further token of a check costs, over a plain step, until that is measured
-PROBED = 16  # tokens that a probe asks the draft about
-FEWEST = 8  # tokens from which on a probe tells enough
-FIRST_WAIT, LONGEST_WAIT = 256, 4096  # tokens between probes; each that promises nothing doubles the wait
-HORIZON = 200  # tokens over which the first, slow passes of a new shape must pay for themselves, or a text if shorter
-SHORTEST = 16  # tokens that a text is taken to have at least
-DRAFT = 0  # stands for a draft pass where shapes are counted by the tokens of a check
-REFRESH = 64  # windows between two plain steps while windows are drafted, to keep the plain step's time fresh
+GAIN_TO_BEGIN = 1.05  # the speed over plain decoding that drafting must promise before it begins
+GAIN_TO_CHANGE = 1.02  # the speed over the present period that another one must promise: noise should change nothing
+DECAY = 0.99  # by which each draft pass lowers the weight of earlier guesses
+WARM_UP = 3  # first passes of a shape in a session; they are slower than later ones, which run as recorded passes
+TIMES_KEPT = 9  # latest times of a shape after its warm-up, whose median counts
+TOKEN_COST = 0.02  # cost of a further token of a check, in plain steps, until it is measured
+PROBE_TOKENS = 16  # tokens that a probe reads
+PROBE_LEAST = 8  # fewest tokens that a probe is made of
+FIRST_WAIT, LONGEST_WAIT = 256, 4096  # tokens between probes; each probe that promises nothing doubles the wait
+HORIZON = 200  # tokens within which the warm-up of a new shape must pay for itself, or a text's length if shorter
+LEAST_TOKENS = 16  # shortest length that a text is taken to have
+DRAFT_PASS = 0  # key of a draft pass where passes are counted by the tokens of a check
+PLAIN_EVERY = 64  # windows after which one plain step is made, to measure its time again
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What a round cost and brought.
+    """The cost of a round, and its accepted and rejected guesses.
 
-    rows             texts that took part
-    draft, verify    seconds of all its draft passes, and of its check
-    steps            its draft passes
-    kept, rejected   guesses kept, and branches that ended in a rejection, over all rows
+    rows            number of texts in the batch
+    draft, verify   seconds of all draft passes, and of the check
+    steps           number of draft passes
+    kept, rejected  guesses that were kept, and rows that rejected a guess, over all rows
     """
 
     rows: int
@@ -42,12 +42,12 @@ class Measured:
 
 @dataclass(frozen=True)
 class Probed:
-    """What a probe told: one sparse pass over tokens that are in the texts already.
+    """The result of a probe: one sparse pass over tokens that are in the texts already.
 
-    rows           texts that took part
-    seconds        of the pass
-    tokens         of each row that it read
-    kept, judged   guesses that would have been kept, and all of them, over all rows
+    rows          number of texts in the batch
+    seconds       duration of the pass
+    tokens        tokens read of each row
+    kept, judged  guesses that would have been kept, and all guesses, over all rows
     """
 
     rows: int
@@ -58,15 +58,16 @@ class Probed:
 
 
 class Period:
-    """A period that stays."""
+    """A fixed period. Subclasses choose another one from round to round."""
 
     def __init__(self, now: int) -> None:
+        """Take the period of the first round."""
         self.now = now
 
     def probes(self, rows: int, new: int) -> int:
-        """Return how many of the last tokens the draft is to be asked about, 0 mostly.
+        """Return how many of the last tokens a probe is to read now; 0 means no probe.
 
-        new  the new tokens that each row has at least
+        new  the fewest new tokens that a row has
         """
         return 0
 
@@ -75,217 +76,227 @@ class Period:
         return self.now
 
     def learn(self, measured: Measured) -> None:
-        """Take note of a round."""
+        """Learn from the times and guesses of a round."""
 
     def learn_probe(self, probed: Probed) -> None:
-        """Take note of a probe."""
+        """Learn from a probe."""
 
-    def put_off(self, rows: int) -> None:
-        """Ask for no probe for a while, as there was no memory for one."""
+    def postpone_probe(self, rows: int) -> None:
+        """Ask for no probe for a while, because memory ran out in the last one."""
 
 
 @dataclass
 class Costs:
-    """What passes over one number of rows cost, in seconds, and what the period makes of it.
+    """The measured seconds of passes over one number of rows, and the period chosen by them.
 
-    steps      of a draft pass, the last few settled ones
-    checks     of a check, by its tokens a row; that of 1 is a plain step
-    points     the median of each, by tokens, none under a plain step's
-    each       what a further token of a check costs in plain steps, while no check was measured
-    early      seconds of the second and the third plain step of a session, before they settled
-    asked      whether it was decided if drafting can pay
-    now        the period
-    wait       tokens until the next probe; next_wait is the wait after that
-    windows    drafted since the last plain step
+    steps            latest times of a draft pass after its warm-up
+    checks           latest times of a check after its warm-up, by its tokens a row; a check of 1 token is a plain step
+    points           tokens and median time of each check, raised to a plain step's time where it is lower
+    token_cost       cost of a further token of a check, in plain steps, used while no check is measured
+    early_steps      times of the second and third plain step of a session, which are part of the warm-up
+    decided          whether the period was chosen from measurements at least once
+    period           the present period
+    wait, next_wait  tokens until the next probe, and from that one to the probe after it
+    windows          windows drafted since the last plain step
     """
 
-    steps: deque[float] = field(default_factory=lambda: deque(maxlen=KEPT))
+    steps: deque[float] = field(default_factory=lambda: deque(maxlen=TIMES_KEPT))
     checks: dict[int, deque[float]] = field(default_factory=dict)
     points: list[tuple[int, float]] = field(default_factory=list)
-    each: float = EACH
-    early: list[float] = field(default_factory=list)
-    asked: bool = False
-    now: int = 1
+    token_cost: float = TOKEN_COST
+    early_steps: list[float] = field(default_factory=list)
+    decided: bool = False
+    period: int = 1
     wait: int = 0
     next_wait: int = FIRST_WAIT
     windows: int = 0
 
     @property
     def plain(self) -> float | None:
-        """Seconds of a plain step, None until one has settled."""
+        """Seconds of a plain step, None during its warm-up."""
         return self.points[0][1] if 1 in self.checks else None
 
     @property
-    def slow(self) -> float:
-        """Seconds that an early pass costs more than a settled one; the third is dearer, as it is recorded."""
-        return max(min(self.early, default=0.0) - (self.plain or 0.0), 0.0)
+    def early_excess(self) -> float:
+        """Extra seconds of a pass during its warm-up; the third costs more than the second, as it is being recorded."""
+        return max(min(self.early_steps, default=0.0) - (self.plain or 0.0), 0.0)
 
     @property
-    def price(self) -> float:
-        """Seconds that the first passes of a shape cost more than settled ones, all together."""
-        return sum(max(seconds - (self.plain or 0.0), 0.0) for seconds in (*self.early[:1], *self.early))
+    def warm_up_cost(self) -> float:
+        """Extra seconds of the whole warm-up of a shape."""
+        return sum(max(seconds - (self.plain or 0.0), 0.0) for seconds in (*self.early_steps[:1], *self.early_steps))
 
     def add_check(self, tokens: int, seconds: float) -> None:
-        """Take note of the time of a check that has settled."""
-        self.checks.setdefault(tokens, deque(maxlen=KEPT)).append(seconds)
+        """Add the time of a check after its warm-up."""
+        self.checks.setdefault(tokens, deque(maxlen=TIMES_KEPT)).append(seconds)
         medians = [(size, median(times)) for size, times in sorted(self.checks.items())]
         self.points = [(size, max(seconds, medians[0][1])) for size, seconds in medians]
 
-    def step(self, floor: float) -> float:
-        """Return the seconds of a draft pass: measured, or the share of a plain step that its weights are."""
+    def draft_seconds(self, floor: float) -> float:
+        """Return the seconds of a draft pass; before any is measured, estimated by its share `floor` of the weights."""
         return median(self.steps) if self.steps else floor * (self.plain or 0.0)
 
-    def check(self, tokens: int, width: int) -> float:
-        """Return the seconds of a check of a tree: on the straight lines through what was measured.
+    def check_seconds(self, tokens: int, width: int) -> float:
+        """Return the seconds of a check of a tree, interpolated linearly between the measured sizes.
 
-        tokens  on each of its `width` branches
+        tokens  the tokens of each of its `width` branches
         """
         plain, points = self.plain or 0.0, self.points
         if len(points) < 2:
-            return plain * (1 + self.each * width * (tokens - 1))
+            return plain * (1 + self.token_cost * width * (tokens - 1))
         after = next((i for i in range(1, len(points)) if points[i][0] >= tokens), len(points) - 1)
         (a, low), (b, high) = points[after - 1], points[after]
         return max(low + (high - low) / (b - a) * (tokens - a), plain)
 
-    def stop(self) -> None:
+    def stop_drafting(self) -> None:
         """Draft nothing until the next probe, and wait twice as long for the one after it."""
-        self.asked, self.now, self.windows = True, 1, 0
+        self.decided, self.period, self.windows = True, 1, 0
         self.wait, self.next_wait = self.next_wait, min(2 * self.next_wait, LONGEST_WAIT)
 
 
 @dataclass
 class Learnt:
-    """What the texts of one setting have taught: costs by the number of rows, and how many guesses stood of all."""
+    """What earlier texts of one configuration have taught.
+
+    costs         by the number of rows
+    kept, judged  accepted guesses and all of them; later ones weigh more
+    sessions      how many there were
+    tokens        new tokens of a row, over all sessions
+    """
 
     costs: dict[int, Costs] = field(default_factory=dict)
     kept: float = 0.0
     judged: float = 0.0
     sessions: int = 0
-    tokens: float = 0.0  # of a row, over all sessions
+    tokens: float = 0.0
 
     @property
     def acceptance(self) -> float:
-        """The chance that a guess stands after one that did; before any is judged, one half."""
+        """The chance that a guess is accepted if the one before it was; one half before any is judged."""
         return (self.kept + 0.25) / (self.judged + 0.5)
 
     @property
     def horizon(self) -> float:
-        """Tokens over which the slow passes of a session must pay for themselves."""
+        """Tokens within which the warm-up of a session must pay for itself."""
         if self.sessions < 2:
             return HORIZON
-        return min(max(self.tokens / (self.sessions - 1), SHORTEST), HORIZON)  # the last session goes on
+        return min(max(self.tokens / (self.sessions - 1), LEAST_TOKENS), HORIZON)  # the present session is not over
 
-    def judge(self, kept: int, judged: int, passes: int) -> None:
-        """Count guesses, and let those before them weigh less, by the number of draft passes."""
-        past = FORGET**passes
+    def count_guesses(self, kept: int, judged: int, passes: int) -> None:
+        """Add guesses, and lower the weight of earlier ones once for each of `passes` draft passes."""
+        past = DECAY**passes
         self.kept, self.judged = past * self.kept + kept, past * self.judged + judged
 
 
 class AutoPeriod(Period):
     """The period of most tokens per second; 1, which is plain decoding, unless drafting promises to be faster.
 
-    With acceptance a per guess a window of K tokens moves on by 1 + a + ... + a^(K-1), at the price of K-1 draft passes
-    and one check. No window can pay unless a is above the draft's share of a plain step, which is at least its share of
-    the weights (`floor`). So the first tokens are decoded plainly, then one sparse pass over them tells a (a probe).
-    Drafting begins where that promises a gain, and ends where windows do not keep the promise. Then nothing is drafted
-    until another probe, each wait twice the last one.
+    If each guess is accepted with probability a, a window of K tokens brings 1 + a + ... + a^(K-1) tokens. It costs K-1
+    draft passes and one check. No window can pay unless a is above the cost of a draft pass in plain steps, which is at
+    least its share of the weights (`floor`). So the first tokens are decoded plainly. One sparse pass over them, the
+    probe, then measures a. Drafting begins if that promises a gain, and ends if windows turn out slower than promised.
+    After that nothing is drafted until the next probe, and each wait is twice as long as the one before.
     """
 
     def __init__(
-        self, floor: float, learnt: Learnt | None = None, *, probed: float | None = None, width: int = 1
+        self, floor: float, learnt: Learnt | None = None, *, probe_share: float | None = None, width: int = 1
     ) -> None:
-        """Begin a session, whose first passes of each shape are slow, with what earlier ones have learnt.
+        """Begin a session with what earlier ones have learnt.
 
-        floor   the share of the weights that a draft pass reads, 0 to 1
-        probed  the share that a probe reads; None is the same
-        width   branches of a tree
+        floor        the share of the weights that a draft pass reads, 0 to 1
+        probe_share  the share of the weights that a probe reads; None is the same
+        width        branches of a tree
         """
         super().__init__(1)
         self.floor, self.width = floor, width
-        self.probed = floor if probed is None else probed
+        self.probe_share = floor if probe_share is None else probe_share
         self.learnt = Learnt() if learnt is None else learnt
         self.learnt.sessions += 1
-        self.seen: Counter[tuple[int, int]] = Counter()  # passes by rows and tokens of a check, DRAFT of a draft pass
+        self.passes: Counter[tuple[int, int]] = Counter()  # by rows and tokens of a check, or DRAFT_PASS
 
     def probes(self, rows: int, new: int) -> int:
-        """Return how many of the last tokens the draft is to be asked about, 0 mostly; see `Period`."""
+        """Return how many of the last tokens a probe is to read now, see `Period`."""
         costs = self.costs(rows)
-        due = self.floor < 1 and costs.now == 1 and costs.wait <= 0 and costs.plain is not None
-        count = min(PROBED, new - 1)
-        return count if due and count >= (FEWEST if self.learnt.judged else PROBED) else 0
+        due = self.floor < 1 and costs.period == 1 and costs.wait <= 0 and costs.plain is not None
+        count = min(PROBE_TOKENS, new - 1)
+        return count if due and count >= (PROBE_LEAST if self.learnt.judged else PROBE_TOKENS) else 0
 
     def choose(self, rows: int) -> int:
         """Return the period of the next round of so many rows."""
         costs = self.costs(rows)
-        if not costs.asked and costs.plain is not None and self.learnt.judged >= FEWEST:
-            self._decide(rows)  # other numbers of rows have told how many guesses stand
-        if costs.windows >= REFRESH:
+        if not costs.decided and costs.plain is not None and self.learnt.judged >= PROBE_LEAST:
+            self._decide(rows)  # acceptance is known from other numbers of rows
+        if costs.windows >= PLAIN_EVERY:
             costs.windows = 0
             return 1
-        return costs.now
+        return costs.period
 
     def speed(self, period: int, rows: int) -> float:
-        """Return the tokens per second and row that a period promises."""
+        """Return the tokens per second and row that are expected of a period."""
         costs, acceptance = self.costs(rows), self.learnt.acceptance
         tokens = (1 - acceptance**period) / (1 - acceptance)
-        seconds = (period - 1) * costs.step(self.floor) + costs.check(period, self.width)
-        return tokens / max(seconds + self._price(period, rows) * tokens / self.learnt.horizon, 1e-9)
+        seconds = (period - 1) * costs.draft_seconds(self.floor) + costs.check_seconds(period, self.width)
+        return tokens / max(seconds + self._warm_up_left(period, rows) * tokens / self.learnt.horizon, 1e-9)
 
     def learn(self, measured: Measured) -> None:
-        """Take note of a round, and change the period where that promises enough."""
+        """Learn from a round, and change the period if another one promises enough."""
         costs, rows, size = self.costs(measured.rows), measured.rows, measured.steps + 1
         self.learnt.tokens += 1 + measured.kept / rows
-        self.seen[rows, size] += 1
-        if self.seen[rows, size] > SETTLED:
+        self.passes[rows, size] += 1
+        if self.passes[rows, size] > WARM_UP:
             costs.add_check(size, measured.verify)
-        elif size == 1 and self.seen[rows, 1] > 1:  # the first of all passes makes more ready than its shape
-            costs.early = [*costs.early, measured.verify][-2:]
+        elif size == 1 and self.passes[rows, 1] > 1:  # the very first also loads what all shapes share
+            costs.early_steps = [*costs.early_steps, measured.verify][-2:]
         if not measured.steps:
             costs.wait -= 1
             return
-        if self.seen[rows, DRAFT] >= SETTLED:
+        if self.passes[rows, DRAFT_PASS] >= WARM_UP:
             costs.steps.append(measured.draft / measured.steps)
-        self.seen[rows, DRAFT] += measured.steps
-        self.learnt.judge(measured.kept, measured.kept + measured.rejected, measured.steps)
-        if costs.plain is not None and costs.now > 1:
+        self.passes[rows, DRAFT_PASS] += measured.steps
+        self.learnt.count_guesses(measured.kept, measured.kept + measured.rejected, measured.steps)
+        if costs.plain is not None and costs.period > 1:
             costs.windows += 1
             self._decide(rows)
-            if costs.windows == REFRESH:  # it has paid for long: a later doubt is asked about soon
+            if costs.windows == PLAIN_EVERY:  # it has paid for long, so the next probe comes early
                 costs.next_wait = FIRST_WAIT
 
     def learn_probe(self, probed: Probed) -> None:
-        """Take note of a probe, and begin to draft where it promises enough."""
+        """Learn from a probe, and begin to draft if it promises enough."""
         costs = self.costs(probed.rows)
         assert costs.plain is not None, "a probe before any plain step"
-        further = ((probed.seconds - costs.slow) / max(self.probed, 0.1) / costs.plain - 1) / (probed.tokens - 1)
-        costs.each = min(max(further, EACH), 1.0)
-        self.learnt.judge(probed.kept, probed.judged, probed.tokens)
+        further = ((probed.seconds - costs.early_excess) / max(self.probe_share, 0.1) / costs.plain - 1) / (
+            probed.tokens - 1
+        )
+        costs.token_cost = min(max(further, TOKEN_COST), 1.0)
+        self.learnt.count_guesses(probed.kept, probed.judged, probed.tokens)
         self._decide(probed.rows)
 
-    def put_off(self, rows: int) -> None:
-        """Ask for no probe for a while, as there was no memory for one."""
-        self.costs(rows).stop()
+    def postpone_probe(self, rows: int) -> None:
+        """Ask for no probe for a while, because memory ran out in the last one."""
+        self.costs(rows).stop_drafting()
 
     def costs(self, rows: int) -> Costs:
-        """Return what passes over so many rows cost; a further token costs by the rows, until that is measured."""
+        """Return the costs of passes over so many rows; the `token_cost` of a new number is estimated from others."""
         known = self.learnt.costs
         if rows not in known:
-            each = max((costs.each * rows / count for count, costs in known.items() if costs.asked), default=EACH)
-            known[rows] = Costs(each=min(max(each, EACH), 1.0))
+            each = max(
+                (costs.token_cost * rows / count for count, costs in known.items() if costs.decided), default=TOKEN_COST
+            )
+            known[rows] = Costs(token_cost=min(max(each, TOKEN_COST), 1.0))
         return known[rows]
 
-    def _price(self, period: int, rows: int) -> float:
-        """Return the seconds that a period's first passes cost more, those of them that are yet to come."""
-        shapes = (period, DRAFT) if period > 1 else (period,)
-        left = sum(max(SETTLED - self.seen[rows, shape], 0) for shape in shapes)
-        return self.costs(rows).price * left / SETTLED
+    def _warm_up_left(self, period: int, rows: int) -> float:
+        """Return the extra seconds of those warm-up passes of a period that are yet to come."""
+        shapes = (period, DRAFT_PASS) if period > 1 else (period,)
+        left = sum(max(WARM_UP - self.passes[rows, shape], 0) for shape in shapes)
+        return self.costs(rows).warm_up_cost * left / WARM_UP
 
     def _decide(self, rows: int) -> None:
         costs = self.costs(rows)
-        costs.asked = True
+        costs.decided = True
         best = max(CHOICES, key=lambda period: self.speed(period, rows))
-        most, now, plain = (self.speed(period, rows) for period in (best, costs.now, 1))
-        if most <= (GAIN if costs.now == 1 else 1.0) * plain:
-            costs.stop()
-        elif costs.now == 1 or now < plain or most > BETTER * now:
-            costs.now = best
+        most, now, plain = (self.speed(period, rows) for period in (best, costs.period, 1))
+        if most <= (GAIN_TO_BEGIN if costs.period == 1 else 1.0) * plain:
+            costs.stop_drafting()
+        elif costs.period == 1 or now < plain or most > GAIN_TO_CHANGE * now:
+            costs.period = best

@@ -1,9 +1,9 @@
-"""Sampling by noise that is fixed before anyone looks at the scores.
+"""Sampling by random noise that does not depend on the scores.
 
 argmax(scores + g) with Gumbel noise g is a sample of softmax(scores). The noise of a text's j-th new token depends on
-the seed and on j alone, so the draft model and the full model draw with the same noise, and agree as often as their
-scores are close. Whatever the draft, the full model's own choice at a place is the same; a rule that lets only that
-choice pass therefore gives the very text that the full model would sample alone, and its distribution with it.
+the seed and on j alone. So the draft model and the full model use the same noise, and agree where their scores are
+close. The full model's own choice at a place does not depend on the draft. A rule that lets only that choice pass
+therefore gives the text that the full model would sample alone, and so its distribution.
 
 Source of the coupling: Daliri, Musco and Suresh, "Coupling without communication and drafter-invariant speculative
 decoding" (arXiv 2408.07978).
@@ -24,7 +24,7 @@ class Noise:
 
     def at(self, token: int, like: Tensor) -> Tensor:
         """Return the noise of a new token, counted from 0, in the shape, dtype and place of its scores [V]."""
-        assert token >= self.first, f"the noise of token {token} is forgotten, up to {self.first}"
+        assert token >= self.first, f"the noise of token {token} was dropped; the first kept is {self.first}"
         if self.generator is None:
             self.generator = torch.Generator(like.device).manual_seed(self.seed)
         while self.first + len(self.drawn) <= token:
@@ -33,7 +33,7 @@ class Noise:
         return self.drawn[token - self.first]
 
     def forget(self, before: int) -> None:
-        """Let go of the noise of tokens that are certain."""
-        assert self.first <= before <= self.first + len(self.drawn), f"{before} is not drawn, or forgotten"
+        """Drop the noise of the new tokens before the given one."""
+        assert self.first <= before <= self.first + len(self.drawn), f"{before} is not drawn yet, or was dropped"
         del self.drawn[: before - self.first]
         self.first = before

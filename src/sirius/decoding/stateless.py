@@ -1,8 +1,8 @@
-"""Whether a logits processor keeps state from call to call. A draft would spoil it: it asks about tokens that may go.
+"""Tells whether a logits processor keeps state from call to call. Drafting would spoil it, as guesses may be rejected.
 
-A copy of the processor is asked about a prompt, about tokens that might follow, and about the prompt again. What it
-holds must not change after the first call, and its answers must be those of a copy that was asked nothing before.
-State that this does not reach shows later, to a `Watch`.
+A copy of the processor is called with a prompt, with tokens that might follow, and with the prompt again. Its
+attributes and variables must not change after the first call, and its scores must be those of a fresh copy. State that
+this trial does not find is found by a `Watch` while texts are decoded.
 """
 
 import logging
@@ -21,19 +21,19 @@ from torch import Tensor, nn
 from sirius.errors import RequestError
 
 PLAIN = (type(None), bool, int, float, complex, str, bytes, range, slice, re.Pattern, torch.device, torch.dtype)
-SHARED = (nn.Module, ModuleType, type, BuiltinFunctionType)  # a copy holds the same one: large, or without state
-MOST = 20_000  # objects that are looked at
-NEXT = 4  # tokens that might follow, about which a copy is asked
+SHARED = (nn.Module, ModuleType, type, BuiltinFunctionType)  # not copied, as they are large or have no state
+MOST_OBJECTS = 20_000  # of one processor
+NEXT_TOKENS = 4  # tried after the prompt
 
 
 class Opaque(Exception):
-    """An object cannot be copied or compared, so that its state cannot be told."""
+    """An object cannot be copied or compared, so that nobody can tell whether its state changes."""
 
 
 def is_stateless(processor: Any, tokens: Tensor, vocabulary: int) -> bool:
-    """Tell whether a processor keeps no state, asked with made-up scores about tokens [B, n] int64.
+    """Tell whether a processor keeps no state, by calls with random scores after tokens [B, n] int64.
 
-    One that may keep some is warned of, as it slows its batch. Raises as `keeps_state` does.
+    Logs a warning of one that may keep state, as nothing is drafted beside it. Raises as `keeps_state` does.
     """
     reason = keeps_state(processor, tokens, vocabulary)
     if reason is not None:
@@ -42,14 +42,14 @@ def is_stateless(processor: Any, tokens: Tensor, vocabulary: int) -> bool:
 
 
 def keeps_state(processor: Any, tokens: Tensor, vocabulary: int) -> str | None:
-    """Return what shows that a processor may keep state, None where nothing does.
+    """Return why a processor may keep state, None if no sign of that was found.
 
-    What the first answer raises is left to be raised where the processor is used. Raises RequestError where asking a
-    copy has changed the processor itself.
+    An error of the first call is passed over here, as decoding meets it again. Raises RequestError where calls of a
+    copy have changed the processor itself.
     """
     try:
         before = state_of(processor)
-        found = _tried(processor, tokens, vocabulary)
+        found = _try_copies(processor, tokens, vocabulary)
         changed = state_of(processor) != before
     except Opaque as error:
         return f"it holds a {error}, which cannot be looked into"
@@ -62,14 +62,15 @@ def keeps_state(processor: Any, tokens: Tensor, vocabulary: int) -> str | None:
 
 
 class Watch:
-    """Remembers what a processor holds after its first answer."""
+    """Compares a processor's state with that after its first call."""
 
     def __init__(self, processor: Any) -> None:
+        """Watch a processor that has not been called yet."""
         self.processor = processor
         self.before: object = None
 
     def failure(self) -> RequestError | None:
-        """Return an error where a processor holds something else by now: guesses may have changed it."""
+        """Return an error if the state has changed since the first call, as guesses may have changed it."""
         try:
             now = state_of(self.processor)
         except Opaque:
@@ -84,27 +85,27 @@ class Watch:
 
 
 def state_of(processor: Any) -> object:
-    """Return all that a processor holds, in a form to compare; raise Opaque where that cannot be told."""
+    """Return all values within a processor, in a form to compare; raise Opaque where one cannot be compared."""
     try:
-        return _Walk().look(processor)
+        return _Walk().visit(processor)
     except RecursionError as error:
         raise Opaque("structure of too many levels") from error
 
 
-def _tried(processor: Any, tokens: Tensor, vocabulary: int) -> str | None:
+def _try_copies(processor: Any, tokens: Tensor, vocabulary: int) -> str | None:
     twin, fresh = copied(processor), copied(processor)
-    made_up = torch.randn(2, len(tokens), vocabulary, generator=torch.Generator().manual_seed(0))
-    scores, others = made_up.to(tokens.device)
+    random = torch.randn(2, len(tokens), vocabulary, generator=torch.Generator().manual_seed(0))
+    scores, others = random.to(tokens.device)
     shown = tokens.clone()
     try:
         twin(shown, scores.clone())
         want = fresh(tokens.clone(), others.clone())
-    except Exception:  # whatever a user's function raises is told of where it is used
+    except Exception:  # a user's function may raise anything; decoding reports it
         return None
     if not torch.equal(shown, tokens):
         raise RequestError("a logits processor writes to the tokens that it is shown; let it write to a copy of them")
     held, got = state_of(twin), None
-    follow = [tokens.new_full((len(tokens), 1), token) for token in range(0, vocabulary, -(-vocabulary // NEXT))]
+    follow = [tokens.new_full((len(tokens), 1), token) for token in range(0, vocabulary, -(-vocabulary // NEXT_TOKENS))]
     for asked in (tokens, *(torch.cat([tokens, each], 1) for each in follow), tokens):
         try:
             got = twin(asked.clone(), others.clone())
@@ -118,50 +119,52 @@ def _tried(processor: Any, tokens: Tensor, vocabulary: int) -> str | None:
 
 
 def copied(processor: Any) -> Any:
-    """Return a copy that shares models, tokenizers and code with the original, and nothing that calls may change."""
+    """Return a copy that shares models, tokenizers and code with the original, but no state. Raises Opaque."""
     walk = _Walk()
     try:
-        walk.look(processor)
+        walk.visit(processor)
         twin = walk.memo.get(id(processor)) or deepcopy(processor, walk.memo)
         for old, new in walk.functions:
-            _fill(old, new, walk.memo)
+            _copy_variables(old, new, walk.memo)
     except Opaque:
         raise
-    except Exception as error:  # whatever a user's class raises
+    except Exception as error:  # a user's class may raise anything
         raise Opaque(f"structure that cannot be copied ({error!r})") from error
     return twin
 
 
 class _Walk:
-    """Looks at an object and at all that it holds.
+    """Visits an object and all objects within it.
 
-    memo       for `deepcopy`, by id: what a copy shares with the original, and copies that deepcopy does not make
-    functions  each with its copy, whose variables and default values are yet to be filled
+    memo       of `deepcopy`, by id: objects that a copy shares with the original, and copies that deepcopy cannot make
+    functions  each function with its copy, which still needs copies of the variables and default values
+    numbers    by id, the order in which objects were visited
+    visited    the objects themselves, kept so that no id is used twice
     """
 
     def __init__(self) -> None:
         self.memo: dict[int, Any] = {}
         self.functions: list[tuple[FunctionType, FunctionType]] = []
-        self.seen: dict[int, int] = {}
-        self.held: list[Any] = []  # so that no id is given anew
+        self.numbers: dict[int, int] = {}
+        self.visited: list[Any] = []
 
-    def look(self, value: Any) -> object:
-        """Return what an object holds, in a form to compare; raise Opaque where that cannot be told."""
+    def visit(self, value: Any) -> object:
+        """Return the values within an object, in a form to compare; raise Opaque where one cannot be compared."""
         if isinstance(value, PLAIN):
             return value if value == value else "nan"
-        if id(value) in self.seen:
-            return "seen", self.seen[id(value)]
-        self.seen[id(value)] = len(self.seen)
-        self.held.append(value)
-        if len(self.held) > MOST:
-            raise Opaque(f"structure of more than {MOST} objects")
+        if id(value) in self.numbers:
+            return "visited", self.numbers[id(value)]
+        self.numbers[id(value)] = len(self.numbers)
+        self.visited.append(value)
+        if len(self.visited) > MOST_OBJECTS:
+            raise Opaque(f"structure of more than {MOST_OBJECTS} objects")
         if isinstance(value, SHARED) or _is_tokenizer(value):
             self.memo[id(value)] = value
             return "shared", self._of_module(value) if isinstance(value, nn.Module) else None
         return type(value).__name__, self._inside(value)
 
     def _of_module(self, module: nn.Module) -> object:
-        """Look at what a module counts: plain attributes and buffers; its weights are large and stay."""
+        """Return a module's plain attributes and the versions of its buffers; weights are too large to compare."""
         buffers = [(name, each._version, each.data_ptr()) for name, each in module.named_buffers()]
         return _plain(vars(module)), buffers
 
@@ -171,48 +174,48 @@ class _Walk:
                 return tuple(value.shape), value.dtype, _bytes(value)
             case torch.Generator():
                 self.memo[id(value)] = value.clone_state()
-                return "generator"  # may be seeded anew at each call; else answers differ
+                return "generator"  # if it is not seeded at each call, the scores differ
             case FunctionType():
                 return self._function(value)
             case MethodType():
-                return self.look(value.__self__), self.look(value.__func__)
+                return self.visit(value.__self__), self.visit(value.__func__)
             case partial():
-                return self.look(value.func), self.look(value.args), self.look(value.keywords)
+                return self.visit(value.func), self.visit(value.args), self.visit(value.keywords)
             case set() | frozenset():
                 return frozenset(map(repr, value))
             case dict():
-                return *((self.look(k), self.look(v)) for k, v in value.items()), self._attributes(value)
+                return *((self.visit(k), self.visit(v)) for k, v in value.items()), self._attributes(value)
             case list() | tuple() | deque():
-                return *map(self.look, value), self._attributes(value)
+                return *map(self.visit, value), self._attributes(value)
         if hasattr(value, "__dict__") or hasattr(type(value), "__slots__"):
             return self._attributes(value)
         try:
             return pickle.dumps(value)
-        except Exception as error:  # an extension's object raises what it likes
+        except Exception as error:  # an extension's object may raise anything
             raise Opaque(type(value).__name__) from error
 
     def _attributes(self, value: Any) -> object:
-        """Look at an object's attributes, and at what a copy would share: those of its class, and global variables."""
+        """Visit an object's attributes, and those that a copy would share: its class's, and global variables."""
         own = dict(getattr(value, "__dict__", {}))
         slots = [name for kind in type(value).__mro__ for name in getattr(kind, "__slots__", ())]
         own |= {name: getattr(value, name) for name in slots if hasattr(value, name)}
-        inside = tuple((name, self.look(each)) for name, each in own.items())
+        inside = tuple((name, self.visit(each)) for name, each in own.items())
         return inside, [(_plain(vars(kind)), *_globals(vars(kind).get("__call__"))) for kind in type(value).__mro__]
 
     def _function(self, value: FunctionType) -> object:
-        """Look at a function's variables; its copy has others, which deepcopy would not make."""
+        """Visit a function's variables, and make a copy of the function, as deepcopy would return the same one."""
         cells = value.__closure__ or ()
         fresh = tuple(CellType() for _ in cells) or None
         twin = FunctionType(value.__code__, value.__globals__, value.__name__, closure=fresh)
         self.memo[id(value)] = twin
         self.functions.append((value, twin))
         inside = [cell.cell_contents for cell in cells if _is_filled(cell)]
-        own = self.look([*inside, value.__defaults__, value.__kwdefaults__, dict(value.__dict__)])
+        own = self.visit([*inside, value.__defaults__, value.__kwdefaults__, dict(value.__dict__)])
         return own, *_globals(value)
 
 
-def _fill(old: FunctionType, new: FunctionType, memo: dict[int, Any]) -> None:
-    """Give a function's copy copies of its variables, default values and attributes."""
+def _copy_variables(old: FunctionType, new: FunctionType, memo: dict[int, Any]) -> None:
+    """Give a function's copy its own copies of the variables, default values and attributes."""
     for source, target in zip(old.__closure__ or (), new.__closure__ or (), strict=True):
         if _is_filled(source):
             target.cell_contents = deepcopy(source.cell_contents, memo)
@@ -228,7 +231,7 @@ def _is_filled(cell: CellType) -> bool:
 
 
 def _is_tokenizer(value: Any) -> bool:
-    """Tell whether an object is a tokenizer by what it can do: it is large, and keeps no state."""
+    """Tell whether an object is a tokenizer by its methods; tokenizers are large, and keep no state."""
     return hasattr(value, "encode") and hasattr(value, "decode")
 
 
@@ -237,7 +240,7 @@ def _plain(values: Mapping[str, Any]) -> tuple[object, ...]:
 
 
 def _globals(function: object) -> Iterator[object]:
-    """Yield the global variables of plain values that a function names."""
+    """Yield the names and values of the global variables of a function that are plain values."""
     if isinstance(function, FunctionType):
         known = function.__globals__
         yield _plain({name: known[name] for name in function.__code__.co_names if name in known})

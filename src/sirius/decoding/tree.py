@@ -6,8 +6,8 @@ A window of width 3 and three levels, by places after what the row holds; the ne
     depth    0     1  1  1     2  2  2      3  3  3       its position, counted from the root's
     parent   -     0  0  0     1  1  3      4  5  5
 
-A chain is the tree of width 1. Places that a row does not use (it has less room, its text ended, a branch was dropped)
-are dead: their score is minus infinity, and nothing is accepted at them or through them.
+A chain is the tree of width 1. A place that a row does not use is dead, because the row has less room, its text ended
+or a branch was pruned. Its score is minus infinity, and nothing is accepted at it or after it.
 """
 
 from dataclasses import dataclass
@@ -21,13 +21,13 @@ from sirius.decoding.host import answers_at_once
 
 @dataclass(frozen=True)
 class Tree:
-    """What every row guesses; N places, the root's included.
+    """The guesses of every row; N places, the root's included.
 
     tokens   [B, N] int64    the root is the newest token of the text
     parents  [B, N] int64    the place of each node's parent; the root's is 0
     depths   [B, N] int64    0 at the root
     scores   [B, N] float    cumulative log-probability under the draft model; -inf where dead
-    seen     [B, N, N] bool  ancestors of each node, itself included
+    seen     [B, N, N] bool  the places that each node attends to: its ancestors and itself
     levels   the first place of each level, and N
     """
 
@@ -66,7 +66,7 @@ class Tree:
         return slice(self.levels[-2], self.levels[-1])
 
     def window(self, level: slice | None = None, fixed: int = 0, apart: bool = False) -> Window:
-        """Return where the nodes of a level stand for a pass, or all of them; `fixed` and `apart` as in `Window`."""
+        """Return the window of a pass over the nodes of a level, or over all; `fixed` and `apart` as in `Window`."""
         level = level or slice(0, self.levels[-1])
         weights = self.scores[:, level].softmax(-1).nan_to_num()
         return Window(level.start, self.depths[:, level], self.seen[:, level, : level.stop], weights, fixed, apart)
@@ -74,8 +74,8 @@ class Tree:
     def grow(self, likely: Tensor, width: int, prune: float) -> "Tree":
         """Add a level: the best `width` continuations of the deepest one, ranked by cumulative score.
 
-        likely  [B, m, V]  log-probabilities of the tokens after each node of the deepest level; -inf rules one out
-        prune   continuations under this share of the best one's probability are dead
+        likely  [B, m, V]  log-probabilities of the tokens after each node of the deepest level; -inf excludes a token
+        prune   continuations with less than this share of the best one's probability are dead
         """
         best, tokens = _best(likely, min(width, likely.shape[2]))
         pooled = (best + self.scores[:, self.last, None]).flatten(1)
@@ -107,6 +107,6 @@ class Tree:
 
 
 def _best(likely: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    if count == 1:  # a reduction, many times faster on a GPU than a selection
+    if count == 1:  # a maximum is many times faster on a GPU than a selection
         return likely.max(-1, keepdim=True)
     return likely.topk(count, dim=-1)

@@ -9,7 +9,7 @@ from rich.text import Text
 from sirius.core import Round
 from sirius.demo.oracle import Point
 from sirius.demo.problems import TASKS, few_shot
-from sirius.demo.showcase import NEW_TOKENS, Row, Setting
+from sirius.demo.showcase import NEW_TOKENS, DemoFigures, DemoSetting
 from sirius.engine import Engine
 from sirius.table import Figures
 
@@ -23,12 +23,12 @@ LOOKED_AT = 30  # problems, for one with a correction to show
 KEPT, REJECTED, CORRECTED, FULL = "green", "red strike", "bold yellow", "cyan"
 
 
-def table(rows: Sequence[Row]) -> RenderableType:
+def table(rows: Sequence[DemoFigures]) -> RenderableType:
     """Return the rows as one table a task."""
     return Group(*(_table(task, [row for row in rows if row.task == task]) for task in TASKS), Text(LEGEND, "dim"))
 
 
-def example(engine: Engine, settings: Sequence[Setting], seed: int) -> RenderableType:
+def example(engine: Engine, settings: Sequence[DemoSetting], seed: int) -> RenderableType:
     """Return one reasoning problem decoded by the first corrected method, every token marked by where it came from.
 
     It is the first problem of the seed that needed a correction, or the first of all.
@@ -69,7 +69,7 @@ class _Heading:
         yield Rule(self.words, align="left") if room else Text(self.words)
 
 
-def _table(task: str, rows: Sequence[Row]) -> Figures:
+def _table(task: str, rows: Sequence[DemoFigures]) -> Figures:
     shown = Figures(title=f"{task} ({rows[0].problems} problems)", padding=0)
     shown.add_column("setting", no_wrap=True)
     for name in ("keep", "accuracy", "AAL", "density", "effective", "tok/s", "text"):
@@ -99,7 +99,7 @@ def _marked(engine: Engine, step: Round) -> Text:
     return line
 
 
-def _decoded(engine: Engine, setting: Setting, seed: int, index: int) -> tuple[str, list[Round]]:
+def _decoded(engine: Engine, setting: DemoSetting, seed: int, index: int) -> tuple[str, list[Round]]:
     messages, problem = few_shot("reasoning", "test", seed, index)
     budget = min(NEW_TOKENS, engine.room(messages))
     updates = engine.stream(messages, max_new_tokens=budget, sparsity=setting.sparsity, correction=setting.correction)

@@ -13,7 +13,7 @@ NEW_TOKENS = 160  # the longest worked answer has about 130
 
 
 @dataclass(frozen=True)
-class Setting:
+class DemoSetting:
     """A way to decode that the table compares."""
 
     name: str
@@ -21,20 +21,20 @@ class Setting:
     correction: CorrectionConfig | None
 
 
-def make_settings(coarse_keep: float = 0.4, fine_keep: float = 0.01) -> tuple[Setting, ...]:
+def make_settings(coarse_keep: float = 0.4, fine_keep: float = 0.01) -> tuple[DemoSetting, ...]:
     """Return the five settings of the table: the full model, each sparse one alone, and each corrected."""
     coarse, fine = SparsityConfig("coarse", coarse_keep), SparsityConfig("fine", fine_keep)
     return (
-        Setting("full", SparsityConfig("none"), None),
-        Setting("coarse", coarse, None),
-        Setting("fine", fine, None),
-        Setting("coarse + correction", coarse, CorrectionConfig.paper()),
-        Setting("fine + correction", fine, CorrectionConfig.paper()),
+        DemoSetting("full", SparsityConfig("none"), None),
+        DemoSetting("coarse", coarse, None),
+        DemoSetting("fine", fine, None),
+        DemoSetting("coarse + correction", coarse, CorrectionConfig.paper()),
+        DemoSetting("fine + correction", fine, CorrectionConfig.paper()),
     )
 
 
 @dataclass(frozen=True)
-class Row:
+class DemoFigures:
     """One setting on one task; `accuracy` is 0 to 1 and `stderr` its standard error."""
 
     setting: str
@@ -52,12 +52,12 @@ class Row:
 
 def run(
     engine: Engine,
-    settings: Sequence[Setting],
+    settings: Sequence[DemoSetting],
     problems: int,
     seed: int,
     *,
     on_problem: Callable[[], None] = lambda: None,
-) -> list[Row]:
+) -> list[DemoFigures]:
     """Decode `problems` test problems of each task in each setting; `on_problem` is called after each one.
 
     The settings take turns problem by problem, so that whatever else the machine does slows all of them alike.
@@ -66,8 +66,13 @@ def run(
 
 
 def _compare(
-    engine: Engine, settings: Sequence[Setting], task: str, indices: range, seed: int, on_problem: Callable[[], None]
-) -> list[Row]:
+    engine: Engine,
+    settings: Sequence[DemoSetting],
+    task: str,
+    indices: range,
+    seed: int,
+    on_problem: Callable[[], None],
+) -> list[DemoFigures]:
     right = [0 for _ in settings]
     stats: list[list[Stats]] = [[] for _ in settings]
     for index in indices:
@@ -83,8 +88,8 @@ def _compare(
     return [_row(setting, task, hits / len(indices), len(indices), combine(each)) for setting, hits, each in rows]
 
 
-def _row(setting: Setting, task: str, accuracy: float, problems: int, whole: Stats) -> Row:
-    return Row(
+def _row(setting: DemoSetting, task: str, accuracy: float, problems: int, whole: Stats) -> DemoFigures:
+    return DemoFigures(
         setting=setting.name,
         keep=None if setting.sparsity.method == "none" else setting.sparsity.keep,
         task=task,

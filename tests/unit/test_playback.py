@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import Toy
-from sirius.benchmark.replay import Replay, acceptance, geometric, mean_advance
+from sirius.benchmark.playback import Playback, acceptance, geometric, mean_advance
 from sirius.decoding.loop import Plan, Row, next_round, start
 from sirius.decoding.period import Period
 from sirius.errors import ConfigError
@@ -33,7 +33,7 @@ def test_few_windows_have_the_histograms_mean_already(width):
     """Whatever the toy's draft is worth, and with every rejected guess rolled back."""
     period, windows = 8, 50
     histogram = geometric(acceptance(5.5, period), period)
-    plan = Plan(Period(period), rule=Replay(histogram), width=width, temperature=0.6)
+    plan = Plan(Period(period), rule=Playback(histogram), width=width, temperature=0.6)
     row = Row([3, 1, 4], 10_000, 11_000)
     toy = Toy(noise=1.0)
     start(toy, row)
@@ -46,7 +46,7 @@ def test_few_windows_have_the_histograms_mean_already(width):
 
 
 def test_a_histogram_of_one_bar_passes_that_many_every_time():
-    rule = Replay((0, 0, 5))
+    rule = Playback((0, 0, 5))
 
     class Check:
         class tree:

@@ -1,4 +1,4 @@
-"""Acceptance played back: random weights agree with themselves as no trained model does, so a stated share passes."""
+"""Acceptance played back from a histogram, because that of random weights says nothing about a trained model."""
 
 from collections.abc import Sequence
 from itertools import accumulate
@@ -14,9 +14,9 @@ STEP = 0.6180339887498949  # the golden ratio's: multiples of it fill [0, 1) eve
 
 
 def acceptance(aal: float, period: int) -> float:
-    """Return the chance a with which each guess must stand for windows of K tokens to bring `aal` on average.
+    """Return the chance a of a guess at which windows of K tokens bring `aal` tokens on average.
 
-    That is 1 + a + ... + a^(K-1). Raises ConfigError where no a does.
+    They bring 1 + a + ... + a^(K-1). Raises ConfigError where no a fits.
     """
     if not 1 <= aal <= period:
         raise ConfigError(f"windows of {period} tokens bring from 1 to {period} on average; got {aal}")
@@ -28,7 +28,7 @@ def acceptance(aal: float, period: int) -> float:
 
 
 def geometric(chance: float, period: int) -> tuple[float, ...]:
-    """Return the chances of 0 .. K-1 accepted guesses of a window where each guess stands with one chance."""
+    """Return the chances of 0 .. K-1 accepted guesses of a window where each guess is accepted with the same chance."""
     return (*((1 - chance) * chance**i for i in range(period - 1)), chance ** (period - 1))
 
 
@@ -37,10 +37,10 @@ def mean_advance(histogram: Sequence[float]) -> float:
     return 1 + sum(i * share for i, share in enumerate(histogram)) / sum(histogram)
 
 
-class Replay:
-    """A rule of acceptance that looks at no token: as many levels pass as the histogram says, window by window.
+class Playback:
+    """A rule of acceptance that ignores the tokens: the histogram says how many levels pass, window by window.
 
-    The windows' counts follow a fixed even sequence, so that few windows have the histogram's mean already.
+    The counts follow a fixed, evenly spread sequence, so that even a few windows have the histogram's mean.
     """
 
     def __init__(self, histogram: Sequence[float]) -> None:

@@ -1,0 +1,40 @@
+"""The plan that a correction asks for."""
+
+from dataclasses import replace
+
+from sirius.core import CorrectionConfig, Mode
+from sirius.decoding.accept import Rule, make_rule
+from sirius.decoding.loop import Plan
+from sirius.decoding.period import Period
+from sirius.decoding.studies import WITHOUT
+from sirius.errors import ConfigError
+
+
+def make_plan(
+    correction: CorrectionConfig | None, period: Period, ends: frozenset[int], rule: Rule | None = None
+) -> Plan:
+    """Return how texts are decoded under a correction, None being the sparse model alone.
+
+    period  at most as long as the correction allows, so that the cache has room for its drafts
+    rule    in place of the one that the correction names
+
+    Raises ConfigError of a longer period, of a name that no rule has, and of a rule where nothing is corrected.
+    """
+    longest = 1 if correction is None else correction.longest
+    if period.now > longest:
+        raise ConfigError(f"period begins at {period.now} tokens a check, and the correction allows at most {longest}")
+    if correction is None:
+        if rule is not None:
+            raise ConfigError("rule judges guesses, and without a correction there are none; leave rule out")
+        return Plan(period, judge=Mode.SPARSE, ends=ends)
+    plan = Plan(
+        period,
+        make_rule(correction),
+        ends=ends,
+        width=correction.tree_width,
+        prune=correction.prune,
+        temperature=correction.accept_temperature,
+    )
+    for part in correction.ablate:
+        plan = WITHOUT[part](plan)
+    return plan if rule is None else replace(plan, rule=rule)
