@@ -145,20 +145,26 @@ struct Attend {
   int threads;
 };
 
+// The operations above: the name of each and its struct. rows.cpp has `name_of<T>(const Struct&)` for each of them.
+#define SIRIUS_OPERATIONS(X) \
+  X(linear, Linear)          \
+  X(project, Project)        \
+  X(finish, Finish)          \
+  X(each, Each)              \
+  X(activate, Activate)      \
+  X(norm, Norm)              \
+  X(rotate, Rotate)          \
+  X(add, Add)                \
+  X(attend, Attend)
+
 // Every sum runs in one order, whatever the number of rows or the place of a row among them: a token's result is the
 // same bit for bit in a draft step, in a batch and in a check.
+#define SIRIUS_POINTER(name, Struct) void (*name)(const Struct&);
 struct Kernels {
   const char* name;
-  void (*linear)(const Linear&);
-  void (*project)(const Project&);
-  void (*finish)(const Finish&);
-  void (*each)(const Each&);
-  void (*activate)(const Activate&);
-  void (*norm)(const Norm&);
-  void (*rotate)(const Rotate&);
-  void (*add)(const Add&);
-  void (*attend)(const Attend&);
+  SIRIUS_OPERATIONS(SIRIUS_POINTER)
 };
+#undef SIRIUS_POINTER
 
 extern const Kernels kernels_generic;
 extern const Kernels kernels_avx2;
