@@ -224,8 +224,12 @@ union Slot {
 };
 constexpr int kSlots = 20;
 
-// What Python must give for an argument of type A: i a whole number, f a real one, or where such elements lie: p numbers
-// of the call's dtype, n whole numbers of 64 bits, b bytes that are 0 or 1. launch.py's SLOT_OF has the same letters.
+// What Python must give for an argument of type A, as a letter; SLOT_OF in launch.py has the same letters.
+//   i  a whole number
+//   f  a real number
+//   p  the address of numbers of the call's dtype
+//   n  the address of 64-bit whole numbers
+//   b  the address of bytes that are 0 or 1
 template <class A>
 constexpr char kind_of() {
   if constexpr (std::is_integral_v<A>) return 'i';
