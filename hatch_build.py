@@ -5,6 +5,7 @@ import platform
 import shutil
 import subprocess
 import sysconfig
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -43,21 +44,25 @@ class KernelBuild(BuildHookInterface):
         build_data["tag"] = "py3-none-" + sysconfig.get_platform().replace("-", "_").replace(".", "_")
 
 
-def build(compiler: str, root: Path) -> None:
-    """Compile rows.cpp once for each instruction set, and link; raise CalledProcessError where that fails."""
+def build(compiler: str, root: Path, library: Path = LIBRARY, flags: Sequence[str] = ()) -> None:
+    """Compile rows.cpp once for each instruction set, and link; raise CalledProcessError where that fails.
+
+    library  the file to write, relative to root unless it is absolute
+    flags    further ones for every command, those that link too
+    """
     sets = X86 if platform.machine().lower() in ("x86_64", "amd64") else GENERIC
     with TemporaryDirectory() as folder, ThreadPoolExecutor() as pool:
         commands = [
-            [f"-DSIRIUS_ISA={name}", f"-DSIRIUS_WIDTH={width}", *flags, "-c", str(root / SOURCE / "rows.cpp")]
-            for name, (width, flags) in sets.items()
+            [f"-DSIRIUS_ISA={name}", f"-DSIRIUS_WIDTH={width}", *own, "-c", str(root / SOURCE / "rows.cpp")]
+            for name, (width, own) in sets.items()
         ]
         commands.append(["-c", str(root / SOURCE / "kernels.cpp")])
         objects = [str(Path(folder) / f"{i}.o") for i in range(len(commands))]
-        jobs = [[compiler, *FLAGS, *command, "-o", out] for command, out in zip(commands, objects, strict=True)]
+        jobs = [[compiler, *FLAGS, *command, *flags, "-o", out] for command, out in zip(commands, objects, strict=True)]
         list(pool.map(run, jobs))
-        linked = Path(folder) / LIBRARY.name
-        run([compiler, "-shared", "-fopenmp", *objects, "-o", str(linked)])
-        shutil.move(linked, root / LIBRARY)  # a running process keeps the one it has
+        linked = Path(folder) / library.name
+        run([compiler, "-shared", "-fopenmp", *flags, *objects, "-o", str(linked)])
+        shutil.move(linked, root / library)  # a running process keeps the one it has
 
 
 def run(command: list[str]) -> None:

@@ -38,7 +38,7 @@ def norms(model: nn.Module) -> dict[str, nn.Module]:
 @pytest.fixture
 def calls(monkeypatch) -> list[int]:
     """How many tokens each call of the attention kernel had."""
-    found, run, attend = [], Launch.__call__, list(cpu.KERNELS).index("attend")
+    found, run, attend = [], Launch.__call__, cpu._library().kernels["attend"].number
 
     def counted(launch):
         for at in range(0, len(launch.slots), SLOTS):

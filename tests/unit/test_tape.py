@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sirius.errors import ConfigError
 from sirius.kernels import cpu
-from sirius.kernels.launch import Launch, running
+from sirius.kernels.launch import running
 from sirius.kernels.tape import Tape
 
 X, Y = torch.arange(12.0).square().view(3, 4) / 16, torch.tensor([2.0, -1.0, 0.5, 3.0])
@@ -277,14 +277,6 @@ def test_of_joined_kernels_the_one_that_failed_complains_and_later_ones_do_not_r
     with pytest.raises(ConfigError, match=r"neuron 7 .*in place 1,"):
         tape.replay()
     assert [bool(each.isnan().any()) for each in got] == [False, True, True]
-
-
-@needs_kernels
-def test_a_call_of_other_arguments_than_the_kernel_has_is_noticed():
-    given = 0, X, X, 12, X.clone(), 1
-    for wrong in given[:-1], (*given, 1), (0, X, 1.5, 12, X, 1), (0, X, X, 1.5, X, 1):
-        with pytest.raises((AssertionError, AttributeError, TypeError)):
-            Launch.of(cpu._library().sirius_run, 6, cpu.KERNELS["add"], wrong)
 
 
 @needs_kernels

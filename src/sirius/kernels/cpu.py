@@ -10,37 +10,39 @@ from collections.abc import Sequence
 from functools import cache, partial
 from math import prod
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from sirius.errors import ConfigError
-from sirius.kernels.launch import Complaint, Launch, is_plain, running
+from sirius.kernels.launch import SLOTS, Complaint, Kernel, Launch, Run, is_plain, running
 from sirius.kernels.reference import NormForm, Weight
 
 LIBRARY = Path(__file__).with_name("libsirius_cpu.so")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as in csrc/rows.h
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "relu": 2}  # likewise; the others are PyTorch's
 WITHOUT_HALVES = "generic", "avx2", "avx512"  # instruction sets that multiply no bfloat16
-KERNELS = {  # in the order of csrc/kernels.cpp, with their arguments as `Launch.of` has them
-    "linear": "ipiipiiipppi",
-    "project": "ipiippiiippi",
-    "glu": "iipiipipiiippppi",
-    "finish": "ipiipipipiiippppi",
-    "norm": "ipiipffipi",
-    "rotate": "ippppppi",
-    "add": "ippipi",
-    "put": "ippppppi",
-    "attend": "ipppppppffpi",
-    "largest": "ipiiipi",
-    "each": "iipppipipippppppi",
-}
+NEEDED = "linear", "project", "glu", "finish", "norm", "rotate", "add", "put", "attend", "largest", "each"
 _Size = ctypes.c_int64
 _Rows = tuple[Sequence[Tensor], Tensor | None]  # weights, and an index that may not fit them
 
 
+class Library(NamedTuple):
+    """The compiled kernels.
+
+    run      calls kernels one after the other; see sirius_run in csrc/kernels.cpp
+    isa      the instruction set that they use here, a name in `hatch_build.X86`
+    kernels  the library's own table of them, by name
+    """
+
+    run: Run
+    isa: str
+    kernels: dict[str, Kernel]
+
+
 @cache
-def library() -> ctypes.CDLL | None:
+def library() -> Library | None:
     """Return the compiled kernels; None, with one line in the log, where there are none."""
     try:
         return _bound(ctypes.CDLL(str(LIBRARY)))
@@ -53,17 +55,23 @@ def library() -> ctypes.CDLL | None:
         return None
 
 
-def _bound(found: ctypes.CDLL) -> ctypes.CDLL:
-    """Say what the library's functions take and return."""
-    found.sirius_isa.restype = ctypes.c_char_p
+def _bound(found: ctypes.CDLL) -> Library:
+    """Return a library with its table read; raise AttributeError or OSError where it is of another version."""
+    found.sirius_isa.restype = found.sirius_kernels.restype = ctypes.c_char_p
+    found.sirius_slots.restype = _Size
     found.sirius_run.argtypes, found.sirius_run.restype = [ctypes.c_void_p, _Size, ctypes.c_void_p], _Size
-    return found
+    table = [line.split() for line in found.sirius_kernels().decode().splitlines()]
+    kernels = {name: Kernel(number, kinds) for number, (name, kinds) in enumerate(table)}
+    missing, slots = sorted(set(NEEDED) - set(kernels)), found.sirius_slots()
+    if missing or slots != SLOTS:
+        raise OSError(f"{LIBRARY.name} is of another version: {slots} slots for {SLOTS}, kernels missing: {missing}")
+    return Library(found.sirius_run, found.sirius_isa().decode(), kernels)
 
 
 def instructions() -> str | None:
     """Return the instruction set that the kernels use here, a name in `hatch_build.X86`; None without kernels."""
     found = library()
-    return found and found.sirius_isa().decode()
+    return found and found.isa
 
 
 @cache
@@ -123,7 +131,7 @@ def attend(
     at = (_Size * 9)(*query.stride()[:3], *keys.stride()[:3], *values.stride()[:3])
     sizes = (_Size * 7)(rows, tokens, heads, kv_heads, slots, seen.shape[2], size)
     tensors = query, keys, values, at, held.contiguous(), seen.contiguous()
-    _call("attend", DTYPES[query.dtype], *tensors, sizes, scale, softcap or 0, y)
+    _call("attend", DTYPES[query.dtype], *tensors, sizes, float(scale), float(softcap or 0), y)
     return y
 
 
@@ -131,7 +139,7 @@ def norm(x: Tensor, weight: Tensor, eps: float, form: NormForm) -> Tensor:
     """See `reference.norm`."""
     x = x.contiguous()
     y = x.new_empty(x.shape)
-    _call("norm", DTYPES[x.dtype], x, *_sizes(x), weight, eps, form.offset, form.early, y)
+    _call("norm", DTYPES[x.dtype], x, *_sizes(x), weight, float(eps), form.offset, form.early, y)
     return y
 
 
@@ -232,7 +240,7 @@ def put(store: Tensor, rows: Tensor, slots: Tensor, values: Tensor) -> None:
     _run(_launch("put", DTYPES[store.dtype], store, rows, slots, values, at, sizes, complaint=complain))
 
 
-def _library() -> ctypes.CDLL:
+def _library() -> Library:
     found = library()
     assert found is not None, "no compiled kernels: `fits` was not asked"
     return found
@@ -257,8 +265,8 @@ def _run(launch: Launch) -> None:
 
 
 def _launch(kernel: str, *arguments: object, complaint: Complaint | None = None) -> Launch:
-    given = *arguments, torch.get_num_threads()
-    return Launch.of(_library().sirius_run, list(KERNELS).index(kernel), KERNELS[kernel], given, complaint)
+    found = _library()
+    return Launch.of(found.run, found.kernels[kernel], (*arguments, torch.get_num_threads()), complaint)
 
 
 def _no_such_row(rows: _Rows, place: int) -> ConfigError:

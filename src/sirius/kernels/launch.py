@@ -4,10 +4,12 @@ import ctypes
 import struct
 import threading
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import chain
 from operator import index
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from sirius.errors import UnsupportedModelError
@@ -24,6 +26,17 @@ def is_plain(*tensors: Tensor | None) -> bool:
     return all(each is None or type(each) in PLAIN for each in tensors)
 
 
+class Kernel(NamedTuple):
+    """A kernel of the library, as its table has it.
+
+    number  its place in the table
+    kinds   a letter for each argument: what `SLOT_OF` takes for it
+    """
+
+    number: int
+    kinds: str
+
+
 class Launch:
     """Kernels to be called one after the other; they read and write by address what is kept here.
 
@@ -38,13 +51,17 @@ class Launch:
         self.memory, self.outside = (ctypes.c_int64 * len(slots))(*slots), ctypes.c_int64()
 
     @staticmethod
-    def of(run: Run, kernel: int, kinds: str, arguments: Sequence[Any], complaint: Complaint | None = None) -> "Launch":
-        """Return the call of a kernel, by its number; tensors and arrays go by address, None is no address.
+    def of(run: Run, kernel: Kernel, arguments: Sequence[Any], complaint: Complaint | None = None) -> "Launch":
+        """Return the call of a kernel; tensors and arrays go by address, None is the address 0.
 
-        kinds  a letter for each argument: p an address, i a whole number, f a real one
+        Raises AssertionError or TypeError of arguments that are not as many as the kernel has, or of another kind.
         """
+        kinds = kernel.kinds
         assert len(kinds) == len(arguments) < SLOTS, f"{len(arguments)} arguments for {kinds}"
-        slots = [kernel, *(SLOT_OF[kind](value) for kind, value in zip(kinds, arguments, strict=True))]
+        given = list(zip(kinds, arguments, strict=True))
+        slots = [kernel.number, *[SLOT_OF[kind](value) for kind, value in given]]
+        dtypes = {value.dtype for kind, value in given if kind == "p" and value is not None}
+        assert len(dtypes) == 1, f"numbers of several dtypes for {kinds}: {dtypes}"
         kept = [each.untyped_storage() if isinstance(each, Tensor) else each for each in arguments]
         return Launch(run, slots + [0] * (SLOTS - len(slots)), [complaint], kept)
 
@@ -82,18 +99,41 @@ def record_to(recorder: Recorder | None) -> Recorder | None:
     return before
 
 
-def _address(value: "Tensor | ctypes.Array[Any] | None") -> int:
+def _address(value: Tensor | None, dtype: torch.dtype | None = None) -> int:
+    """Return where a tensor's numbers begin; raise TypeError of one of another dtype, where one is given."""
     if value is None:
         return 0
-    if not isinstance(value, Tensor):
-        return ctypes.addressof(value)
-    if not is_plain(value):
+    if not isinstance(value, Tensor) or (dtype is not None and value.dtype is not dtype):
+        what = getattr(value, "dtype", type(value).__name__)
+        raise TypeError(f"a kernel takes a tensor of {dtype or 'its own dtype'} here; got {what}")
+    if type(value) not in PLAIN:
         raise UnsupportedModelError(f"a kernel takes plain tensors; got a {type(value).__name__}")
     return value.data_ptr()
 
 
+def _integers(value: "Tensor | ctypes.Array[ctypes.c_int64] | None") -> int:
+    """Return where 64-bit whole numbers begin, those of a tensor or of an array."""
+    if isinstance(value, ctypes.Array) and value._type_ is ctypes.c_int64:
+        return ctypes.addressof(value)
+    return _address(value, torch.int64)  # pyright: ignore[reportArgumentType]
+
+
+def _whole(value: int) -> int:
+    if isinstance(value, Tensor):  # one of a single number would pass for it
+        raise TypeError("a kernel takes a whole number here; got a tensor")
+    return index(value)
+
+
 def _real(value: float) -> int:
+    if not isinstance(value, float | int):
+        raise TypeError(f"a kernel takes a real number here; got a {type(value).__name__}")
     return struct.unpack("q", struct.pack("d", value))[0]
 
 
-SLOT_OF: dict[str, Callable[[Any], int]] = {"p": _address, "i": index, "f": _real}
+SLOT_OF: dict[str, Callable[[Any], int]] = {  # the letters of csrc/kernels.cpp
+    "p": _address,  # numbers, all of a call in one dtype
+    "n": _integers,
+    "b": partial(_address, dtype=torch.bool),
+    "i": _whole,
+    "f": _real,
+}

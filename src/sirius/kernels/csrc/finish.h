@@ -104,14 +104,9 @@ void finish_many(const Finish& p) {
 template <class T>
 void finish_of(const Finish& p) {
   bool stream = kDots<T> && !p.index;
-  if (stream || Chunks(p.count).count < p.threads) return finish_many<T>(p);
-  switch (p.rows) {
-    case 1: return finish_few<T, 1>(p);
-    case 2: return finish_few<T, 2>(p);
-    case 3: return finish_few<T, 3>(p);
-    case 4: return finish_few<T, 4>(p);
-    default: return finish_many<T>(p);
-  }
+  bool few = p.rows > 0 && p.rows <= kTileTokens;
+  if (stream || !few || Chunks(p.count).count < p.threads) return finish_many<T>(p);
+  for_tokens(p.rows, [&](auto M) __attribute__((always_inline)) { finish_few<T, M>(p); });
 }
 
 }  // namespace

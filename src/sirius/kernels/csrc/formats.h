@@ -154,8 +154,16 @@ inline float sum(Floats v) {
 #endif
 }
 
-// bfloat16 is widened two vectors at a time, faster than one: the even elements of 2 * kVector by a shift, the odd ones
-// by a mask. What they meet (tokens, running sums) is kept in that order, evens before odds, in whole steps of a row.
+// bfloat16 is widened two vectors at a time, faster than one: of 2 * kVector elements a shift widens the even ones and
+// a mask the odd ones. The two vectors one after the other are the paired order. With n = kVector:
+//
+//   in memory, bfloat16       |  0 |  1 |  2 |  3 | ... | 2n-2 | 2n-1 |
+//   half 0, bits << 16        |  0 |  2 |  4 | ... | 2n-2 |
+//   half 1, bits & 0xffff0000 |  1 |  3 |  5 | ... | 2n-1 |
+//   paired order, float       |  0 |  2 |  4 | ... | 2n-2 |  1 |  3 |  5 | ... | 2n-1 |
+//
+// Tokens that meet such rows, and their running sums, are kept in the paired order too. It covers the whole steps
+// (kStep) of a row. Elements after the last whole step, and all of float32 and float16, stay in the order of memory.
 template <class T>
 constexpr bool kPaired = std::is_same_v<T, BFloat16>;
 

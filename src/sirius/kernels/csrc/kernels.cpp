@@ -4,8 +4,10 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <iterator>
 #include <memory>
 #include <numeric>
+#include <string>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -198,10 +200,10 @@ int64_t run_put(int dtype, void* store, const int64_t* rows, const int64_t* slot
 
 // at: the strides of query, keys and values, three each; n: rows, tokens, heads, kv_heads, slots, after, size
 int64_t run_attend(int dtype, const void* query, const void* keys, const void* values, const int64_t* at,
-                   const int64_t* held, const void* seen, const int64_t* n, float scale, float softcap, void* y,
+                   const int64_t* held, const uint8_t* seen, const int64_t* n, float scale, float softcap, void* y,
                    int threads) {
-  chosen().attend({Dtype(dtype), query, keys, values, at, at + 3, at + 6, held, static_cast<const uint8_t*>(seen),
-                   n[0], n[1], n[2], n[3], n[4], n[5], n[6], scale, softcap, y, threads});
+  chosen().attend({Dtype(dtype), query, keys, values, at, at + 3, at + 6, held, seen, n[0], n[1], n[2],
+                   n[3], n[4], n[5], n[6], scale, softcap, y, threads});
   return kFine;
 }
 
@@ -222,6 +224,24 @@ union Slot {
 };
 constexpr int kSlots = 20;
 
+// What Python must give for an argument of type A, as a letter; SLOT_OF in launch.py has the same letters.
+//   i  a whole number
+//   f  a real number
+//   p  the address of numbers of the call's dtype
+//   n  the address of 64-bit whole numbers
+//   b  the address of bytes that are 0 or 1
+template <class A>
+constexpr char kind_of() {
+  if constexpr (std::is_integral_v<A>) return 'i';
+  if constexpr (std::is_floating_point_v<A>) return 'f';
+  if constexpr (std::is_pointer_v<A>) {
+    using Element = std::remove_const_t<std::remove_pointer_t<A>>;
+    if constexpr (std::is_void_v<Element>) return 'p';
+    if constexpr (std::is_same_v<Element, int64_t>) return 'n';
+    if constexpr (std::is_same_v<Element, uint8_t>) return 'b';
+  }
+}
+
 template <class A>
 A taken(const Slot& slot) {
   if constexpr (std::is_pointer_v<A>) return static_cast<A>(slot.address);
@@ -229,32 +249,49 @@ A taken(const Slot& slot) {
   else return A(slot.number);
 }
 
-template <class... A, size_t... I>
-int64_t apply(int64_t (*kernel)(A...), const Slot* given, std::index_sequence<I...>) {
-  static_assert(sizeof...(A) < kSlots);
-  return kernel(taken<A>(given[I])...);
-}
+// What the signature of a kernel says: the kinds of its arguments, and how it is called with the slots of a call.
+template <auto kernel>
+struct Called;
 
-template <class... A>
-int64_t apply(int64_t (*kernel)(A...), const Slot* given) {
-  return apply(kernel, given, std::index_sequence_for<A...>{});
-}
+template <class... A, int64_t (*kernel)(A...)>
+struct Called<kernel> {
+  static_assert(sizeof...(A) < kSlots);
+  static constexpr char kinds[] = {kind_of<A>()..., '\0'};
+
+  static int64_t call(const Slot* given) { return call(given, std::index_sequence_for<A...>{}); }
+
+  template <size_t... I>
+  static int64_t call(const Slot* given, std::index_sequence<I...>) {
+    return kernel(taken<A>(given[I])...);
+  }
+};
+
+struct Entry {
+  const char *name, *kinds;
+  int64_t (*call)(const Slot*);
+};
+
+#define ENTRY(name) Entry{#name, Called<run_##name>::kinds, Called<run_##name>::call}
+
+// All that Python can call; the number of a kernel is its place here.
+constexpr Entry kTable[] = {
+    ENTRY(linear),
+    ENTRY(project),
+    ENTRY(glu),
+    ENTRY(finish),
+    ENTRY(norm),
+    ENTRY(rotate),
+    ENTRY(add),
+    ENTRY(put),
+    ENTRY(attend),
+    ENTRY(largest),
+    ENTRY(each),
+};
+constexpr int64_t kKernels = std::size(kTable);
 
 int64_t run(int64_t kernel, const Slot* given) {
-  switch (kernel) {  // the order of cpu.KERNELS
-    case 0: return apply(run_linear, given);
-    case 1: return apply(run_project, given);
-    case 2: return apply(run_glu, given);
-    case 3: return apply(run_finish, given);
-    case 4: return apply(run_norm, given);
-    case 5: return apply(run_rotate, given);
-    case 6: return apply(run_add, given);
-    case 7: return apply(run_put, given);
-    case 8: return apply(run_attend, given);
-    case 9: return apply(run_largest, given);
-    case 10: return apply(run_each, given);
-    default: abort();
-  }
+  if (kernel < 0 || kernel >= kKernels) abort();
+  return kTable[kernel].call(given);
 }
 
 }  // namespace
@@ -262,6 +299,18 @@ int64_t run(int64_t kernel, const Slot* given) {
 extern "C" {
 
 const char* sirius_isa() { return chosen().name; }
+
+int64_t sirius_slots() { return kSlots; }
+
+// The table: a line for each kernel, in order, with its name and the kinds of its arguments.
+const char* sirius_kernels() {
+  static const std::string lines = [] {
+    std::string all;
+    for (const Entry& entry : kTable) all += std::string(entry.name) + " " + entry.kinds + "\n";
+    return all;
+  }();
+  return lines.c_str();
+}
 
 // Runs `count` calls one after the other. Returns -1, or the number of the first whose kernel found something outside
 // of what there is, with what it returned in `outside`; those after it are not run.

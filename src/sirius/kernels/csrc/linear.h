@@ -96,22 +96,12 @@ void linear_few(const Linear& p, const typename DotRow<T>::Element* x, int64_t s
   }
 }
 
-template <class T, bool stream>
-void linear_few(const Linear& p, const typename DotRow<T>::Element* x, int64_t stride) {
-  switch (p.rows) {
-    case 1: return linear_few<T, 1, stream>(p, x, stride);
-    case 2: return linear_few<T, 2, stream>(p, x, stride);
-    case 3: return linear_few<T, 3, stream>(p, x, stride);
-    default: return linear_few<T, 4, stream>(p, x, stride);
-  }
-}
-
 // The products of M tokens from `token` on with rows, while a share of the next ones is fetched: from column `begin` on
 // one line in every 2^spread; nothing where spread is below 0.
 template <class T, int M, class Rows, class Element = typename DotRow<T>::Element>
 void linear_tile(const Linear& p, const Element* x, int64_t stride, int64_t token, int64_t first, const Rows& row,
                  const Rows& next, int64_t begin, int spread) {
-  int64_t mask = (kStep<T> << spread) - 1;
+  int64_t mask = (kStep<T> << std::max(spread, 0)) - 1;
   Floats sums[M][kTile];
   auto fetch = [&](int64_t h) __attribute__((always_inline)) {
     if (!(h & mask))
@@ -136,12 +126,9 @@ void linear_tiles(const Linear& p, const typename DotRow<T>::Element* x, int64_t
     for (int64_t tile = 0; tile < tiles; tile++) {
       int64_t token = tile * kTileTokens, begin = tile * p.width >> sharing;
       int spread = tile >> sharing ? -1 : sharing;
-      switch (p.rows - token) {
-        case 1: linear_tile<T, 1>(p, x, stride, token, first, row, next, begin, spread); break;
-        case 2: linear_tile<T, 2>(p, x, stride, token, first, row, next, begin, spread); break;
-        case 3: linear_tile<T, 3>(p, x, stride, token, first, row, next, begin, spread); break;
-        default: linear_tile<T, kTileTokens>(p, x, stride, token, first, row, next, begin, spread);
-      }
+      for_tokens(p.rows - token, [&](auto M) __attribute__((always_inline)) {
+        linear_tile<T, M>(p, x, stride, token, first, row, next, begin, spread);
+      });
     }
   }
 }
@@ -192,12 +179,7 @@ void dot_tile(const float* x, float* panel, int64_t width, Floats (*sums)[kTile]
 
 template <class T, class... Fresh>
 void dot_tokens(const float* x, int64_t tokens, float* panel, int64_t width, Floats (*sums)[kTile], Fresh... fresh) {
-  switch (tokens) {
-    case 1: return dot_tile<1, T>(x, panel, width, sums, fresh...);
-    case 2: return dot_tile<2, T>(x, panel, width, sums, fresh...);
-    case 3: return dot_tile<3, T>(x, panel, width, sums, fresh...);
-    default: return dot_tile<kTileTokens, T>(x, panel, width, sums, fresh...);
-  }
+  for_tokens(tokens, [&](auto M) __attribute__((always_inline)) { dot_tile<M, T>(x, panel, width, sums, fresh...); });
 }
 
 // The products of kGroup rows from `first` on with some tokens, stretch by stretch of the width.
@@ -249,6 +231,7 @@ std::vector<typename Row::Vector> unpack_tokens(const Linear& p, int64_t stretch
   return x;
 }
 
+// The table in rows.h says which way runs when.
 template <class T, class Row = DotRow<T>>
 void linear_of(const Linear& p) {
   if (!p.rows) return;
@@ -256,7 +239,12 @@ void linear_of(const Linear& p) {
   int64_t stretch = few || kDots<T> ? (p.width + Row::kLanes - 1) / Row::kLanes * Row::kLanes : kStretch;
   auto unpacked = unpack_tokens<T>(p, stretch);
   const auto* x = reinterpret_cast<const typename Row::Element*>(unpacked.data());
-  if (few) return stream ? linear_few<T, true>(p, x, stretch) : linear_few<T, false>(p, x, stretch);
+  if (few)
+    return for_tokens(p.rows, [&](auto M) __attribute__((always_inline)) {
+      if constexpr (kDots<T>)
+        if (stream) return linear_few<T, M, true>(p, x, stretch);
+      linear_few<T, M, false>(p, x, stretch);
+    });
   if constexpr (kDots<T>)
     linear_tiles<T>(p, x, stretch);
   else

@@ -120,7 +120,8 @@ void rotate_of(const Rotate& p) {
     int64_t t = line % p.tokens, h = line / p.tokens % p.heads, b = line / p.tokens / p.heads;
     auto place = [&](const int64_t* at) { return b * at[0] + h * at[1] + t * at[2]; };
     const T* x = static_cast<const T*>(p.x) + place(p.x_at);
-    const T *cos = static_cast<const T*>(p.cos) + place(p.cos_at), *sin = static_cast<const T*>(p.sin) + place(p.sin_at);
+    const T* cos = static_cast<const T*>(p.cos) + place(p.cos_at);
+    const T* sin = static_cast<const T*>(p.sin) + place(p.sin_at);
     T* y = static_cast<T*>(p.y) + place(p.y_at);
     each_vector(half, [&](int64_t i, int64_t count) {
       int64_t j = half + i;

@@ -66,7 +66,7 @@ struct Terms {
   Rows<T> of(const Project& p) const { return {static_cast<const T*>(p.w), p.stride, p.count, rows.data()}; }
 };
 
-// Writes a token's sums of some columns, which are in the order of widened elements.
+// Writes a token's sums of some columns; bfloat16 has them in the paired order of formats.h, and here they leave it.
 template <class T, class Product>
 void write_sums(const Product& p, int64_t token, int64_t column, int64_t width, const float* sums) {
   const T* bias = static_cast<const T*>(p.bias);
@@ -193,12 +193,9 @@ void add_panel(const Element* panel, int64_t width, int64_t count, const Element
 template <class Element>
 void add_tokens(const Element* panel, int64_t width, int64_t count, const Element* z, int64_t stride, int64_t tokens,
                 float* sums) {
-  switch (tokens) {
-    case 1: return add_panel<1>(panel, width, count, z, stride, sums);
-    case 2: return add_panel<2>(panel, width, count, z, stride, sums);
-    case 3: return add_panel<3>(panel, width, count, z, stride, sums);
-    default: return add_panel<kTileTokens>(panel, width, count, z, stride, sums);
-  }
+  for_tokens(tokens, [&](auto M) __attribute__((always_inline)) {
+    add_panel<M>(panel, width, count, z, stride, sums);
+  });
 }
 
 // Writes rows i .. end - 1 to a panel.

@@ -26,39 +26,13 @@ void of_dtype(Dtype dtype, Function of) {
   }
 }
 
-void linear(const Linear& p) {
-  of_dtype(p.dtype, [&](auto number) { linear_of<decltype(number)>(p); });
-}
-void project(const Project& p) {
-  of_dtype(p.dtype, [&](auto number) { project_of<decltype(number)>(p); });
-}
-void finish(const Finish& p) {
-  of_dtype(p.dtype, [&](auto number) { finish_of<decltype(number)>(p); });
-}
-void each(const Each& p) {
-  of_dtype(p.dtype, [&](auto number) { each_of<decltype(number)>(p); });
-}
-void activate(const Activate& p) {
-  of_dtype(p.dtype, [&](auto number) { activate_of<decltype(number)>(p); });
-}
-void norm(const Norm& p) {
-  of_dtype(p.dtype, [&](auto number) { norm_of<decltype(number)>(p); });
-}
-void rotate(const Rotate& p) {
-  of_dtype(p.dtype, [&](auto number) { rotate_of<decltype(number)>(p); });
-}
-void add(const Add& p) {
-  of_dtype(p.dtype, [&](auto number) { add_of<decltype(number)>(p); });
-}
-void attend(const Attend& p) {
-  of_dtype(p.dtype, [&](auto number) { attend_of<decltype(number)>(p); });
-}
-
 }  // namespace
 
 #define JOINED(a, b) a##b
 #define NAMED(isa) JOINED(kernels_, isa)
 #define QUOTED(isa) #isa
 #define STRING(isa) QUOTED(isa)
+#define OPERATION(name, Struct) \
+  [](const Struct& p) { of_dtype(p.dtype, [&](auto number) { name##_of<decltype(number)>(p); }); },
 
-extern const Kernels NAMED(SIRIUS_ISA) = {STRING(SIRIUS_ISA), linear, project, finish, each, activate, norm, rotate, add, attend};
+extern const Kernels NAMED(SIRIUS_ISA) = {STRING(SIRIUS_ISA), SIRIUS_OPERATIONS(OPERATION)};

@@ -1,5 +1,26 @@
 // What every instruction set's build of rows.cpp offers. Weights are neuron-major: row j of w belongs to neuron j, and
 // begins `stride` elements after the last one.
+//
+// A product runs in one of several ways, which give the same bits. "Dots" is bfloat16 where an instruction multiplies
+// it as it is (kDots: avx512bf16, emulated); "widened" is everything else. "Packed" rows have no index and no gaps
+// between them (stride = width).
+//
+//   operation  numbers  rows             tokens   way     function         what it does
+//   linear     dots     packed           1 - 4    stream  linear_few       a thread reads its rows as one run
+//              dots     packed           5 -      tiles   linear_tiles     6 rows x 4 tokens at a time in registers
+//              dots     index or gaps    1 - 2    few     linear_few       a thread reads 4 runs of rows side by side
+//              dots     index or gaps    3 -      tiles   linear_tiles
+//              widened  any              1 - 2    few     linear_few
+//              widened  any              3 -      panels  linear_panels    rows are widened once for 16 tokens
+//   project    any      any              1        few     project_one      rows are added up where they lie
+//              any      any              2 -      panels  project_columns  rows are unpacked once for 16 tokens
+//   finish     dots     no index         any      many    finish_many      linear, then project
+//              dots     index            1 - 4    few     finish_few       up and down of a neuron in one run
+//              widened  any              1 - 4    few     finish_few
+//              any      any              5 -      many    finish_many
+//   each       any      index            any      few     each_of          4 tokens of a row at a time
+//
+// finish also takes finish_many where there are fewer chunks (Chunks in project.h) than threads.
 
 #pragma once
 
@@ -110,8 +131,8 @@ struct Norm {
   int threads;
 };
 
-// y[b][h][t] = x[b][h][t] * cos[b][h][t] + turned * sin[b][h][t], numbers of `size` each, where `turned` is the second half
-// of x, negated, and then the first. In 16 bits both products are rounded before the sum, as if kept in between.
+// y[b][h][t] = x[b][h][t] * cos[b][h][t] + turned * sin[b][h][t], numbers of `size` each, where `turned` is the second
+// half of x, negated, and then the first. In 16 bits both products are rounded before the sum, as if kept in between.
 struct Rotate {
   Dtype dtype;
   const void *x, *cos, *sin;
@@ -145,20 +166,26 @@ struct Attend {
   int threads;
 };
 
+// The operations above: the name of each and its struct. rows.cpp has `name_of<T>(const Struct&)` for each of them.
+#define SIRIUS_OPERATIONS(X) \
+  X(linear, Linear)          \
+  X(project, Project)        \
+  X(finish, Finish)          \
+  X(each, Each)              \
+  X(activate, Activate)      \
+  X(norm, Norm)              \
+  X(rotate, Rotate)          \
+  X(add, Add)                \
+  X(attend, Attend)
+
 // Every sum runs in one order, whatever the number of rows or the place of a row among them: a token's result is the
 // same bit for bit in a draft step, in a batch and in a check.
+#define SIRIUS_POINTER(name, Struct) void (*name)(const Struct&);
 struct Kernels {
   const char* name;
-  void (*linear)(const Linear&);
-  void (*project)(const Project&);
-  void (*finish)(const Finish&);
-  void (*each)(const Each&);
-  void (*activate)(const Activate&);
-  void (*norm)(const Norm&);
-  void (*rotate)(const Rotate&);
-  void (*add)(const Add&);
-  void (*attend)(const Attend&);
+  SIRIUS_OPERATIONS(SIRIUS_POINTER)
 };
+#undef SIRIUS_POINTER
 
 extern const Kernels kernels_generic;
 extern const Kernels kernels_avx2;
