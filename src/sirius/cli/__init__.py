@@ -51,7 +51,7 @@ def _spin_little() -> None:
     """Let threads that wait for each other sleep soon; OpenMP reads this when torch is imported.
 
     Beside another busy program they would spin on the CPU that the last of them waits for. A 135M model on two CPUs,
-    one of them busy, then keeps a third of its speed; with this it keeps two thirds (LOG.md).
+    one of them busy, then keeps a third of its speed; with this it keeps two thirds (dev/2026-11-28-threads.md).
     """
     if not SPINNING & os.environ.keys():
         os.environ[SPINS[0]] = SPINS[1]

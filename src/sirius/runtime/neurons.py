@@ -93,7 +93,7 @@ class Chosen:
 
     A row's tokens are branches of one tree, and share a set unless `per_branch`, so that a step reads no more than one
     token's neurons. It is chosen by their mean |act(gate)|, each weighed by how likely its branch is. Source: Sirius
-    (arXiv 2409.03856), its repository's option `patternstrict`; the weights are ours (LOG.md has what they bring).
+    (arXiv 2409.03856), its repository's option `patternstrict`; the weights are ours (dev/2026-11-23-trees.md).
 
     tally  None: the tokens are no branches of a tree, each has a set of its own, and nothing is counted
     """
