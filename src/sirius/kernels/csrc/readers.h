@@ -20,7 +20,7 @@ constexpr int kFewRows = 4;     // weight rows at a time where tokens are few
 
 // Calls a function with the number of tokens of a tile as a constant: the tokens that are left, at most kTileTokens.
 // Functions given here say always_inline: where GCC is left to decide, some loops take up to 5% longer. each.h has a
-// switch of its own, as even so it lost there.
+// switch of its own: even with always_inline it was 4% slower by this function.
 template <class Function>
 [[gnu::always_inline]] inline void for_tokens(int64_t left, Function function) {
   static_assert(kTileTokens == 4);
