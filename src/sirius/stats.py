@@ -15,22 +15,24 @@ Convention = Literal["published", "streamed"]
 
 @dataclass(frozen=True)
 class Parameters:
-    """How many parameters a model has, in numbers of parameters.
+    """A model's parameters: their number, and the bytes of weights that a token reads.
 
-    total      all of them, each counted once (a tied embedding is the output head)
-    embedding  the input embedding, where it is not tied: one row of it is looked up per token, the rest is never read
-    gate, up, down  the gated MLPs' three matrices, over all layers
+    total      number of all parameters, each counted once (a tied embedding is the output head)
+    weights    bytes of all weights
+    embedding  bytes of the input embedding, where it is not tied: a token looks up one row, the rest is never read
+    gate, up, down  bytes of the gated MLPs' three matrices, over all layers
     """
 
     total: int
+    weights: int
     embedding: int
     gate: int
     up: int
     down: int
 
     def counted(self, convention: Convention) -> int:
-        """Return the parameters that a dense token counts: all ("published"), or those it reads ("streamed")."""
-        return self.total if convention == "published" else self.total - self.embedding
+        """Return the bytes that a dense token counts: all ("published"), or those it reads ("streamed")."""
+        return self.weights if convention == "published" else self.weights - self.embedding
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ DENSE = Touched(1.0, 1.0, 1.0)
 
 
 def density(parameters: Parameters, touched: Touched, convention: Convention = "published") -> float:
-    """Return the share of the parameters that a sparse token touches, 0 to 1."""
+    """Return the share of the weights that a sparse token touches, by bytes, 0 to 1."""
     skipped = (
         (1 - touched.gate) * parameters.gate + (1 - touched.up) * parameters.up + (1 - touched.down) * parameters.down
     )
@@ -80,7 +82,8 @@ class Stats:
     density              share of the parameters that a draft token touches ("published" convention)
     effective_density    share of the parameters read per token: drafts at `density`, each check at 1
     density_streamed, effective_density_streamed   the same without the untied input embedding
-    parameters_per_token effective_density times the parameters
+    parameters_per_token effective_density times the number of parameters
+    bytes_per_token      bytes of weights read per token, in drafts and checks together
     acceptance_histogram entry i counts the windows that kept i guesses; a probe of period "auto" is in no figure but
                          seconds
     seconds              wall time of all passes that the text took part in, the prompt's included; what the caller does
@@ -110,6 +113,7 @@ class Stats:
     density_streamed: float
     effective_density_streamed: float
     parameters_per_token: float
+    bytes_per_token: float
     acceptance_histogram: tuple[int, ...]
     seconds: float
     tokens_per_second: float
@@ -161,6 +165,7 @@ def summarise(rounds: Sequence[Round], basis: Basis, seconds: float) -> Stats:
     published = density(basis.parameters, basis.touched)
     streamed = density(basis.parameters, basis.touched, "streamed")
     effective = _read_per_token(windows, published, basis.correction is not None)
+    read = _read_per_token(windows, streamed, basis.correction is not None)
     return Stats(
         rounds=len(windows),
         rounds_complete=len(complete),
@@ -176,8 +181,9 @@ def summarise(rounds: Sequence[Round], basis: Basis, seconds: float) -> Stats:
         density=published,
         effective_density=effective,
         density_streamed=streamed,
-        effective_density_streamed=_read_per_token(windows, streamed, basis.correction is not None),
+        effective_density_streamed=read,
         parameters_per_token=effective * basis.parameters.total,
+        bytes_per_token=read * basis.parameters.counted("streamed"),
         acceptance_histogram=tuple(accepted.count(i) for i in range(correction.longest if correction else 1)),
         seconds=seconds,
         tokens_per_second=tokens / seconds if seconds > 0 else 0.0,
@@ -221,6 +227,7 @@ def combine(parts: Sequence[Stats]) -> Stats:
         or parts[0].effective_density_streamed,
         parameters_per_token=_mean([p.parameters_per_token for p in parts], after_first)
         or parts[0].parameters_per_token,
+        bytes_per_token=_mean([p.bytes_per_token for p in parts], after_first) or parts[0].bytes_per_token,
         acceptance_histogram=tuple(sum(bar) for bar in zip(*(p.acceptance_histogram for p in parts), strict=True)),
         seconds=seconds,
         tokens_per_second=tokens / seconds if seconds > 0 else 0.0,

@@ -12,7 +12,7 @@ from rich.console import Console
 from conftest import tiny_config, tiny_model
 from sirius.benchmark import ceiling as ceiling_module
 from sirius.benchmark import memory, show
-from sirius.benchmark.ceiling import Ceiling, cache_bytes, weight_bytes
+from sirius.benchmark.ceiling import Ceiling, cache_bytes
 from sirius.benchmark.decode import DecodeFigures, TimedSetting, Times, bytes_per_token
 from sirius.benchmark.kernels import Size, count
 from sirius.benchmark.models import SHAPES, make_config, make_model
@@ -190,7 +190,7 @@ def test_random_weights_are_those_of_their_seed_and_keep_the_norms_at_one():
 def test_the_bytes_of_a_token_are_those_of_its_passes():
     model = tiny_model("llama")
     parameters = count_parameters(Engine(model).model)
-    whole = weight_bytes(parameters, torch.float32)
+    whole = parameters.counted("streamed")
     assert whole == 4 * sum(p.numel() for n, p in model.named_parameters() if "embed" not in n)
     text = model.config
     held = cache_bytes(text, 10, torch.float32)

@@ -53,3 +53,32 @@ def test_a_model_may_be_prepared_while_another_thread_decodes_with_it():
         while not all(text.done() for text in texts):
             Engine(engine.model)
     assert all(text.result().token_ids == want for text in texts)
+
+
+def test_two_engines_whose_models_share_a_configuration_decode_in_two_threads():
+    first, second = tiny_model(eos_token_id=None), tiny_model(eos_token_id=None, seed=1)
+    for module in second.modules():
+        if hasattr(module, "config"):
+            module.config = first.config
+    wanted = [[greedy(model, prompt, NEW) for prompt in PROMPTS] for model in (first, second)]
+    assert wanted[0] != wanted[1]
+
+    def decode(engine: Engine) -> list[list[int]]:
+        options = {"max_new_tokens": NEW, "sparsity": "fine", "correction": 5}
+        return [list(engine.generate(prompt, **options).token_ids) for prompt in PROMPTS * 3]
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(decode, map(Engine, (first, second)))) == [texts * 3 for texts in wanted]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_model_may_be_called_by_one_thread_while_another_decodes_with_it(dtype):
+    model, ids = tiny_model(dtype=dtype, eos_token_id=None), torch.tensor([PROMPTS[0]])
+    engine = Engine(model)
+    options = {"max_new_tokens": NEW, "sparsity": "coarse", "correction": 5}
+    with torch.no_grad(), ThreadPoolExecutor(1) as pool:
+        want, text = model(ids).logits, engine.generate(PROMPTS[0], **options).token_ids
+        texts = [pool.submit(engine.generate, PROMPTS[0], **options) for _ in range(20)]
+        while not all(each.done() for each in texts):
+            torch.testing.assert_close(model(ids).logits, want)
+    assert all(each.result().token_ids == text for each in texts)

@@ -21,7 +21,7 @@ SETTINGS = {"model": "here", "stop": ["\n"], "sparsity": {"method": "coarse", "k
 BREAKS = "\u2028 \u2029 \x85 \x0b \x0c \x1c"  # `str.splitlines` breaks a line at each of them
 STATS = summarise(
     [Round((5,)), Round((6, 7), ("draft", "bonus"), draft=(6,), accepted=1, steps=1, period=2)],
-    Basis(Parameters(9, 1, 1, 1, 1), DENSE, CorrectionConfig(2), False),
+    Basis(Parameters(9, 9, 1, 1, 1, 1), DENSE, CorrectionConfig(2), False),
     0.5,
 )
 DONE = Completion("two\nlines", (5, 6, 7), "length", ("full", "draft", "bonus"), (-0.5, -0.25, -1.0), STATS)

@@ -18,7 +18,7 @@ LLAMA_3_70B = (70550, 1050, 56370)
 
 def parameters(model: tuple[float, float, float]) -> Parameters:
     total, embedding, mlp = (round(million * 1e6) for million in model)
-    return Parameters(total, embedding, mlp // 3, mlp // 3, mlp // 3)
+    return Parameters(total, total, embedding, mlp // 3, mlp // 3, mlp // 3)
 
 
 def coarse(keep: float) -> Touched:
@@ -84,7 +84,7 @@ def test_31_of_the_32_published_effective_densities_are_met():
     assert missed == [(16, 0.65, 15.10, 0.691)]
 
 
-SMALL = Parameters(total=1000, embedding=100, gate=200, up=200, down=200)
+SMALL = Parameters(total=1000, weights=2000, embedding=200, gate=400, up=400, down=400)
 
 
 def window(drafted: int, accepted: int, cut: bool = False, period: int = 4) -> Round:
@@ -119,6 +119,7 @@ def test_figures_of_a_generation_by_hand():
     assert got.density_streamed == pytest.approx(1 - 300 / 900)
     assert got.effective_density == pytest.approx((11 * 0.7 + 4) / 9)
     assert got.parameters_per_token == pytest.approx(got.effective_density * 1000)
+    assert got.bytes_per_token == pytest.approx(got.effective_density_streamed * 1800)
     assert got.tokens_per_second == 5.0
 
 

@@ -7,7 +7,6 @@ from transformers import PreTrainedConfig
 
 from sirius.benchmark.timing import repeated
 from sirius.kernels.ops import linear
-from sirius.stats import Parameters
 
 SIZE = 256 * 2**20  # bytes of each operand: far larger than the caches
 TRIES = 9
@@ -35,11 +34,6 @@ def measure_ceiling(dtype: torch.dtype, device: str) -> Ceiling:
     copy = min(repeated(lambda: target.copy_(source), device, TRIES, TRIES))
     matvec = min(repeated(lambda: linear(x, matrix), device, TRIES, TRIES))
     return Ceiling(2 * SIZE / copy / 1e9, SIZE / matvec / 1e9)
-
-
-def weight_bytes(parameters: Parameters, dtype: torch.dtype) -> int:
-    """Return the bytes of weights that a dense pass reads: all of them but the untied input embedding."""
-    return (parameters.total - parameters.embedding) * dtype.itemsize
 
 
 def cache_bytes(config: PreTrainedConfig, tokens: int, dtype: torch.dtype) -> int:

@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from sirius.batch import Batch
-from sirius.benchmark.ceiling import Ceiling, cache_bytes, weight_bytes
+from sirius.benchmark.ceiling import Ceiling, cache_bytes
 from sirius.benchmark.memory import peak_bytes, reset_peak
 from sirius.benchmark.peer import NAME as PEER
 from sirius.benchmark.peer import Peer
@@ -260,14 +260,14 @@ def prompt(model: PreTrainedModel, count: int) -> list[int]:
 def _rows(
     engine: Engine, settings: Sequence[TimedSetting], times: dict[str, Times], workload: Workload, ceiling: Ceiling
 ) -> list[DecodeFigures]:
-    parameters, dtype = count_parameters(engine.model), engine.model.dtype
-    held = cache_bytes(engine.model.config, workload.context + workload.tokens // 2, dtype)
+    parameters = count_parameters(engine.model)
+    held = cache_bytes(engine.model.config, workload.context + workload.tokens // 2, engine.model.dtype)
     medians = {name: median(each.rounds) / each.aal for name, each in times.items()}
     rows = []
     for setting in settings:
         mine, seconds = times[setting.name], medians[setting.name]
         tenths = [each / mine.aal for each in quantiles(mine.rounds, n=10)]
-        read = bytes_per_token(setting, mine, parameters, dtype, held)
+        read = bytes_per_token(setting, mine, parameters, held)
         window = median(mine.rounds)
         parts = (median(mine.drafts) / window, median(mine.checks) / window) if mine.drafts else None
         rows.append(
@@ -290,11 +290,9 @@ def _rows(
     return rows
 
 
-def bytes_per_token(
-    setting: TimedSetting, times: Times, parameters: Parameters, dtype: torch.dtype, held: int
-) -> float:
+def bytes_per_token(setting: TimedSetting, times: Times, parameters: Parameters, held: int) -> float:
     """Return the bytes that a token must read: of the weights, and of `held` bytes of keys and values a pass."""
-    weights = weight_bytes(parameters, dtype)
+    weights = parameters.counted("streamed")
     sparse = times.density * weights + held
     if setting.correction is None:
         return sparse

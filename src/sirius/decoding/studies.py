@@ -1,6 +1,6 @@
 """Lossy variants of decoding for studies: two rules of acceptance, and the method with one of its parts left out.
 
-None of them made texts better or faster than the paper's own rule (dev/README.md). The loop knows none of them: a `Plan` is
+None of them made texts better or faster than the paper's own rule (dev/README.md). The loop knows none: a `Plan` is
 given other functions.
 """
 

@@ -17,9 +17,15 @@ from sirius.kernels.activations import Activation
 class Matrix(Protocol):
     """The weights of a linear layer [F, H], and its bias; row j belongs to neuron j, or to output j.
 
-    index      [k] int64  the rows that are asked for; None: all
-    invariant  a token's result must have the same bits however many tokens there are
+    replayable  whether a recorded pass may run its products again without calling its methods
+    index       [k] int64  the rows that are asked for; None: all
+    invariant   a token's result must have the same bits however many tokens there are
     """
+
+    @property
+    def replayable(self) -> bool:
+        """Whether products are operations on tensors that stay where they are, and nothing else."""
+        ...
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -53,6 +59,11 @@ class Dense(NamedTuple):
 
     weight: Tensor
     bias: Tensor | None
+
+    @property
+    def replayable(self) -> bool:
+        """Yes: weights stay where they are while texts are open."""
+        return True
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -90,14 +90,15 @@ def sparse_mlps(model: nn.Module) -> list[SparseMLP]:
 
 
 def count_parameters(model: PreTrainedModel) -> Parameters:
-    """Count the parameters of a prepared model."""
+    """Count the parameters of a prepared model, and the bytes of its weights."""
     neurons = [mlp.neurons for mlp in sparse_mlps(model)]
     inside = cast("Tensor", model.get_input_embeddings().weight)
     tied = getattr(cast("Any", model).get_output_embeddings(), "weight", None) is inside
-    gate, up, down = (sum(each[part].shape[0] * each[part].shape[1] for each in neurons) for part in range(3))
+    gate, up, down = (sum(each[part].nbytes for each in neurons) for part in range(3))
     return Parameters(
         total=sum(p.numel() for p in model.parameters()),
-        embedding=0 if tied else inside.numel(),
+        weights=sum(p.nbytes for p in model.parameters()),
+        embedding=0 if tied else inside.nbytes,
         gate=gate,
         up=up,
         down=down,

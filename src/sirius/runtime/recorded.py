@@ -5,7 +5,7 @@ without the Python between them.
 import logging
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,9 @@ from transformers import PreTrainedModel
 from sirius.kernels import cpu, gpu
 from sirius.kernels.launch import is_plain
 from sirius.kernels.tape import Tape
+from sirius.model.adopt import parts_of
+from sirius.model.linear import MatrixLinear
+from sirius.model.prepared import prepared_of
 from sirius.shortage import SHORTAGE, ran_out
 
 WARM = 2  # passes of a shape in one session before it is worth a record; the last window of a text never is
@@ -187,7 +190,12 @@ def state_of(model: nn.Module) -> list[object]:
     modules = list(model.modules())
     kinds = [(id(module), type(module), id(vars(module).get("forward"))) for module in modules]
     held = [each for module in modules for part in (module._parameters, module._buffers) for each in part.values()]
-    return [hooked(model), kinds, [(_place(each), each.dtype) for each in held if each is not None]]
+    return [
+        prepared_of(model).matrix,
+        hooked(model),
+        kinds,
+        [(_place(each), each.dtype) for each in held if each is not None],
+    ]
 
 
 def _place(weight: Tensor) -> int:
@@ -197,6 +205,9 @@ def _place(weight: Tensor) -> int:
 
 def recorder(model: PreTrainedModel) -> Record | None:
     """Return what records a model's passes where it is, None where nothing does."""
+    make = prepared_of(model).matrix
+    if not all(make(cast("nn.Linear", layer), False).replayable for _, layer in parts_of(model, MatrixLinear)):
+        return None
     on_gpu = model.device.type == "cuda"
     if not on_gpu and (gpu.runs_on(model.device) or not cpu.runs_on(model.device, model.dtype)):
         return None
