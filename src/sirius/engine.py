@@ -16,7 +16,7 @@ from sirius.core import CorrectionConfig, Request, SamplingConfig, SparsityConfi
 from sirius.decoding.accept import Rule
 from sirius.decoding.period import Period
 from sirius.errors import ConfigError, RequestError, SiriusError
-from sirius.model.limits import check_length, context_limit, rope_turn, sliding_window
+from sirius.model.limits import check_length, context_limit, rescaling_length, sliding_window
 from sirius.model.loading import Source, load_model, load_tokenizer
 from sirius.model.prepare import prepare
 from sirius.processors import make_processor
@@ -284,9 +284,9 @@ class Engine:
                 f"the prompt has {prompt} tokens and the model's context holds {limit}, at least one of them new; "
                 f"shorten the prompt, or set max_context to {prompt + 1} or more"
             )
-        sliding, turn = sliding_window(self.model.config), rope_turn(self.model.config)
+        sliding, rescaling = sliding_window(self.model.config), rescaling_length(self.model.config)
         limits = [each for each in (limit, sliding and sliding[1]) if each is not None]
-        limits += [turn] if turn is not None and prompt <= turn else []
+        limits += [rescaling] if rescaling is not None and prompt <= rescaling else []
         return min(limits, default=sys.maxsize) - prompt
 
     def _checked(self, prompt: Any) -> tuple[int, ...]:

@@ -12,6 +12,7 @@ from conftest import greedy, tiny_model
 from sirius.core import CorrectionConfig, SparsityConfig
 from sirius.engine import Engine
 from sirius.errors import OutOfMemoryError, RequestError
+from sirius.runtime import session
 from sirius.runtime.cache import SlotLayer
 from sirius.runtime.session import Session
 
@@ -371,15 +372,15 @@ def test_a_round_is_not_repeated_before_a_processor_that_keeps_state(engine):
 
 def test_a_shortage_in_a_models_first_pass_does_not_cost_it_our_attention(monkeypatch, caplog):
     """A model that computes something of its mask may fail there too, and keeps its own attention then."""
-    engine, scores, calls = Engine(tiny_model(eos_token_id=None)), Session._scores, []
+    engine, scores, calls = Engine(tiny_model(eos_token_id=None)), session._scores, []
 
-    def full_once(self, *arguments, **options):
+    def full_once(*arguments, **options):
         calls.append(1)
         if len(calls) == 2:  # the first pass after the prompt's
             raise RuntimeError("DefaultCPUAllocator: not enough memory")
-        return scores(self, *arguments, **options)
+        return scores(*arguments, **options)
 
-    monkeypatch.setattr(Session, "_scores", full_once)
+    monkeypatch.setattr(session, "_scores", full_once)
     with caplog.at_level("WARNING", "sirius"):
         done = engine.generate(PROMPTS[0], max_new_tokens=NEW, correction=5)
     assert list(done.token_ids) == greedy(engine.model, PROMPTS[0], NEW)

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
+import train as recipe_module
+from embedded_tokenizer import ASSISTANT, BEGIN, END, PAD, token_id, train_tokenizer
+from train import IGNORED, Recipe, Stage, make_batch, train
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from conftest import tiny_config
-from sirius.demo import train as recipe_module
 from sirius.demo.problems import final_answer
-from sirius.demo.tokenizer import ASSISTANT, BEGIN, END, PAD, token_id, train_tokenizer
-from sirius.demo.train import IGNORED, Recipe, Stage, make_batch, train
 from sirius.errors import ConfigError, FileError
 
 pytestmark = pytest.mark.integration

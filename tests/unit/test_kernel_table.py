@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sirius.errors import UnsupportedModelError
-from sirius.kernels import cpu, dispatch, reference
+from sirius.kernels import cpu, ops, reference
 from sirius.kernels.launch import SLOT_OF, Kernel, Launch
 
 needs_kernels = pytest.mark.skipif(cpu.library() is None, reason="no compiled CPU kernels")
@@ -104,7 +104,7 @@ def test_a_library_of_another_version_is_none(monkeypatch, caplog, name, value, 
         x, weight = torch.randn(2, 8), torch.randn(9, 8)
         assert cpu.library() is None and cpu.instructions() is None
         assert not cpu.fits(x, weight)
-        assert torch.equal(dispatch.linear(x, weight), reference.linear(x, weight))
+        assert torch.equal(ops.linear(x, weight), reference.linear(x, weight))
         [line] = caplog.messages
         assert re.search(f"no compiled CPU kernels .*{message}", line)
     finally:

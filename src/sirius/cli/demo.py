@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from sirius.cli.terminal import load, out, progress, quieten, saved_as_it_goes
+from sirius.cli.terminal import load, out, progress
 
 Threads = Annotated[int, typer.Option(min=1, max=1024, help="Threads of the CPU; the model is too small for two.")]
 
@@ -19,7 +19,7 @@ def demo(
     problems: Annotated[int, typer.Option(min=1, help="Problems of each task.")] = 40,
     seed: Annotated[int, typer.Option(help="Which problems.")] = 0,
     keep: Annotated[float | None, typer.Option(help="Fraction of neurons that coarse keeps. [default: 0.4]")] = None,
-    model: Annotated[Path | None, typer.Option(help="A folder that `sirius demo train` wrote.")] = None,
+    model: Annotated[Path | None, typer.Option(help="A folder that runs/train.py wrote.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, ...; the model is too small to gain by a GPU.")] = "cpu",
     threads: Threads = 1,
     json: Annotated[bool, typer.Option("--json", help="Print the table as JSON, and no example.")] = False,
@@ -70,17 +70,3 @@ def oracle(
         sys.stdout.write(encoder.dumps([asdict(point) for point in points], indent=2) + "\n")
     else:
         out.print(show.curve(points))
-
-
-@demo_app.command()
-def train(
-    folder: Annotated[Path, typer.Argument(help="Where the model goes; an unfinished run there is gone on with.")],
-) -> None:
-    """Train the embedded model from nothing: about an hour on two cores."""
-    quieten()
-    from sirius.demo.train import Recipe, train
-
-    recipe = Recipe()
-    with saved_as_it_goes(), progress("training", recipe.steps) as advance:
-        train(folder, recipe, on_step=lambda p: advance(p.step, f"training, loss {p.loss:.3f}"))
-    out.print(f"the model is in {folder}; try it: sirius demo --model {folder}", highlight=False)

@@ -1,1 +1,1 @@
-"""The embedded model: its problems, the recipe that trains it, and the table that shows the method at work."""
+"""The embedded model, its problems, and the table that shows the method at work."""

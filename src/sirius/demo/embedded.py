@@ -10,4 +10,6 @@ FOLDER = Path(__file__).parent / "model"
 def check_embedded() -> None:
     """Raise ModelError where the package came without its model."""
     if not (FOLDER / "config.json").exists():
-        raise ModelError(f"this installation holds no embedded model at {FOLDER}; make one: sirius demo train {FOLDER}")
+        raise ModelError(
+            f"this installation holds no embedded model at {FOLDER}; runs/train.py of the project's sources makes one"
+        )

@@ -293,10 +293,11 @@ def best_side_by_side(up: Tensor, down: Tensor) -> bool:
     return same and ours and (up.dtype is torch.float32 or not cpu.multiplies_halves())
 
 
-def places(kept: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+def index_of(kept: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     """Return where kept [F] bool is True, ascending, as an index [k] int64 for a product of x with weight [F, H].
 
-    On a GPU, which is not asked how many there are, k is F and -1 fills the end: no neuron to the kernels there.
+    On a GPU k is F, as the host does not ask how many there are; -1 fills the end, and its kernels take that for no
+    neuron.
     """
     if _all_fit(Asked([x], [(weight, None)]), gpu.fits):
         return torch.nonzero_static(kept, size=len(kept))[:, 0]

@@ -22,7 +22,12 @@ from sirius.kernels.launch import PLAIN, Launch, record_to
 aten = torch.ops.aten
 EMPTY = {aten.empty.memory_format, aten.empty_like.default, aten.empty_strided.default}
 EMPTY |= {aten.new_empty.default, aten.new_empty_strided.default}
-LOOKS = {Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.__dlpack__}
+READS = {  # take numbers out of a tensor, by ways that are no operation
+    Tensor.tolist,
+    Tensor.numpy,
+    Tensor.__array__,
+    Tensor.__dlpack__,
+}
 
 
 class Tape(TorchDispatchMode):
@@ -81,7 +86,7 @@ class _Watch(TorchFunctionMode):
         self.tape = tape
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.tape.repeatable &= function not in LOOKS
+        self.tape.repeatable &= function not in READS
         return function(*args, **(kwargs or {}))
 
 

@@ -29,7 +29,7 @@ def context_limit(config: PreTrainedConfig) -> int | None:
 
 
 def _ropes(config: PreTrainedConfig) -> list[dict[str, Any]]:
-    """Return how a model turns positions: one for all layers, or one for each kind of layer."""
+    """Return the settings of a model's rotary positions: one for all layers, or one for each kind of layer."""
     rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
     return [each for each in (rope, *rope.values()) if isinstance(each, dict)]
 
@@ -66,10 +66,10 @@ def sliding_window(config: PreTrainedConfig) -> tuple[int, int] | None:
     return min(found, key=lambda each: each[1], default=None)
 
 
-def rope_turn(config: PreTrainedConfig) -> int | None:
-    """Return the number of tokens past which a model turns all positions of a pass in another way, None of no such one.
+def rescaling_length(config: PreTrainedConfig) -> int | None:
+    """Return the number of tokens past which a model scales all positions of a pass anew, None where it never does.
 
-    A window across it would give the tokens before it what those after it get, unlike a token at a time.
+    A window across that length would scale the positions before it too, which decoding token by token does not.
     """
     text = config.get_text_config()
     for rope in _ropes(config):
@@ -81,16 +81,16 @@ def rope_turn(config: PreTrainedConfig) -> int | None:
 
 
 def _check_rope(config: PreTrainedConfig, prompt: int, new: int) -> None:
-    """Raise RequestError where prompt + new tokens come to where the model turns positions in another way.
+    """Raise RequestError where prompt + new tokens pass the length at which the model scales positions anew.
 
-    Dynamic positions are turned in another way by each token from there on, so no text goes beyond.
+    Dynamic positions are scaled anew at each token from there on, so no text goes beyond.
     """
-    turn = rope_turn(config)
+    length = rescaling_length(config)
     dynamic = any(rope.get("rope_type") == DYNAMIC for rope in _ropes(config))
-    if turn is not None and turn < prompt + new and (dynamic or prompt <= turn):
+    if length is not None and length < prompt + new and (dynamic or prompt <= length):
         way = "shorten the prompt" if dynamic else "lengthen the prompt by a token"
         raise RequestError(
-            f"prompt {prompt} + {new} new tokens pass the {turn} after which this model's positions are scaled anew "
+            f"prompt {prompt} + {new} new tokens pass the {length} after which this model's positions are scaled anew "
             "(longrope, dynamic), and a window cannot be on both sides; "
-            + (f"set max_new_tokens to at most {turn - prompt}" if prompt < turn else way)
+            + (f"set max_new_tokens to at most {length - prompt}" if prompt < length else way)
         )

@@ -144,9 +144,9 @@ class Neurons(NamedTuple):
             return ops.finish(gated, x, *known[1:], index, False, invariant)
         return self.down.project(gated[..., index] * self.up.linear(x, index, invariant), index, invariant)
 
-    def places(self, kept: Tensor, x: Tensor) -> Tensor:
-        """Return where kept [F] bool is True, as the index that these weights take for x; see `ops.places`."""
-        return ops.places(kept, x, self.up.weight) if isinstance(self.up, Dense) else kept.nonzero()[:, 0]
+    def index_of(self, kept: Tensor, x: Tensor) -> Tensor:
+        """Return where kept [F] bool is True, as the index that these weights take for x; see `ops.index_of`."""
+        return ops.index_of(kept, x, self.up.weight) if isinstance(self.up, Dense) else kept.nonzero()[:, 0]
 
     @property
     def copied(self) -> bool:

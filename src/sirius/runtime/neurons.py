@@ -116,7 +116,7 @@ class Chosen:
             tally.add(kept, now.branches)
         if kept.shape[:-1].numel() > 1:  # several sets
             gated = gated * kept
-        return neurons.finish(gated, x, neurons.places(kept.flatten(0, 1).any(0), x), now.invariant)
+        return neurons.finish(gated, x, neurons.index_of(kept.flatten(0, 1).any(0), x), now.invariant)
 
 
 def fixed_routes(methods: Sequence[PromptSparsity], mlps: Sequence[SparseMLP]) -> list[Route | None]:

@@ -17,7 +17,7 @@ from sirius.kernels.launch import is_plain
 from sirius.model.attention import MaskChanged
 from sirius.model.find import check_mode, dropouts
 from sirius.model.inputs import cache_argument
-from sirius.model.limits import rope_turn
+from sirius.model.limits import rescaling_length
 from sirius.model.mlp import SparseMLP, check_layers
 from sirius.model.prepared import Pass, Prepared, Slots, prepared_of
 from sirius.runtime.cache import SlotCache
@@ -37,9 +37,9 @@ MakeMethod = Callable[[], Sparsity | None]
 
 @contextmanager
 def ordinary() -> Iterator[None]:
-    """Run what is within without gradients, in the model's own dtype, and outside of inference mode.
+    """Run the block without gradients, without autocast, and outside of inference mode.
 
-    What is made in that mode could not be written to after it.
+    A tensor that is made in inference mode cannot be written to after it.
     """
     with ExitStack() as stack:
         for device in DEVICES:
@@ -190,9 +190,9 @@ class Session:
         return {self.cache_argument: self.cache, "use_cache": True}
 
     def _try(self, tokens: Tensor, mode: Mode, slots: Slots, window: Window) -> Tensor:
-        """Run a pass; where our attention turns out not to stand for the model's, the model's own runs from then on.
+        """Run a pass; where our attention cannot replace the model's, the model's own runs from then on.
 
-        A model that computes something of the mask may also fail of a mask in our form, which its first pass shows.
+        A model that computes something of its mask raises MaskChanged, or fails at its first pass with a mask of ours.
         """
         try:
             scores = self._run(tokens, mode, slots, window)
@@ -230,11 +230,11 @@ class Session:
             )
 
     def _check_beside(self, row: int, length: int) -> None:
-        """Raise RequestError where the rows at work are on the other side of where the model turns positions anew."""
-        turn = rope_turn(self.model.config)
-        if turn is not None and bool(((self.cache.lengths[:row] > turn) != (length > turn)).any()):
+        """Raise RequestError where open rows are on the other side of the length at which positions are scaled anew."""
+        limit = rescaling_length(self.model.config)
+        if limit is not None and bool(((self.cache.lengths[:row] > limit) != (length > limit)).any()):
             raise RequestError(
-                f"a prompt of {length} tokens cannot stand beside texts on the other side of the {turn} after which "
+                f"a prompt of {length} tokens cannot stand beside texts on the other side of the {limit} after which "
                 "this model's positions are scaled anew (longrope, dynamic); put it into a batch of its own"
             )
 

@@ -3,8 +3,11 @@
 Several solved problems are packed to a sequence, so every later one is a few-shot question, and the loss falls on the
 answers alone. A run is a function of its `Recipe`: batches are made from the step's number, so a resumed run goes on
 exactly where it stopped.
+
+    python runs/train.py FOLDER     about an hour on two cores; an unfinished run in the folder is gone on with
 """
 
+import argparse
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,11 +18,12 @@ from random import Random
 
 import torch
 import torch.nn.functional as F
+from embedded_tokenizer import ASSISTANT, BEGIN, END, PAD, token_id, train_tokenizer
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
+from sirius.cli.terminal import progress, saved_as_it_goes
 from sirius.demo.problems import conversation, make_problem
-from sirius.demo.tokenizer import ASSISTANT, BEGIN, END, PAD, token_id, train_tokenizer
 from sirius.errors import ConfigError, FileError
 
 IGNORED = -100  # the label of a token that is read, not learnt
@@ -235,3 +239,17 @@ def _resume(path: Path, model: LlamaForCausalLM, optimizers: list[torch.optim.Op
     for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
         optimizer.load_state_dict(saved)
     return state["step"]
+
+
+def main() -> None:
+    """Train into the folder that the command names, with a bar of progress."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="where the model goes")
+    folder, recipe = parser.parse_args().folder, Recipe()
+    with saved_as_it_goes(), progress("training", recipe.steps) as advance:
+        train(folder, recipe, on_step=lambda p: advance(p.step, f"training, loss {p.loss:.3f}"))
+    print(f"the model is in {folder}; try it: sirius demo --model {folder}")
+
+
+if __name__ == "__main__":
+    main()
