@@ -71,7 +71,7 @@ class Batch:
 
     `step` brings every text on by a round. Rows are independent: under a lossless rule a text is what it would be
     alone. One that ends, fails or is cancelled leaves the others as they are. Threads may share a model: their batches
-    take turns, step by step. The model itself must not be called beside them.
+    take turns, step by step. The model may be called meanwhile, but must not be altered while texts are open.
     """
 
     def __init__(  # noqa: PLR0913 - a model, its two configurations, and options by their names

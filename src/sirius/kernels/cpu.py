@@ -258,7 +258,7 @@ def _call(kernel: str, *arguments: object, rows: _Rows | None = None) -> None:
 
 
 def _run(launch: Launch) -> None:
-    """Run a launch; a recorder that runs takes it down."""
+    """Run a launch, and add it to the tape that records, if any."""
     if (recorder := running()) is not None:
         recorder.add(launch)
     launch()

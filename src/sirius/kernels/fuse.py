@@ -1,6 +1,6 @@
-"""What a tape holds of PyTorch's operations, and the kernels that do some of them in one, bit for bit the same.
+"""Kernels of ours in place of PyTorch's operations on a tape, with the same bits: rotary positions and sums.
 
-For a few tokens such operations cost their calls, not their arithmetic.
+For a few tokens these operations cost their calls, not their arithmetic.
 """
 
 from collections import defaultdict
@@ -33,9 +33,9 @@ Step = Operation | Launch
 
 
 def fused(steps: Sequence[Step]) -> list[Step]:
-    """Return the steps of a tape with kernels in the place of operations that they do.
+    """Return the steps of a tape, with kernels in place of operations where there are such.
 
-    What comes in between is not computed then: only the steps themselves may use it, no result of the whole.
+    A kernel computes no intermediate results. So it replaces several operations only where no other step uses those.
     """
     readers, done, at = _readers(steps), [], 0
     while at < len(steps):

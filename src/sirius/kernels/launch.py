@@ -1,4 +1,4 @@
-"""Calls of the C++ kernels as plain memory: any number of them are one call from Python."""
+"""Calls of the C++ kernels written to memory, so that Python makes any number of them in one call of the library."""
 
 import ctypes
 import struct
@@ -82,19 +82,19 @@ class Launch:
 
 
 class Recorder(Protocol):
-    """Takes down the launches of a thread."""
+    """Records the launches of a thread."""
 
     def add(self, launch: Launch) -> None:
-        """Take down a launch, which is run by whoever made it."""
+        """Record a launch; its caller runs it."""
 
 
 def running() -> Recorder | None:
-    """Return what takes down this thread's launches."""
+    """Return the recorder of this thread's launches, None where nothing is recorded."""
     return getattr(_threads, "recorder", None)
 
 
 def record_to(recorder: Recorder | None) -> Recorder | None:
-    """Have this thread's launches taken down from now on, or no longer; return what did so before."""
+    """Let a recorder have this thread's launches from now on, or none; return the one before."""
     before, _threads.recorder = running(), recorder
     return before
 

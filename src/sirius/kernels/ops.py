@@ -66,8 +66,9 @@ class Kernel(NamedTuple):
 
 
 def _all_fit(asked: Asked, fits: Callable[[Tensor, Tensor], bool]) -> bool:
-    pairs = all(fits(x, weight) for x in asked.inputs for weight, _ in asked.weights)
-    return pairs and all(is_plain(bias) for _, bias in asked.weights) and not asked.learns
+    products = all(fits(x, weight) for x in asked.inputs for weight, _ in asked.weights)
+    biases = all(bias is None or (is_plain(bias) and bias.dtype is weight.dtype) for weight, bias in asked.weights)
+    return products and biases and not asked.learns
 
 
 def _cpu_product(asked: Asked) -> bool:

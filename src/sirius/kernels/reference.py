@@ -66,7 +66,7 @@ def glu(x: Tensor, gate: Weight, up: Weight, activation: Activation, index: Tens
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Return x [B, heads, T, D] turned by angles whose cosine and sine are given alike: x cos + (-x2, x1) sin.
+    """Return x [B, heads, T, D] rotated by angles whose cosine and sine have its shape: x cos + (-x2, x1) sin.
 
     x1 and x2 are the halves of D. Source: RoFormer (arXiv 2104.09864), section 3.4.2, in the order that Llama has.
     """

@@ -1,4 +1,4 @@
-"""A pass on the CPU taken down operation by operation, to be run again without the Python between them.
+"""A pass on the CPU recorded operation by operation, to be run again without the Python between them.
 
 A replay reads and writes the memory that the operations used when they were recorded; the tensors are kept for that.
 Views are not made again: they are of the same memory. Neighbouring kernels of ours are one call.
@@ -60,7 +60,7 @@ class Tape(TorchDispatchMode):
             self.calls = _calls(fused(steps))
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run an operation of PyTorch's and take it down."""
+        """Run an operation of PyTorch's and record it."""
         kwargs = kwargs or {}
         self.repeatable &= set(types) <= set(PLAIN) and _is_stateless(operation, args)  # subclasses do as they like
         result = operation(*args, **kwargs)
@@ -69,7 +69,7 @@ class Tape(TorchDispatchMode):
         return result
 
     def add(self, launch: Launch) -> None:
-        """Take down kernels of ours, which PyTorch knows nothing of."""
+        """Record kernels of ours, which PyTorch does not see."""
         self.steps.append(launch)
 
     def replay(self) -> None:
@@ -79,7 +79,7 @@ class Tape(TorchDispatchMode):
 
 
 class _Watch(TorchFunctionMode):
-    """Sees numbers being taken out of tensors by ways that are no operation."""
+    """Notices when a number is read out of a tensor without an operation of PyTorch's."""
 
     def __init__(self, tape: Tape) -> None:
         super().__init__()

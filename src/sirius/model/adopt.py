@@ -32,18 +32,18 @@ class Part(nn.Module):
         return _empty, (self.ours, self.original), self.__getstate__()
 
 
-def adopt(module: nn.Module, ours: type[P], prepared: Prepared) -> P:
-    """Make a module a part of ours where it stands."""
+def adopt(module: nn.Module, ours: type[P], prepared: Prepared, **state: object) -> P:
+    """Make a module a part of ours where it stands, with the attributes that the part declares."""
     module.__class__ = _joined(ours, type(module))
-    part = cast("P", module)
-    part.prepared = prepared
-    return part
+    vars(module).update(prepared=prepared, **state)
+    return cast("P", module)
 
 
 def give_back(part: Part) -> None:
     """Make a part the module that it was."""
+    for name in ("prepared", *part.ours.__annotations__):
+        vars(part).pop(name, None)
     part.__class__ = part.original  # pyright: ignore[reportAttributeAccessIssue] - nn.Module's layout is the same
-    del part.prepared
 
 
 def parts_of(model: nn.Module, ours: type[P]) -> Iterator[tuple[str, P]]:

@@ -47,7 +47,7 @@ def adopt_attention(model: PreTrainedModel, prepared: Prepared) -> None:
     for module in list(model.modules()):
         ours = type(module).__name__.endswith("Attention") and vars(module).get("config") is config
         if ours and not own_forward(module):
-            adopt(module, SlotAttention, prepared).during = during
+            adopt(module, SlotAttention, prepared, during=during)
 
 
 def slot_attention(

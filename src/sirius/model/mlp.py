@@ -73,7 +73,6 @@ class SparseMLP(Part):
         with torch.inference_mode(False):
             for weight in self.parameters():
                 weight.data = weight.data.contiguous()
-        del self.roles, self.number
         give_back(self)
 
     def train(self, mode: bool = True) -> "SparseMLP":
@@ -150,8 +149,7 @@ def adopt_mlp(module: nn.Module, roles: Roles, number: int, prepared: Prepared) 
     if taken := [name for name in ("roles", "number", "prepared") if hasattr(module, name)]:
         name = type(module).__name__
         raise UnsupportedModelError(f"{name} has {', '.join(taken)} of its own, names that sirius needs")
-    mlp = adopt(module, SparseMLP, prepared)
-    mlp.roles, mlp.number = roles, number
+    mlp = adopt(module, SparseMLP, prepared, roles=roles, number=number)
     try:
         mlp.lay_out()
     except BaseException:  # memory that ran out

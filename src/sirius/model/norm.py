@@ -40,7 +40,7 @@ def adopt_norms(model: PreTrainedModel, prepared: Prepared) -> None:
         return
     for module in [each for each in model.modules() if _is_norm(each)]:
         if (form := form_of(module)) is not None:
-            adopt(module, FastNorm, prepared).form = form
+            adopt(module, FastNorm, prepared, form=form)
 
 
 @torch.no_grad()

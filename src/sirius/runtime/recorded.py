@@ -1,5 +1,6 @@
-"""Passes of fixed shapes, recorded once and replayed: on a GPU one launch in place of a thousand, on the CPU kernels
-without the Python between them.
+"""Passes of fixed shapes that are recorded once and replayed.
+
+On a GPU a replay is one launch in place of a thousand; on the CPU it is the kernels without the Python between them.
 """
 
 import logging
@@ -20,11 +21,11 @@ from sirius.model.linear import MatrixLinear
 from sirius.model.prepared import prepared_of
 from sirius.shortage import SHORTAGE, ran_out
 
-WARM = 2  # passes of a shape in one session before it is worth a record; the last window of a text never is
-TAPED = 16  # tokens of a pass that are worth a tape; more are bound by arithmetic
-PATIENCE = 64  # passes in which a record was of no use, before another takes its place
+WARM = 2  # passes of a shape in one session before the next is recorded; a text's last window comes once
+TAPED = 16  # most tokens of a pass that is recorded on a tape; more are bound by arithmetic
+PATIENCE = 64  # passes without a use of a recorded one, before another takes its place
 COMPILER = "inductor"
-SHAPES = 64  # of a draft step, checks of each size, for batches of each size: all are compiled for themselves
+SHAPES = 64  # shapes that are compiled: a draft step, and checks of each size, for batches of each size
 
 Call = Callable[..., Tensor]
 Inputs = Mapping[str, Tensor]
@@ -33,11 +34,17 @@ Record = Callable[[Call, Inputs], tuple[Tensor, Replay | None]]  # the result of
 
 
 class NotRecorded(RuntimeError):
-    """A pass cannot be recorded, for a reason that lies in how it is recorded."""
+    """A pass cannot be recorded in the way that was tried."""
 
 
 class _Recorded(NamedTuple):
-    """A record: the buffers that it reads, what replays it, what else it reads, and the pass that last used it."""
+    """A recorded pass.
+
+    buffers  the tensors that it reads its inputs from, by name
+    replay   runs it again and returns the scores
+    alive    other objects that it reads
+    used     the number of the pass that used it last
+    """
 
     buffers: dict[str, Tensor]
     replay: Replay
@@ -80,16 +87,16 @@ class RecordedPasses:
         return self._first(key, calls, inputs, alive)
 
     def begin(self) -> None:
-        """Begin a session: what it does often is recorded, and what earlier ones did is there."""
+        """Begin a session, which may use the recorded passes of earlier ones."""
         self.counts.clear()
         self.once.clear()
 
     def forget(self) -> None:
-        """Drop what was recorded, as something in it has moved."""
+        """Drop all recorded passes, as tensors that they read have moved."""
         self.recorded.clear()
 
     def _busy(self) -> bool:
-        """Tell whether there is no room for a further record, as those that are there are in use."""
+        """Tell whether there is no room for a further one, as all that there are were used lately."""
         oldest = next(iter(self.recorded.values()), None)
         return oldest is not None and len(self.recorded) >= self.most and self.now - oldest.used < PATIENCE
 

@@ -113,7 +113,7 @@ class Session:
         self.space.reserve(rows, slots)
 
     def release(self) -> None:
-        """Give back what memory can be had: of idle workspaces and records, and of the cache where no row is open."""
+        """Free memory: idle workspaces, recorded passes, and the cache where no row is open."""
         drop_idle(self.model)
         if self.methods:
             self.space.passes.forget()

@@ -17,9 +17,9 @@ from sirius.runtime.cache import SlotCache
 from sirius.runtime.neurons import Route, Tally, overwrite
 from sirius.runtime.recorded import RecordedPasses, recorder, state_of
 
-STEP = 1024  # slots are reserved in steps of so many where records outlive a session: they end where the slots move
+STEP = 1024  # slots are reserved in such steps where recorded passes outlive a session, as each growth drops them
 IDLE = 4  # workspaces kept of a model; each has memory for keys and values
-GRAPHS, TAPES = 32, 6  # records of a workspace: graphs keep the scores of their shape, tapes all that a pass computes
+GRAPHS, TAPES = 32, 6  # most recorded passes: a graph keeps the scores of its shape, a tape all that a pass computes
 
 
 class Workspace:
