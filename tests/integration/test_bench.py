@@ -198,9 +198,9 @@ def test_the_bytes_of_a_token_are_those_of_its_passes():
     times = Times(density=0.5, aal=3.0)
     alone = TimedSetting("alone", SparsityConfig("coarse"))
     corrected = TimedSetting("corrected", SparsityConfig("coarse"), CorrectionConfig(4))
-    assert bytes_per_token(alone, times, parameters, torch.float32, held) == 0.5 * whole + held
+    assert bytes_per_token(alone, times, parameters, held) == 0.5 * whole + held
     passes = [0.5 * whole + held] * 3 + [whole + held]
-    assert bytes_per_token(corrected, times, parameters, torch.float32, held) == pytest.approx(4 * mean(passes) / 3)
+    assert bytes_per_token(corrected, times, parameters, held) == pytest.approx(4 * mean(passes) / 3)
 
 
 def test_peaks_that_the_system_does_not_tell_are_left_out(bench, shape, monkeypatch, tmp_path):
