@@ -254,3 +254,19 @@ def test_what_is_no_set_of_neurons_is_refused(original, answer, shared_set, monk
     mlp = sparse_mlp(original)
     with pytest.raises(ConfigError, match=r"CoarseSparsity.select must give distinct neurons of 45"):
         fixed_routes([coarse(tokens(), mlp, shared_set=shared_set)], [mlp])
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        (None, "got NoneType"),
+        (torch.ones(F, dtype=torch.bool), r"got \[45\] torch.bool"),
+        (torch.ones(1, 1, F), r"got \[1, 1, 45\] torch.float"),
+    ],
+    ids=["nothing", "flat", "floats"],
+)
+def test_a_choice_that_is_no_mask_of_neurons_is_refused(original, answer, words, monkeypatch):
+    mlp, x, method = sparse_mlp(original), tokens(1), fine(threshold=0.2)
+    monkeypatch.setattr(method, "choose", lambda layer, size: answer)
+    with pytest.raises(ConfigError, match=rf"FineSparsity.choose must give .* \[1, 1, 45\] bool; {words}"):
+        routed(mlp, Chosen(method, 0, Tally(1, x.device)), x)

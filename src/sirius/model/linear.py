@@ -5,17 +5,22 @@ from typing import cast
 from torch import Tensor, nn
 
 from sirius.model.adopt import Part, adopt, own_forward
+from sirius.model.matrix import Matrix
 from sirius.model.prepared import Prepared
 
 
 class MatrixLinear(Part):
     """A linear layer whose weights are a `Matrix`; its parameters and their names stay."""
 
+    @property
+    def matrix(self) -> Matrix:
+        """The layer's weights."""
+        return self.prepared.matrix(cast("nn.Linear", self), False)
+
     def forward(self, input: Tensor) -> Tensor:
         """Return the product of input [..., in_features], [..., out_features]."""
         now = self.prepared.now()
-        matrix = self.prepared.matrix(cast("nn.Linear", self), False)
-        return matrix.linear(input, None, now is not None and now.invariant)
+        return self.matrix.linear(input, None, now is not None and now.invariant)
 
 
 def adopt_linears(model: nn.Module, prepared: Prepared) -> None:

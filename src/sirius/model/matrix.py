@@ -5,11 +5,12 @@ and is put in by `prepare(model, matrix=...)`; docs/adding-a-matrix.md shows one
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from sirius.errors import ConfigError
 from sirius.kernels import ops
 from sirius.kernels.activations import Activation
 
@@ -98,6 +99,27 @@ def dense(layer: nn.Linear, transposed: bool = False) -> Dense:
     transposed  take the columns of the layer's weight for rows: its inputs are the neurons, as in an MLP's down layer
     """
     return Dense(layer.weight.t() if transposed else layer.weight, layer.bias)
+
+
+def check_matrix(make: object, layer: nn.Linear) -> None:
+    """Raise ConfigError where `make` makes no `Matrix` of a layer, or one whose shape or products do not fit it."""
+    outputs, inputs = layer.weight.shape
+    for transposed, (rows, length) in ((False, (outputs, inputs)), (True, (inputs, outputs))):
+        given = layer.weight.new_zeros(2, inputs)
+        try:
+            found: Any = make(layer, transposed)  # pyright: ignore[reportCallIssue] - what it is, is tried
+            got = tuple(found.shape), bool(found.replayable), found.nbytes >= 0
+            product = found.project(given) if transposed else found.linear(given)
+        except Exception as error:  # whatever its author's code raises
+            raise ConfigError(
+                f"matrix makes the weights of a layer: matrix(layer, transposed) -> Matrix; got {error!r}, see "
+                "docs/adding-a-matrix.md"
+            ) from error
+        if got[0] != (rows, length) or product.shape != (2, outputs):
+            raise ConfigError(
+                f"matrix(layer, transposed={transposed}) of a layer from {inputs} to {outputs} must have the shape "
+                f"({rows}, {length}) and products of [2, {outputs}]; got {got[0]} and {list(product.shape)}"
+            )
 
 
 class Neurons(NamedTuple):

@@ -12,8 +12,8 @@ from sirius.model.adopt import Part, give_back, own_forward, parts_of
 from sirius.model.attention import adopt_attention
 from sirius.model.find import check_config, check_finite, check_head, check_kind, check_weights, gated_mlps
 from sirius.model.inputs import check_preparing
-from sirius.model.linear import adopt_linears
-from sirius.model.matrix import MakeMatrix
+from sirius.model.linear import MatrixLinear, adopt_linears
+from sirius.model.matrix import MakeMatrix, check_matrix, dense
 from sirius.model.mlp import Roles, SparseMLP, adopt_mlp, agrees, check_layers, example
 from sirius.model.norm import adopt_norms
 from sirius.model.prepared import Prepared, prepared_of
@@ -28,17 +28,19 @@ def prepare(model: PreTrainedModel, *, matrix: MakeMatrix | None = None) -> list
     The model computes what it did before. Preparing twice lays out anew what was taken apart, and changes nothing else.
     A prepared model must not be altered while a text is decoded; what was altered is found when the next one begins.
 
-    matrix  makes the weights of a linear layer, see `sirius.model.matrix`; None: as they lie in memory
+    matrix  makes the weights of a linear layer, see docs/adding-a-matrix.md; None: as they lie in memory, or what an
+            earlier call said
 
     Raises UnsupportedModelError, naming the module and the reason, and leaves the model as it was where anything does
-    not fit; ModelError where weights are no finite numbers.
+    not fit; ModelError where weights are no finite numbers, ConfigError where `matrix` makes no weights.
     """
     check_kind(model)
     check_head(model)
     with (kept := prepared_of(model)).lock:
-        if matrix is not None:
-            kept.matrix = matrix
         mlps = _prepare(model, kept)
+        if matrix is not None:  # after the MLPs were tried with the weights themselves
+            check_matrix(matrix, next(cast("nn.Linear", layer) for _, layer in parts_of(model, MatrixLinear)))
+            kept.matrix = matrix
         kept.version += 1
         return mlps
 
@@ -81,6 +83,7 @@ def restore(model: PreTrainedModel) -> None:
         for _, part in list(parts_of(model, Part)):
             give_back(part)
         kept.idle.clear()
+        kept.matrix = dense
         kept.version += 1
 
 
@@ -91,13 +94,17 @@ def sparse_mlps(model: nn.Module) -> list[SparseMLP]:
 
 def count_parameters(model: PreTrainedModel) -> Parameters:
     """Count the parameters of a prepared model, and the bytes of its weights."""
-    neurons = [mlp.neurons for mlp in sparse_mlps(model)]
+    mlps = sparse_mlps(model)
+    neurons = [mlp.neurons for mlp in mlps]
+    known = {id(layer.weight): layer.matrix.nbytes for _, layer in parts_of(model, MatrixLinear)}
+    downs = [getattr(mlp, mlp.roles.layers["down"]).weight for mlp in mlps]  # whose rows are its columns
+    known |= {id(down): each.down.nbytes for down, each in zip(downs, neurons, strict=True)}
     inside = cast("Tensor", model.get_input_embeddings().weight)
     tied = getattr(cast("Any", model).get_output_embeddings(), "weight", None) is inside
     gate, up, down = (sum(each[part].nbytes for each in neurons) for part in range(3))
     return Parameters(
         total=sum(p.numel() for p in model.parameters()),
-        weights=sum(p.nbytes for p in model.parameters()),
+        weights=sum(known.get(id(p), p.nbytes) for p in model.parameters()),
         embedding=0 if tied else inside.nbytes,
         gate=gate,
         up=up,

@@ -110,6 +110,10 @@ class Chosen:
         if size.shape[:-1].numel() == 1 and self.method.fixed(self.layer) is not None:
             return neurons.finish(gated, x, self.method.select(self.layer, size.flatten()), now.invariant)
         kept = self.method.choose(self.layer, size)
+        if not isinstance(kept, Tensor) or kept.dtype is not torch.bool or kept.shape != size.shape:
+            got = f"{list(kept.shape)} {kept.dtype}" if isinstance(kept, Tensor) else type(kept).__name__
+            name = type(self.method).__name__
+            raise ConfigError(f"{name}.choose must give which neurons to keep, {list(size.shape)} bool; got {got}")
         if tally is not None:
             if kept.shape[1] > 1:
                 kept = kept & (now.branches > 0)[..., None]

@@ -6,7 +6,7 @@ On a GPU a replay is one launch in place of a thousand; on the CPU it is the ker
 import logging
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -212,8 +212,7 @@ def _place(weight: Tensor) -> int:
 
 def recorder(model: PreTrainedModel) -> Record | None:
     """Return what records a model's passes where it is, None where nothing does."""
-    make = prepared_of(model).matrix
-    if not all(make(cast("nn.Linear", layer), False).replayable for _, layer in parts_of(model, MatrixLinear)):
+    if not all(layer.matrix.replayable for _, layer in parts_of(model, MatrixLinear)):
         return None
     on_gpu = model.device.type == "cuda"
     if not on_gpu and (gpu.runs_on(model.device) or not cpu.runs_on(model.device, model.dtype)):
