@@ -373,3 +373,27 @@ def test_a_prepared_model_saves_an_ordinary_checkpoint(family, tmp_path):
     tiny_model(family).save_pretrained(tmp_path / "plain")
     for file in ("config.json", "model.safetensors"):
         assert (tmp_path / "prepared" / file).read_bytes() == (tmp_path / "plain" / file).read_bytes()
+
+
+def test_blocks_that_go_between_two_engines_leave_the_others_their_neurons():
+    models = [tiny_model(eos_token_id=None, num_hidden_layers=3) for _ in range(2)]
+    Engine(models[1])
+    for model in models:
+        del model.model.layers[0]
+        model.config.num_hidden_layers = 2
+        for number, block in enumerate(model.model.layers):
+            block.self_attn.layer_idx = number
+    want = greedy(models[0], [3, 1, 4], 20)
+    for sparsity in "coarse", "fine":
+        done = Engine(models[1]).generate([3, 1, 4], max_new_tokens=20, sparsity=sparsity, correction=4)
+        assert list(done.token_ids) == want
+
+
+def test_a_failure_in_the_midst_leaves_the_model_as_it_was(monkeypatch):
+    model = tiny_model()
+    before, classes = snapshot(model), [type(module) for module in model.modules()]
+    monkeypatch.setattr("sirius.model.prepare.adopt_attention", lambda *given: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        prepare(model)
+    assert_as_before(model, before)
+    assert [type(module) for module in model.modules()] == classes

@@ -85,8 +85,8 @@ def _addition(step: Step) -> Launch | None:
     if step.operation is not aten.add.Tensor or step.kwargs or not all(isinstance(a, Tensor) for a in step.args):
         return None
     (a, b), y = step.args, step.result
-    alike = a.shape == b.shape and a.dtype == b.dtype
-    return cpu.addition(a, b, y) if alike and all(t.is_contiguous() and _ours(t) for t in (a, b, y)) else None
+    same = a.shape == b.shape and a.dtype == b.dtype
+    return cpu.addition(a, b, y) if same and all(t.is_contiguous() and _ours(t) for t in (a, b, y)) else None
 
 
 def _ours(tensor: Tensor) -> bool:
@@ -95,8 +95,8 @@ def _ours(tensor: Tensor) -> bool:
 
 def _same(one: Tensor, other: Tensor) -> bool:
     """Tell whether two views are of the same numbers."""
-    alike = one.data_ptr() == other.data_ptr() and one.dtype == other.dtype
-    return alike and one.shape == other.shape and one.stride() == other.stride()
+    same = one.data_ptr() == other.data_ptr() and one.dtype == other.dtype
+    return same and one.shape == other.shape and one.stride() == other.stride()
 
 
 def _within(window: Sequence[Step], readers: dict[int, list[int]], at: int) -> bool:

@@ -297,8 +297,7 @@ def best_side_by_side(up: Tensor, down: Tensor) -> bool:
 def index_of(kept: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     """Return where kept [F] bool is True, ascending, as an index [k] int64 for a product of x with weight [F, H].
 
-    On a GPU k is F, as the host does not ask how many there are; -1 fills the end, and its kernels take that for no
-    neuron.
+    On a GPU the host does not ask how many there are. So k is F, and -1 fills the end, which its kernels skip.
     """
     if _all_fit(Asked([x], [(weight, None)]), gpu.fits):
         return torch.nonzero_static(kept, size=len(kept))[:, 0]

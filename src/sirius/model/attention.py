@@ -15,7 +15,7 @@ NAME = "sirius"
 
 
 class MaskChanged(Exception):
-    """A model's attention computes something of the mask that it is given, so no kernel of ours can stand for it."""
+    """A model's attention derives another mask from the one that it is given, so no kernel of ours can stand for it."""
 
 
 class SlotAttention(Part):
@@ -39,11 +39,11 @@ class SlotAttention(Part):
 
 def adopt_attention(model: PreTrainedModel, prepared: Prepared) -> None:
     """Make the attention modules of a model `SlotAttention`s, where transformers lets their function be chosen."""
-    config = model.config.get_text_config()
-    during = copy(config)
-    during._attn_implementation = NAME
     if not getattr(model, "_supports_attention_backend", False):
         return
+    config = model.config.get_text_config()
+    during = copy(config)
+    during._attn_implementation_internal = NAME  # the property would also write to parts that both share
     for module in list(model.modules()):
         ours = type(module).__name__.endswith("Attention") and vars(module).get("config") is config
         if ours and not own_forward(module):

@@ -168,12 +168,12 @@ class Neurons(NamedTuple):
 
     def index_of(self, kept: Tensor, x: Tensor) -> Tensor:
         """Return where kept [F] bool is True, as the index that these weights take for x; see `ops.index_of`."""
-        return ops.index_of(kept, x, self.up.weight) if isinstance(self.up, Dense) else kept.nonzero()[:, 0]
+        return kept.nonzero()[:, 0] if (known := self._dense()) is None else ops.index_of(kept, x, known[1].weight)
 
     @property
     def copied(self) -> bool:
         """Whether some of the neurons are read faster from a copy of them than where they lie."""
-        return isinstance(self.gate, Dense) and not ops.reads_rows(self.gate.weight)
+        return (known := self._dense()) is not None and not ops.reads_rows(known[0].weight)
 
     def rows(self, sets: Sequence[Tensor]) -> "Neurons":
         """Return a copy of dense neurons: of one set [k] int64, or of several of one size as a stack [B, k, H]."""

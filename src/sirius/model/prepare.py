@@ -31,8 +31,8 @@ def prepare(model: PreTrainedModel, *, matrix: MakeMatrix | None = None) -> list
     matrix  makes the weights of a linear layer, see docs/adding-a-matrix.md; None: as they lie in memory, or what an
             earlier call said
 
-    Raises UnsupportedModelError, naming the module and the reason, and leaves the model as it was where anything does
-    not fit; ModelError where weights are no finite numbers, ConfigError where `matrix` makes no weights.
+    Where anything does not fit, the model is left as it was. Raises UnsupportedModelError, naming the module and the
+    reason, ModelError where weights are no finite numbers, and ConfigError where `matrix` makes no weights.
     """
     check_kind(model)
     check_head(model)
@@ -49,20 +49,27 @@ def _prepare(model: PreTrainedModel, kept: Prepared) -> list[SparseMLP]:
     check_weights(model)
     check_preparing(model)
     ready = dict(parts_of(model, SparseMLP))
-    for path, mlp in ready.items():
+    for number, (path, mlp) in enumerate(ready.items()):
         check_layers(path, mlp, mlp.roles)
         mlp.lay_out()
+        mlp.number = number  # blocks may have gone since
     if ready:
         return list(ready.values())
     check_config(model.config)
     found = gated_mlps(model)
     with ExitStack() as undo:
+        undo.callback(_give_back_all, model)  # after the MLPs' memory is as it was
         mlps = [_adopt(path, module, roles, number, kept, undo) for number, (path, module, roles) in enumerate(found)]
+        adopt_linears(model, kept)
+        adopt_norms(model, kept)
+        adopt_attention(model, kept)
         undo.pop_all()
-    adopt_linears(model, kept)
-    adopt_norms(model, kept)
-    adopt_attention(model, kept)
     return mlps
+
+
+def _give_back_all(model: nn.Module) -> None:
+    for _, part in list(parts_of(model, Part)):
+        give_back(part)
 
 
 def restore(model: PreTrainedModel) -> None:
@@ -80,10 +87,9 @@ def restore(model: PreTrainedModel) -> None:
                 )
         for mlp in mlps.values():
             mlp.restore()
-        for _, part in list(parts_of(model, Part)):
-            give_back(part)
+        _give_back_all(model)
         kept.idle.clear()
-        kept.matrix = dense
+        kept.matrix, kept.own_attention = dense, False
         kept.version += 1
 
 

@@ -71,9 +71,7 @@ class Prepared:
 
     def now(self) -> Pass | None:
         """Return the pass that this thread runs on the model, None where the model is called by someone else."""
-        if torch.compiler.is_compiling():  # a compiler traces the thread that runs the pass
-            return self._pass
-        return self._pass if self._thread == get_ident() else None
+        return self._pass if self._thread == _this_thread() else None
 
     @contextmanager
     def running(self, now: Pass) -> Iterator[None]:
@@ -88,6 +86,11 @@ class Prepared:
     def __reduce__(self) -> tuple[type["Prepared"], tuple[()]]:
         """Copies and files of a model begin with nothing."""
         return Prepared, ()
+
+
+@torch.compiler.assume_constant_result
+def _this_thread() -> int:
+    return get_ident()
 
 
 _known: "weakref.WeakKeyDictionary[nn.Module, Prepared]" = weakref.WeakKeyDictionary()

@@ -30,7 +30,7 @@ SHAPES = 64  # shapes that are compiled: a draft step, and checks of each size, 
 Call = Callable[..., Tensor]
 Inputs = Mapping[str, Tensor]
 Replay = Callable[[], Tensor]
-Record = Callable[[Call, Inputs], tuple[Tensor, Replay | None]]  # the result of the pass that it took, None of no use
+Record = Callable[[Call, Inputs], tuple[Tensor, Replay | None]]  # the scores; None: it cannot be replayed
 
 
 class NotRecorded(RuntimeError):

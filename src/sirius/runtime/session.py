@@ -1,4 +1,4 @@
-"""A prepared transformers model as the `LanguageModel` of a batch."""
+"""Runs passes of a prepared transformers model for the texts of one batch."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -18,6 +18,7 @@ from sirius.model.attention import MaskChanged
 from sirius.model.find import check_mode, dropouts
 from sirius.model.inputs import cache_argument
 from sirius.model.limits import rescaling_length
+from sirius.model.matrix import dense
 from sirius.model.mlp import SparseMLP, check_layers
 from sirius.model.prepared import Pass, Prepared, Slots, prepared_of
 from sirius.runtime.cache import SlotCache
@@ -101,12 +102,13 @@ class Session:
         """Whether a token's scores do not depend on how many tokens share its pass.
 
         On the CPU our kernels give the same bits. PyTorch's products, of weights that are no plain tensors too, round
-        in another order, which shows in 16 bits. A GPU's do so in any dtype.
+        in another order, which shows in 16 bits, and so may other kinds of weights. A GPU's do so in any dtype.
         """
         if self.device.type != "cpu":
             return False
         wide = self.model.dtype in (torch.float32, torch.float64)
-        return wide or (self.space.attends and is_plain(*self.model.parameters()))
+        ours = self.space.attends and self.prepared.matrix is dense
+        return wide or (ours and is_plain(*self.model.parameters()))
 
     def reserve(self, rows: int, slots: int) -> None:
         """Make room for rows and slots to come, between passes; what is held stays, and is moved where it grows."""

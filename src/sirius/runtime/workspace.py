@@ -26,7 +26,7 @@ class Workspace:
     """The tensors of one session at a time, which stay where they are, so that passes over them can be replayed.
 
     attends  whether attention reads the slots by a kernel of ours; only then are passes recorded
-    tried    whether a pass has shown that it can
+    tried    whether a pass with that kernel has succeeded
     reused   whether its recorded passes outlive a session
     state    the model's, of which passes are recorded
     drafts   the routes of the draft with fixed neurons, by the number of rows, as passes are recorded
