@@ -245,3 +245,29 @@ def test_a_replaced_activation_is_honoured():
             layer.mlp.act_fn = nn.ReLU()
     done = engine.generate([3, 1, 4], max_new_tokens=20, correction=CorrectionConfig(accept="argmax"))
     assert list(done.token_ids) == greedy(models[0], [3, 1, 4], 20)
+
+
+def test_restoring_a_module_whose_class_has_changed_is_refused_and_a_forward_that_was_kept_works_on():
+    model, ids = tiny_model(), torch.arange(1, 9)[None]
+    want, layer = model(ids).logits, model.model.layers[0].self_attn.q_proj
+    prepare(model)
+    nn.utils.parametrizations.weight_norm(layer)
+    with pytest.raises(UnsupportedModelError, match=r"q_proj has got another class since it was prepared"):
+        restore(model)
+    nn.utils.parametrize.remove_parametrizations(layer, "weight")
+    for module in layer, model.model.norm:
+        module.forward = module.forward
+    restore(model)
+    torch.testing.assert_close(model(ids).logits, want)
+
+
+@torch.no_grad()
+def test_autocast_and_function_transforms_reach_a_prepared_model_as_they_do_any_other():
+    models, ids = (tiny_model(), tiny_model()), torch.arange(1, 9)[None]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        prepare(models[1])
+        logits = [model(ids).logits for model in models]
+    assert logits[0].dtype is logits[1].dtype is torch.bfloat16
+    x = torch.randn(3, 4, 36)
+    one, other = (torch.func.vmap(model.model.layers[0].mlp)(x) for model in models)
+    torch.testing.assert_close(one, other)

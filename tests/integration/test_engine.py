@@ -346,3 +346,13 @@ def test_the_callers_pauses_are_not_timed(engine):
         time.sleep(0.2)
         done = update.completion
     assert done and done.stats.seconds < 0.2 * 5
+
+
+def test_a_rule_or_period_of_a_batch_that_is_none_is_refused():
+    engine = Engine(tiny_model())
+    for options, words in (
+        ({"rule": 5}, "rule is a function"),
+        ({"period": "auto"}, "period is a .*Period; got 'auto'"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            engine.batch(**options)

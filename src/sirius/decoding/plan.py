@@ -20,6 +20,10 @@ def make_plan(
 
     Raises ConfigError of a longer period, of a name that no rule has, and of a rule where nothing is corrected.
     """
+    if not isinstance(period, Period):
+        raise ConfigError(f"period is a sirius.decoding.period.Period; got {period!r}: set others in the correction")
+    if rule is not None and not callable(rule):
+        raise ConfigError(f"rule is a function of a Check, see docs/adding-a-method.md; got {rule!r}")
     longest = 1 if correction is None else correction.longest
     if period.now > longest:
         raise ConfigError(f"period begins at {period.now} tokens a check, and the correction allows at most {longest}")

@@ -68,7 +68,7 @@ class Kernel(NamedTuple):
 def _all_fit(asked: Asked, fits: Callable[[Tensor, Tensor], bool]) -> bool:
     products = all(fits(x, weight) for x in asked.inputs for weight, _ in asked.weights)
     biases = all(bias is None or (is_plain(bias) and bias.dtype is weight.dtype) for weight, bias in asked.weights)
-    return products and biases and not asked.learns
+    return products and biases and not asked.learns and not torch.is_autocast_enabled(asked.inputs[0].device.type)
 
 
 def _cpu_product(asked: Asked) -> bool:

@@ -46,6 +46,11 @@ def give_back(part: Part) -> None:
     part.__class__ = part.original  # pyright: ignore[reportAttributeAccessIssue] - nn.Module's layout is the same
 
 
+def is_ours(part: Part) -> bool:
+    """Tell whether a part has the class that it was given, and not one derived from that since."""
+    return type(part) is _joined(part.ours, part.original)
+
+
 def parts_of(model: nn.Module, ours: type[P]) -> Iterator[tuple[str, P]]:
     """Yield the parts of a class with their paths in a model, in the model's order."""
     return ((path, module) for path, module in model.named_modules() if isinstance(module, ours))

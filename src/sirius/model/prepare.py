@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sirius.errors import UnsupportedModelError
-from sirius.model.adopt import Part, give_back, own_forward, parts_of
+from sirius.model.adopt import Part, give_back, is_ours, own_forward, parts_of
 from sirius.model.attention import adopt_attention
 from sirius.model.find import check_config, check_finite, check_head, check_kind, check_weights, gated_mlps
 from sirius.model.inputs import check_preparing
@@ -39,7 +39,9 @@ def prepare(model: PreTrainedModel, *, matrix: MakeMatrix | None = None) -> list
     with (kept := prepared_of(model)).lock:
         mlps = _prepare(model, kept)
         if matrix is not None:  # after the MLPs were tried with the weights themselves
-            check_matrix(matrix, next(cast("nn.Linear", layer) for _, layer in parts_of(model, MatrixLinear)))
+            first, *_, last = (cast("nn.Linear", layer) for _, layer in parts_of(model, MatrixLinear))
+            check_matrix(matrix, first)
+            check_matrix(matrix, last)
             kept.matrix = matrix
         kept.version += 1
         return mlps
@@ -75,7 +77,8 @@ def _give_back_all(model: nn.Module) -> None:
 def restore(model: PreTrainedModel) -> None:
     """Make the modules what they were before the model was prepared.
 
-    Raises UnsupportedModelError, and changes nothing, where an MLP has got a forward of its own since.
+    Raises UnsupportedModelError, and changes nothing, where an MLP has got a forward of its own since, or a module
+    another class.
     """
     check_kind(model)
     with (kept := prepared_of(model)).lock:
@@ -85,6 +88,10 @@ def restore(model: PreTrainedModel) -> None:
                 raise UnsupportedModelError(
                     f"{path} has got a forward of its own since it was prepared; take it off first"
                 )
+        if changed := next((path for path, part in parts_of(model, Part) if not is_ours(part)), None):
+            raise UnsupportedModelError(
+                f"{changed} has got another class since it was prepared (a parametrization?); undo that first"
+            )
         for mlp in mlps.values():
             mlp.restore()
         _give_back_all(model)
@@ -119,6 +126,8 @@ def count_parameters(model: PreTrainedModel) -> Parameters:
 
 
 @torch.no_grad()
+@torch.autocast("cpu", enabled=False)
+@torch.autocast("cuda", enabled=False)
 def _adopt(path: str, module: nn.Module, roles: Roles, number: int, kept: Prepared, undo: ExitStack) -> SparseMLP:
     """Make a gated MLP a `SparseMLP`, which `undo` undoes, and check that it computes what it did."""
     x = example(getattr(module, roles.layers.get("gate") or roles.layers["gate_up"]))
