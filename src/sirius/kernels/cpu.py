@@ -93,8 +93,12 @@ def fits(x: Tensor, weight: Tensor) -> bool:
 def runs_on(device: torch.device, dtype: torch.dtype) -> bool:
     """Tell whether there are kernels for tensors of a dtype on a device; compilers make their own, traces know none."""
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
-    traced = traced or torch._C._functorch.peek_interpreter_stack() is not None  # vmap, jvp, ...
-    return device.type == "cpu" and dtype in DTYPES and not traced and library() is not None
+    return device.type == "cpu" and dtype in DTYPES and not traced and not _transforms() and library() is not None
+
+
+def _transforms() -> bool:
+    """Tell whether a function transform runs (vmap, jvp), whose tensors have no address."""
+    return torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, index: Tensor | None = None) -> Tensor:
