@@ -61,8 +61,9 @@ class Prepared:
     learnt         what passes cost and how often guesses stood, for later sessions
     """
 
-    def __init__(self, matrix: MakeMatrix = dense) -> None:
-        self.matrix, self.own_attention, self.version = matrix, False, 0
+    def __init__(self) -> None:
+        self.matrix: MakeMatrix = dense
+        self.own_attention, self.version = False, 0
         self.lock = RLock()
         self.idle: dict[Hashable, Any] = {}
         self.learnt: dict[Hashable, Any] = {}

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from sirius.core import Mode, Window
 from sirius.errors import RequestError, UnsupportedModelError
 from sirius.kernels.launch import is_plain
+from sirius.model.adopt import parts_of
 from sirius.model.attention import MaskChanged
 from sirius.model.find import check_mode, dropouts
 from sirius.model.inputs import cache_argument
@@ -194,7 +195,7 @@ class Session:
     def _try(self, tokens: Tensor, mode: Mode, slots: Slots, window: Window) -> Tensor:
         """Run a pass; where our attention cannot replace the model's, the model's own runs from then on.
 
-        A model that computes something of its mask raises MaskChanged, or fails at its first pass with a mask of ours.
+        A model that derives another mask from its own raises MaskChanged, or fails at its first pass with ours.
         """
         try:
             scores = self._run(tokens, mode, slots, window)
@@ -217,8 +218,7 @@ class Session:
         """
         self._check_place()
         check_mode(dropouts(self.model))
-        paths = {mlp: path for path, mlp in self.model.named_modules() if isinstance(mlp, SparseMLP)}
-        for mlp, path in paths.items():
+        for path, mlp in parts_of(self.model, SparseMLP):
             check_layers(path, mlp, mlp.roles)
 
     def _check_place(self) -> None:
