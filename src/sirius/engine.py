@@ -16,6 +16,8 @@ from sirius.core import CorrectionConfig, Request, SamplingConfig, SparsityConfi
 from sirius.decoding.accept import Rule
 from sirius.decoding.period import Period
 from sirius.errors import ConfigError, RequestError, SiriusError
+from sirius.likelihood import Likelihood, score_tokens
+from sirius.model.ends import end_tokens, stop_strings
 from sirius.model.limits import check_length, context_limit, rescaling_length, sliding_window
 from sirius.model.loading import Source, load_model, load_tokenizer
 from sirius.model.prepare import prepare
@@ -203,6 +205,32 @@ class Engine:
                 if done := update.completion or update.error:
                     yield indices.pop(update.ticket), done
 
+    def score(self, texts: Sequence[tuple[Prompt, str | Sequence[int]]], *, batch_size: int = 8) -> list[Likelihood]:
+        """Return how likely the full model finds each continuation after its prompt.
+
+        texts  pairs of a prompt and what follows it, both texts or both token ids; two texts are tokenised together
+
+        Raises RequestError of a pair that cannot be read, or is longer than the model's context.
+        """
+        pairs = [self._pair(*each) for each in texts]
+        found = dict(score_tokens(self.model, pairs, batch_size))
+        return [found[index] for index in range(len(pairs))]
+
+    def _pair(self, prompt: Prompt, following: str | Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        given = self.encode(prompt)
+        if isinstance(following, str):
+            if not isinstance(prompt, str):
+                raise RequestError("a continuation is a text where its prompt is one, otherwise token ids")
+            tokens = self.encode(prompt + following)[len(given) :]
+        else:
+            tokens = self._checked(following)
+        if not tokens:
+            raise RequestError("a continuation has no token of its own after its prompt; give it at least one")
+        if self.limit is not None and len(given) + len(tokens) > self.limit:
+            total = f"prompt {len(given)} + continuation {len(tokens)} = {len(given) + len(tokens)} tokens"
+            raise RequestError(f"{total} pass the model's context of {self.limit}; shorten them, or raise max_context")
+        return given, tokens
+
     def batch(
         self,
         *,
@@ -335,19 +363,6 @@ def _is_ids(prompt: Any) -> bool:
     """Tell whether a prompt is token ids: a list of whole numbers, or a 1-D tensor or array of them."""
     ids = prompt.tolist() if hasattr(prompt, "tolist") else prompt
     return isinstance(ids, Sequence) and len(ids) > 0 and all(isinstance(token, Integral) for token in ids)
-
-
-def end_tokens(model: PreTrainedModel) -> frozenset[int]:
-    """Return the token ids that end a text, from the model's generation config."""
-    ids = model.generation_config.eos_token_id if model.generation_config else None
-    ids = model.config.get_text_config().eos_token_id if ids is None else ids
-    return frozenset([ids] if isinstance(ids, int) else ids or ())
-
-
-def stop_strings(model: PreTrainedModel) -> tuple[str, ...]:
-    """Return the strings that end a text, from the model's generation config."""
-    found = getattr(model.generation_config, "stop_strings", None) or ()
-    return (found,) if isinstance(found, str) else tuple(found)
 
 
 def _request(prompt: tuple[int, ...], max_new_tokens: int | None, stop: Stop, sampling: Sampling) -> Request:

@@ -1,0 +1,72 @@
+"""Grades of worked answers: what stands after "the answer is", compared as the task's kind of answer."""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+PHRASE = re.compile(r"answer is:?\s*", re.IGNORECASE)
+LETTER = re.compile(r"\(?([A-H])\)?(?![A-Za-z])", re.IGNORECASE)
+WORD = re.compile(r"\W*(yes|no)\b", re.IGNORECASE)
+DATE = re.compile(r"\W*(\d{1,2})/(\d{1,2})/(\d{4})")
+
+
+def answer_after(text: str) -> str | None:
+    """Return what follows the first "answer is", to the end of its line; None where the phrase is missing."""
+    found = PHRASE.search(text)
+    return None if found is None else text[found.end() :].split("\n")[0]
+
+
+def _letter(text: str) -> str | None:
+    found = LETTER.match(text.lstrip(" \t*\"'"))
+    return found and found[1].upper()
+
+
+def _word(text: str) -> str | None:
+    found = WORD.match(text)
+    return found and found[1].lower()
+
+
+def _date(text: str) -> str | None:
+    found = DATE.match(text)
+    return found and f"{int(found[1]):02}/{int(found[2]):02}/{found[3]}"
+
+
+def _graded(read: Callable[[str], str | None], doc: dict[str, Any], text: str) -> dict[str, float]:
+    said = answer_after(text)
+    given = None if said is None else read(said)
+    return {
+        "exact_match": float(given is not None and given == read(doc["answer"])),
+        "answered": float(given is not None),
+    }
+
+
+def grade_letter(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
+    """Return 1 for the letter of the right choice, and whether any letter was given."""
+    return _graded(_letter, doc, results[0])
+
+
+def grade_word(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
+    """Return 1 for the right one of yes and no, and whether one was given."""
+    return _graded(_word, doc, results[0])
+
+
+def grade_date(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
+    """Return 1 for the right date as month/day/year, leading zeros or not, and whether a date was given."""
+    return _graded(_date, doc, results[0])
+
+
+def grade_demo(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
+    """Return 1 for the right answer to a problem of the embedded model, and whether any was given."""
+    from sirius.demo.problems import final_answer
+
+    given = final_answer(results[0])
+    return {"exact_match": float(given == doc["answer"]), "answered": float(given is not None)}
+
+
+def grade_summary(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
+    """Return the ROUGE F-measures, 0 to 1, of a summary against the highlights of its article."""
+    from rouge_score.rouge_scorer import RougeScorer
+
+    kinds = {"rouge1": "rouge1", "rouge2": "rouge2", "rougeL": "rougeLsum"}
+    scores = RougeScorer(list(kinds.values()), use_stemmer=True).score(doc["highlights"], results[0].strip())
+    return {name: scores[kind].fmeasure for name, kind in kinds.items()}

@@ -1,0 +1,344 @@
+"""The lm-evaluation-harness model `sirius`: its texts are decoded our way, its log-probabilities are the full model's.
+
+`lm_eval --model sirius` finds it where lm-eval loads plug-ins; otherwise import this module first.
+"""
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_model
+from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from torch import Tensor
+from tqdm import tqdm
+
+from sirius.core import SamplingConfig
+from sirius.demo.embedded import FOLDER, check_embedded
+from sirius.engine import Completion, Engine, TextOptions
+from sirius.errors import ConfigError, SiriusError
+from sirius.evaluation.catalogue import setting_for
+from sirius.evaluation.completions import Completions, key_of
+from sirius.evaluation.ranks import Ranks
+from sirius.settings import NAMES, Setting, make_setting
+from sirius.stats import Stats, combine
+
+EMBEDDED = "embedded"
+NO_LIMIT = 2**20  # tokens of a context that has none
+ROLLING = 4096  # tokens that a window of a long text has at most
+NEW_TOKENS = 256  # of a task that does not say, as in lm-eval's own models
+SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed")
+PASSED_OVER = {"do_sample", "until", "max_gen_toks", "num_beams", "use_cache"}
+Asked = tuple[str, dict[str, Any]]  # a prompt, and lm-eval's options for what follows it
+Wanted = tuple[tuple[int, ...], dict[str, Any]]  # a prompt's tokens, and our options
+log = logging.getLogger(__name__)
+
+
+class SiriusLM(TemplateLM):
+    """A model of transformers, decoded by sirius.
+
+    Samples of several processes (`torchrun`, `accelerate launch`) are shared out and gathered, as lm-eval does it.
+    """
+
+    def __init__(  # noqa: PLR0913 - lm-eval hands over options by their names
+        self,
+        pretrained: str | Engine = EMBEDDED,
+        *,
+        batch_size: int | str = 8,
+        device: str = "auto",
+        dtype: str = "auto",
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+        gguf_file: str | None = None,
+        max_context: int | None = None,
+        threads: int | None = None,
+        max_gen_toks: int = NEW_TOKENS,
+        completions: str | Path | Completions | None = None,
+        ranks: Ranks | None = None,
+        quiet: bool = False,
+        max_batch_size: int | None = None,
+        **setting: Any,
+    ) -> None:
+        """Load a model.
+
+        pretrained   a folder, GGUF file or hub id, "embedded", or an engine that is there
+        batch_size   texts decoded side by side; "auto" is 8
+        completions  a folder in which finished samples are saved and found again
+        ranks        the processes that share the work; None: as the environment says
+        quiet        show no progress
+        setting      options of sparsity and correction, by the names of `sirius generate`
+
+        Raises SiriusError where the model cannot be loaded or an option is none.
+        """
+        super().__init__()
+        if unknown := sorted(set(setting) - set(NAMES)):
+            raise ConfigError(f"the model sirius has no argument {', '.join(unknown)}; settings are {', '.join(NAMES)}")
+        self.values, self.setting = setting, make_setting(setting)
+        self.batch_size = _batch_size(batch_size)
+        self.max_gen_toks = max_gen_toks
+        self.ranks = Ranks.here() if ranks is None else ranks
+        if threads is not None:
+            torch.set_num_threads(int(threads))
+        if isinstance(pretrained, Engine):
+            self.engine = pretrained
+        else:
+            self.engine = Engine.load(
+                _place(pretrained),
+                dtype=dtype,
+                device=self.ranks.device(_device(device)),
+                revision=revision,
+                trust_remote_code=trust_remote_code,
+                gguf_file=gguf_file,
+                max_context=max_context,
+            )
+        if self.engine.tokenizer is None:
+            raise ConfigError("lm-eval's tasks are texts, and this model has no tokenizer")
+        self.tokenizer: Any = self.engine.tokenizer
+        self.engine.ends |= {self.eot_token_id}  # lm-eval's own models end there too
+        self.name = pretrained if isinstance(pretrained, str) else str(self.engine.model.config.name_or_path)
+        self._rank, self._world_size = self.ranks.rank, self.ranks.size
+        self.quiet = quiet or self._rank > 0
+        self._device = torch.device("cpu")  # where `all_gather` wants its tensors
+        if isinstance(completions, str | Path):
+            completions = Completions(Path(completions), self._rank)
+        self.completions = completions
+        self.identity = {"model": self.name, "revision": revision, "dtype": str(self.engine.model.dtype)}
+        self.stats: dict[str, list[Mapping[str, Any]]] = {}  # by task, on rank 0
+
+    # --- lm-eval's questions about the model
+
+    @property
+    def eot_token_id(self) -> int:
+        """The token that ends a text."""
+        found = self.tokenizer.eos_token_id
+        return next(iter(self.engine.ends)) if found is None else found
+
+    @property
+    def prefix_token_id(self) -> int:
+        """The token that stands before a text of which every token is scored."""
+        found = self.tokenizer.bos_token_id
+        return self.eot_token_id if found is None else found
+
+    @property
+    def tokenizer_name(self) -> str:
+        """The model's name, for lm-eval's cache of requests."""
+        return self.name.replace("/", "__")
+
+    @property
+    def max_length(self) -> int:
+        """The most tokens of a text with its prompt."""
+        return self.engine.limit or NO_LIMIT
+
+    def get_model_info(self) -> dict[str, Any]:
+        """Return what lm-eval stores with the results: the setting, and what its texts came to."""
+        return {
+            "sirius": self.setting.flat(),
+            "sirius_tasks": {
+                task: {
+                    **(setting := setting_for(task, self.values)).flat(),
+                    "lossless": setting.lossless,
+                    **figures(stats),
+                }
+                for task, stats in self.stats.items()
+            },
+            "model_dtype": str(self.engine.model.dtype),
+            "model_num_parameters": self.engine.model.num_parameters(),
+        }
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        """Return the tokens of a text; a text that begins with the first token of texts does not get another."""
+        if add_special_tokens is None:
+            add_special_tokens = not string.startswith(self.tokenizer.decode([self.prefix_token_id]))
+        return self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """Return messages as a text by the model's template; raise ConfigError where it has none, or refuses them."""
+        if not self.tokenizer.chat_template:
+            raise ConfigError("this model's tokenizer has no chat template; leave out --apply_chat_template")
+        try:
+            return self.tokenizer.apply_chat_template(
+                chat_history,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=not add_generation_prompt,
+            )
+        except Exception as error:  # a template is a program that came with the checkpoint: it may raise anything
+            raise ConfigError(f"the model's chat template refuses these messages: {error!r}") from error
+
+    # --- lm-eval's processes
+
+    def all_gather(self, tensor: Tensor) -> Tensor:
+        """Return the tensors of all ranks, one after the other."""
+        return self.ranks.gather_tensor(tensor)
+
+    def gather_object(self, obj: Any, dst: int = 0) -> Any:
+        """Return the objects of all ranks on rank `dst`, None elsewhere."""
+        return self.ranks.gather(obj, dst)
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        self.ranks.wait()
+
+    # --- what lm-eval asks for
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Return the text of each request, cut before its stop strings."""
+        groups: dict[str | None, list[Instance]] = {}
+        for request in requests:
+            groups.setdefault(request.task_name, []).append(request)
+        texts: dict[int, str] = {}
+        for task, group in groups.items():
+            setting = setting_for(task or "", self.values)
+            with tqdm(total=len(group), desc=setting.label(), disable=disable_tqdm or self.quiet) as bar:
+                samples = self.samples([cast("Asked", each.args) for each in group], setting, on_sample=bar.update)
+            known = [each for each in samples if each is not None]
+            texts |= {id(request): sample["text"] for request, sample in zip(group, known, strict=True)}
+            for own in self.gather_object([each["stats"] for each in known]) or []:
+                self.stats.setdefault(task or "", []).extend(own)
+        for request in requests:
+            self.cache_hook.add_partial("generate_until", request.args, texts[id(request)])
+        return [texts[id(request)] for request in requests]
+
+    def samples(
+        self,
+        asked: Sequence[Asked],
+        setting: Setting,
+        *,
+        share: tuple[int, int] = (0, 1),
+        on_sample: Callable[[], object] = lambda: None,
+    ) -> list[dict[str, Any] | None]:
+        """Return what becomes of each prompt: its text, number of tokens, end and figures.
+
+        share      (first, n): this process decodes every n-th prompt, from the first on. Of the others it returns what
+                   is known, or None
+        on_sample  called after each text that is decoded
+
+        Samples that `completions` holds are not decoded again. Raises SiriusError of a prompt that cannot be decoded.
+        """
+        texts, keys = self._texts(asked, setting)
+        found = {} if self.completions is None else self.completions.found
+        wanted = dict(zip(keys, texts, strict=True))  # without those that are asked for twice
+        todo = [key for key in list(wanted)[share[0] :: share[1]] if key not in found]
+        own: dict[str, dict[str, Any]] = {}
+        done = self.engine.generate_many(
+            [wanted[key][0] for key in todo],
+            each=[cast("TextOptions", wanted[key][1]) for key in todo],
+            batch_size=self.batch_size,
+            sparsity=setting.sparsity,
+            correction=setting.correction,
+        )
+        for index, completion in done:
+            if isinstance(completion, SiriusError):
+                raise completion
+            key = todo[index]
+            own[key] = self._sample(completion, wanted[key][1]["stop"])
+            if self.completions is not None:
+                self.completions.add(key, own[key])
+            on_sample()
+        return [{**found, **own}.get(key) for key in keys]
+
+    def known(self, asked: Sequence[Asked], setting: Setting) -> list[dict[str, Any] | None]:
+        """Return what `completions` holds of each prompt, None of those that are not decoded."""
+        assert self.completions is not None
+        return [self.completions.found.get(key) for key in self._texts(asked, setting)[1]]
+
+    def _texts(self, asked: Sequence[Asked], setting: Setting) -> tuple[list[Wanted], list[str]]:
+        """Return the tokens of each prompt with the options of its text, and the keys of their samples.
+
+        A prompt that is too long loses its beginning, as with lm-eval's own models.
+        """
+        seen: Counter[str] = Counter()
+        texts: list[Wanted] = []
+        for prompt, options in asked:
+            given: dict[str, Any] = dict(normalize_gen_kwargs(options, self.max_gen_toks))
+            budget, room = int(given["max_gen_toks"]), self.max_length - int(given["max_gen_toks"])
+            if room < 1:
+                raise ConfigError(f"max_gen_toks {budget} leaves no room in the model's context of {self.max_length}")
+            tokens = self.tok_encode(prompt)
+            if len(tokens) > room:
+                log.warning(
+                    "a prompt of %d tokens loses its first %d, for %d new ones", len(tokens), len(tokens) - room, budget
+                )
+            eos = self.tokenizer.decode([self.eot_token_id])
+            stop = [each for each in handle_stop_sequences(list(given["until"]), eos) if each]
+            sampling = _sampling_of(given)
+            if sampling["temperature"] > 0 and sampling.get("seed") is None:
+                sampling["seed"] = seen[prompt]  # copies of a prompt are texts of their own
+                seen[prompt] += 1
+            texts.append((tuple(tokens[-room:]), {"max_new_tokens": budget, "stop": stop, "sampling": sampling}))
+        return texts, [key_of(*each, {**setting.flat(), **self.identity}) for each in texts]
+
+    def _sample(self, completion: Completion, stops: Sequence[str]) -> dict[str, Any]:
+        """Return what is kept of a text, which reads as lm-eval's own models write it."""
+        text = postprocess_generated_text(
+            self.tokenizer.decode(completion.token_ids, skip_special_tokens=True), list(stops), None
+        )
+        finished = {"tokens": len(completion.token_ids), "finish": completion.finish_reason}
+        return {"text": text, **finished, "stats": asdict(completion.stats)}
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """Return the log-probability of each text, every token with as much before it as the context holds."""
+        return [self._rolling(*each.args) for each in requests]
+
+    def _rolling(self, text: str) -> float:
+        window = min(self.max_length, ROLLING)
+        windows = get_rolling_token_windows(self.tok_encode(text), self.prefix_token_id, window, context_len=1)
+        pairs = [make_disjoint_window(each) for each in windows]
+        return sum(each.total for each in self.engine.score(pairs, batch_size=self.batch_size))
+
+    def _loglikelihood_tokens(
+        self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **kwargs: Any
+    ) -> list[tuple[float, bool]]:
+        pairs = [(before, after) for _, before, after in requests]
+        cut = [(before[max(0, len(before) + len(after) - self.max_length) :], after) for before, after in pairs]
+        return [(each.total, all(each.greedy)) for each in self.engine.score(cut, batch_size=self.batch_size)]
+
+
+register_model("sirius")(SiriusLM)
+
+
+def figures(stats: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the figures of several texts together, from those of each."""
+    tuples = [{**each, "acceptance_histogram": tuple(each["acceptance_histogram"])} for each in stats]
+    return asdict(combine([Stats(**each) for each in tuples]))
+
+
+def _sampling_of(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the sampling that lm-eval's options ask for; raise ConfigError of those that are not honoured."""
+    if unknown := sorted(given.keys() - PASSED_OVER - set(SAMPLING)):
+        raise ConfigError(
+            f"the model sirius does not honour {', '.join(unknown)} in gen_kwargs; it knows {', '.join(SAMPLING)}"
+        )
+    if given.get("num_beams", 1) != 1:
+        raise ConfigError(f"beam search is not honoured (num_beams {given['num_beams']}); leave it out")
+    own = {name: given[name] for name in SAMPLING if given.get(name) is not None}
+    hot = given.get("do_sample") and given.get("temperature", 1.0) > 0
+    own["temperature"] = float(given.get("temperature", 1.0)) if hot else 0.0
+    SamplingConfig(**own)
+    return own
+
+
+def _place(pretrained: str) -> str:
+    if pretrained != EMBEDDED:
+        return pretrained
+    check_embedded()
+    return str(FOLDER)
+
+
+def _device(device: str | None) -> str:
+    """Return the device; lm-eval's own default is a GPU, there or not."""
+    return "auto" if device is None or (device.startswith("cuda") and not torch.cuda.is_available()) else device
+
+
+def _batch_size(given: int | str) -> int:
+    if str(given).split(":")[0] == "auto":
+        return 8
+    if not str(given).isdigit() or int(given) < 1:
+        raise ConfigError(f"batch_size is a whole number of at least 1, or auto; got {given!r}")
+    return int(given)

@@ -1,0 +1,95 @@
+"""The paper's tasks as lm-eval loads them: our own files, and lm-eval's with local data under them."""
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from difflib import get_close_matches
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import lm_eval.tasks
+from lm_eval.api.task import Task
+from lm_eval.tasks import TaskManager
+
+from sirius.errors import ConfigError, SiriusError
+from sirius.evaluation.catalogue import SUBJECTS, TASKS
+from sirius.evaluation.data import check_files
+
+OWN = Path(__file__).parent / "tasks"
+STOCK = Path(lm_eval.tasks.__file__).parent
+STOCK_FILES = {  # where lm-eval keeps its own
+    "gsm8k": "gsm8k/gsm8k.yaml",
+    "gsm8k_cot": "gsm8k/gsm8k-cot.yaml",
+    "coqa": "coqa/default.yaml",
+    "truthfulqa_gen": "truthfulqa/truthfulqa_gen.yaml",
+}
+LOCAL = """include: {include}
+task: {task}
+custom_dataset: !function sirius.evaluation.data.load
+dataset_kwargs:
+  sirius_task: {task}
+  sirius_folder: {folder}
+"""
+
+
+logging.getLogger("lm_eval.tasks._index").setLevel(logging.ERROR)  # it warns of each task of ours in place of its own
+
+
+@contextmanager
+def suite_folder(data: Path | None) -> Iterator[Path]:
+    """Give a folder of task files for lm-eval's --include_path, which stays until the block ends.
+
+    data  where local files of the sets are; None takes the hub's
+    """
+    if data is None:
+        yield OWN
+        return
+    with TemporaryDirectory(prefix="sirius-tasks-") as made:
+        for name, include in _includes():
+            folder = data.resolve() if TASKS.get(name, TASKS[SUBJECTS]).files else "null"
+            (Path(made) / f"{name}.yaml").write_text(LOCAL.format(include=include, task=name, folder=folder))
+        yield Path(made)
+
+
+def _includes() -> Iterator[tuple[str, Path]]:
+    """Yield the paper's tasks, each with the file that its local variant builds on."""
+    for name, task in TASKS.items():
+        if name == SUBJECTS:
+            folder = STOCK / "mmlu" / "flan_cot_fewshot"
+            for path in sorted(folder.glob("mmlu_*.yaml")):
+                yield path.stem.replace("mmlu_", f"{SUBJECTS}_", 1), path
+        else:
+            yield name, STOCK / STOCK_FILES[name] if task.stock else OWN / f"{name}.yaml"
+
+
+def check_tasks(names: Sequence[str], data: Path | None, manager: TaskManager) -> None:
+    """Raise ConfigError of a name that is no task, FileError of one whose local file is missing."""
+    if data is not None and not data.is_dir():
+        raise ConfigError(f"--data is a folder of local files; {data} is none")
+    known = manager.all_tasks
+    for name in names:
+        if not manager.match_tasks([name]):
+            near = get_close_matches(name, known, 3)
+            hint = f"; close names are {', '.join(near)}" if near else ""
+            raise ConfigError(f"there is no task {name!r}{hint}; the paper's are {', '.join(TASKS)}")
+        if data is not None:
+            check_files(name, data)
+
+
+def task_manager(folder: Path) -> TaskManager:
+    """Return lm-eval's tasks with those of a folder in place of its own of the same name."""
+    return TaskManager(include_path=str(folder))
+
+
+def load_tasks(names: Sequence[str], manager: TaskManager) -> dict[str, Task]:
+    """Return tasks by their names, those of groups one by one; raise ConfigError where their data cannot be had."""
+    try:
+        return dict(manager.load(list(names))["tasks"])
+    except SiriusError:
+        raise
+    except Exception as error:  # of the hub, of a data file, of a task's own code
+        logging.getLogger(__name__).debug("loading tasks", exc_info=True)
+        raise ConfigError(
+            f"the data of {', '.join(names)} cannot be loaded ({type(error).__name__}: {error}); give a folder of "
+            "local files by --data"
+        ) from error

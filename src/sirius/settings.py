@@ -1,0 +1,97 @@
+"""Settings as flat names and values, as a command line, a grid and a file of results say them."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from sirius.core import AUTO, PAPER, CorrectionConfig, SparsityConfig
+from sirius.errors import ConfigError
+
+NONE = "none"  # the sparsity method that keeps every neuron: the full model
+RENAMED = {"sparsity": "method", "sparsity_threshold": "threshold"}  # fields of SparsityConfig by another name here
+SPARSE = ("sparsity", "keep", "sparsity_threshold", "per_branch", "shared_set", "refresh")
+CORRECTING = tuple(each.name for each in fields(CorrectionConfig))
+_OF_SPARSITY = {each.name: each.default for each in fields(SparsityConfig)}
+DEFAULTS = {
+    **{name: _OF_SPARSITY[RENAMED.get(name, name)] for name in SPARSE},
+    **{each.name: each.default for each in fields(CorrectionConfig)},
+}
+NAMES = (*SPARSE, "correct", "preset", *CORRECTING)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A way to decode: which neurons the draft keeps, and how the full model checks it.
+
+    correction  None: the sparse model decodes alone, or with sparsity "none" the full model
+    """
+
+    sparsity: SparsityConfig
+    correction: CorrectionConfig | None
+
+    @property
+    def full(self) -> bool:
+        """Whether the full model alone writes the text."""
+        return self.sparsity.method == NONE
+
+    @property
+    def lossless(self) -> bool:
+        """Whether by its rule alone the greedy text is the full model's."""
+        return self.full or (self.correction is not None and self.correction.lossless(sampled=False))
+
+    def flat(self) -> dict[str, Any]:
+        """Return every option by its name, as JSON holds it; those of a correction only where there is one."""
+        chosen = asdict(self.sparsity)
+        flat = {name: chosen[RENAMED.get(name, name)] for name in SPARSE}
+        if self.full:
+            return {"sparsity": NONE, "correct": False}
+        if self.correction is None:
+            return {**flat, "correct": False}
+        own = asdict(self.correction)
+        own["ablate"] = list(self.correction.ablate)
+        own["threshold"] = None if self.correction.lossless(sampled=False) else self.correction.least
+        return {**flat, "correct": True, **own}
+
+    def label(self) -> str:
+        """Return the setting in a few words, for tables."""
+        if self.full:
+            return "full"
+        bar = self.sparsity.threshold
+        kept = f"{self.sparsity.keep:g}" if bar is None else f"|a|>{bar:g}"
+        name = f"{self.sparsity.method} {kept}"
+        if self.correction is None:
+            return name
+        rule = self.correction
+        passing = rule.accept if self.lossless else f"{rule.accept} {rule.least:g}"
+        parts = [name, passing, f"K {rule.period}", f"w {rule.tree_width}"]
+        return ", ".join([*parts, *(f"no {part}" for part in rule.ablate)])
+
+
+def make_setting(values: Mapping[str, Any]) -> Setting:
+    """Return the setting that some of `NAMES` say; the others are as `sirius generate` has them.
+
+    Raises ConfigError of a name that is none, and of values that are out of range, contradict or change nothing.
+    """
+    if unknown := sorted(values.keys() - set(NAMES)):
+        raise ConfigError(f"a setting has no {', '.join(unknown)}; it has {', '.join(NAMES)}")
+    given = {name for name, value in values.items() if value not in (None, [], DEFAULTS.get(name))}
+    if values.get("sparsity") == NONE:
+        if idle := sorted(given - {"sparsity", "correct"}) + ["correct"] * bool(values.get("correct")):
+            raise ConfigError(f"{', '.join(idle)} would change nothing with sparsity none, which drafts nothing")
+        return Setting(SparsityConfig(NONE), None)
+    sparsity = SparsityConfig(**{RENAMED.get(name, name): values[name] for name in SPARSE if name in values})
+    correct, preset = values.get("correct", True), values.get("preset")
+    if not isinstance(correct, bool):
+        raise ConfigError(f"correct is true or false; got {correct!r}")
+    if preset not in (None, PAPER):
+        raise ConfigError(f"preset is {PAPER!r}; got {preset!r}")
+    rules = {name: values[name] for name in CORRECTING if name in values}
+    if not correct:
+        if idle := sorted(given & {"preset", "refresh", *CORRECTING}):
+            raise ConfigError(f"{', '.join(idle)} would change nothing without correction; leave out correct: false")
+        return Setting(sparsity, None)
+    if rules.get("period", AUTO) != AUTO and isinstance(rules["period"], str) and rules["period"].isdigit():
+        rules["period"] = int(rules["period"])
+    ablate = rules.get("ablate", ())
+    rules["ablate"] = tuple(filter(None, ablate.split("+"))) if isinstance(ablate, str) else ablate
+    return Setting(sparsity, (CorrectionConfig if preset is None else CorrectionConfig.paper)(**rules))
