@@ -226,8 +226,9 @@ class Engine:
             tokens = self._checked(following)
         if not tokens:
             raise RequestError("a continuation has no token of its own after its prompt; give it at least one")
-        if self.limit is not None and len(given) + len(tokens) > self.limit:
-            total = f"prompt {len(given)} + continuation {len(tokens)} = {len(given) + len(tokens)} tokens"
+        read = len(given) + len(tokens) - 1  # nothing is asked about what follows the last one
+        if self.limit is not None and read > self.limit:
+            total = f"prompt {len(given)} + continuation {len(tokens)} - 1 = {read} tokens"
             raise RequestError(f"{total} pass the model's context of {self.limit}; shorten them, or raise max_context")
         return given, tokens
 

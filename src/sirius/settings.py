@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from sirius.core import AUTO, PAPER, CorrectionConfig, SparsityConfig
+from sirius.core import AUTO, OWN, PAPER, CorrectionConfig, SparsityConfig
 from sirius.errors import ConfigError
 
 NONE = "none"  # the sparsity method that keeps every neuron: the full model
@@ -49,7 +49,7 @@ class Setting:
             return {**flat, "correct": False}
         own = asdict(self.correction)
         own["ablate"] = list(self.correction.ablate)
-        own["threshold"] = None if self.correction.lossless(sampled=False) else self.correction.least
+        own["threshold"] = None if self.correction.accept in OWN else self.correction.least
         return {**flat, "correct": True, **own}
 
     def label(self) -> str:
@@ -62,7 +62,7 @@ class Setting:
         if self.correction is None:
             return name
         rule = self.correction
-        passing = rule.accept if self.lossless else f"{rule.accept} {rule.least:g}"
+        passing = rule.accept if rule.accept in OWN else f"{rule.accept} {rule.least:g}"
         parts = [name, passing, f"K {rule.period}", f"w {rule.tree_width}"]
         return ", ".join([*parts, *(f"no {part}" for part in rule.ablate)])
 

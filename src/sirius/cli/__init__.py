@@ -9,6 +9,7 @@ import typer
 from sirius import __version__
 from sirius.cli.bench import bench_app
 from sirius.cli.demo import demo_app
+from sirius.cli.evaluate import evaluate
 from sirius.cli.generate import generate
 from sirius.cli.streams import guarded
 from sirius.cli.sweep import sweep
@@ -23,6 +24,7 @@ app = typer.Typer(
     help="Faster decoding of large language models: a sparse model drafts, the full model corrects.",
 )
 app.command()(generate)
+app.command("eval", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(evaluate)
 app.command()(sweep)
 app.add_typer(demo_app, name="demo")
 app.add_typer(bench_app, name="bench")

@@ -49,7 +49,7 @@ def sweep(
     Several processes share the work: torchrun --nproc-per-node 2 -m sirius sweep ..., or the same with accelerate
     launch.
     """
-    quieten_lm_eval()
+    check_lm_eval()
     with uncollected():
         from sirius.evaluation.grid import read_grid
         from sirius.evaluation.suite import check_tasks, suite_folder, task_manager
@@ -113,8 +113,8 @@ def list_settings(grid: "Grid") -> None:
             out.print(f"  {name}, of: {'; '.join(each.label() for each in options)}", highlight=False)
 
 
-def quieten_lm_eval() -> None:
-    """Leave the terminal to us, without progress bars of lm-eval and datasets; raise ConfigError without lm-eval."""
+def check_lm_eval() -> None:
+    """Raise ConfigError without lm-eval; otherwise leave the terminal to us, without its progress bars and notes."""
     import logging
     from importlib.util import find_spec
 

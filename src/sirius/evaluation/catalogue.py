@@ -70,10 +70,10 @@ TASKS: dict[str, PaperTask] = {
         "reasoning", "exact_match,none", {"test": "sports_understanding"}, chance=0.5, keep=0.4, threshold=0.05
     ),
     "humaneval": PaperTask(
-        "reasoning", "pass@1,none", {"test": "humaneval"}, threshold=0.05, widths={"coarse": 8, "fine": 6}
+        "reasoning", "pass@1,create_test", {"test": "humaneval"}, threshold=0.05, widths={"coarse": 8, "fine": 6}
     ),
     "mbpp_plus": PaperTask(
-        "reasoning", "pass@1,none", {"test": "mbppplus"}, threshold=0.05, widths={"coarse": 8, "fine": 6}
+        "reasoning", "pass_at_1,none", {"test": "mbppplus"}, threshold=0.05, widths={"coarse": 8, "fine": 6}
     ),
     "mmlu_flan_cot_fewshot": PaperTask(
         "reasoning", "exact_match,get-answer", {"test": "mmlu_test", "validation": "mmlu_dev"}, chance=0.25, stock=True

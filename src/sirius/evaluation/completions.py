@@ -29,7 +29,7 @@ class Completions:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._cut_off_unfinished()
-            self._file = self.path.open("ab")
+            self.path.touch()
         except OSError as error:
             raise FileError(f"cannot write {self.path}: {error.strerror or error}") from error
         self.read()
@@ -43,16 +43,13 @@ class Completions:
         """Save a sample and see it to the disk; raise FileError where that fails."""
         line = {"key": key, **sample}
         try:
-            self._file.write(json.dumps(line).encode() + b"\n")
-            self._file.flush()
-            os.fsync(self._file.fileno())
+            with self.path.open("ab") as file:
+                file.write(json.dumps(line).encode() + b"\n")
+                file.flush()
+                os.fsync(file.fileno())
         except OSError as error:
             raise FileError(f"cannot write {self.path}: {error.strerror or error}") from error
         self.found[key] = json.loads(json.dumps(line))
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
 
     def _cut_off_unfinished(self) -> None:
         there = self.path.read_bytes() if self.path.exists() else b""

@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-PHRASE = re.compile(r"answer is:?\s*", re.IGNORECASE)
+PHRASE = re.compile(r"answer is:?[ \t]*", re.IGNORECASE)
 LETTER = re.compile(r"\(?([A-H])\)?(?![A-Za-z])", re.IGNORECASE)
 WORD = re.compile(r"\W*(yes|no)\b", re.IGNORECASE)
 DATE = re.compile(r"\W*(\d{1,2})/(\d{1,2})/(\d{4})")

@@ -77,26 +77,15 @@ class SiriusLM(TemplateLM):
         Raises SiriusError where the model cannot be loaded or an option is none.
         """
         super().__init__()
-        if unknown := sorted(set(setting) - set(NAMES)):
-            raise ConfigError(f"the model sirius has no argument {', '.join(unknown)}; settings are {', '.join(NAMES)}")
         self.values, self.setting = setting, make_setting(setting)
         self.batch_size = _batch_size(batch_size)
         self.max_gen_toks = max_gen_toks
         self.ranks = Ranks.here() if ranks is None else ranks
         if threads is not None:
             torch.set_num_threads(int(threads))
-        if isinstance(pretrained, Engine):
-            self.engine = pretrained
-        else:
-            self.engine = Engine.load(
-                _place(pretrained),
-                dtype=dtype,
-                device=self.ranks.device(_device(device)),
-                revision=revision,
-                trust_remote_code=trust_remote_code,
-                gguf_file=gguf_file,
-                max_context=max_context,
-            )
+        load = {"dtype": dtype, "revision": revision, "trust_remote_code": trust_remote_code, "gguf_file": gguf_file}
+        place = self.ranks.device(_device(device))
+        self.engine = _engine(pretrained, {**load, "device": place, "max_context": max_context})
         if self.engine.tokenizer is None:
             raise ConfigError("lm-eval's tasks are texts, and this model has no tokenizer")
         self.tokenizer: Any = self.engine.tokenizer
@@ -303,6 +292,11 @@ class SiriusLM(TemplateLM):
 register_model("sirius")(SiriusLM)
 
 
+def check_setting(arguments: Mapping[str, Any]) -> None:
+    """Raise ConfigError where the arguments of `SiriusLM` hold a setting that does not fit."""
+    make_setting({name: value for name, value in arguments.items() if name in NAMES})
+
+
 def figures(stats: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return the figures of several texts together, from those of each."""
     tuples = [{**each, "acceptance_histogram": tuple(each["acceptance_histogram"])} for each in stats]
@@ -324,11 +318,12 @@ def _sampling_of(given: Mapping[str, Any]) -> dict[str, Any]:
     return own
 
 
-def _place(pretrained: str) -> str:
-    if pretrained != EMBEDDED:
+def _engine(pretrained: str | Engine, options: Mapping[str, Any]) -> Engine:
+    if isinstance(pretrained, Engine):
         return pretrained
-    check_embedded()
-    return str(FOLDER)
+    if pretrained == EMBEDDED:
+        check_embedded()
+    return Engine.load(str(FOLDER) if pretrained == EMBEDDED else pretrained, **options)
 
 
 def _device(device: str | None) -> str:

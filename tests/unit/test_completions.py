@@ -1,0 +1,48 @@
+"""Finished samples in files: nothing that was saved is lost, nothing half written is taken."""
+
+import pytest
+
+from sirius.errors import FileError
+from sirius.evaluation.completions import Completions, key_of
+
+
+def test_samples_of_every_process_are_found_again(tmp_path):
+    first, second = Completions(tmp_path, 0), Completions(tmp_path, 1)
+    first.add("a", {"text": "é\n"})
+    second.add("b", {"text": "two"})
+    first.read()
+    assert {key: each["text"] for key, each in first.found.items()} == {"a": "é\n", "b": "two"}
+    assert Completions(tmp_path, 2).found.keys() == {"a", "b"}
+
+
+def test_a_line_that_a_killed_process_left_unfinished_is_dropped(tmp_path):
+    Completions(tmp_path).add("a", {"text": "whole"})
+    path = tmp_path / "rank0.jsonl"
+    path.write_bytes(path.read_bytes() + b'{"key": "b", "te')
+    again = Completions(tmp_path)
+    assert again.found.keys() == {"a"}
+    again.add("c", {"text": "after"})
+    assert Completions(tmp_path).found.keys() == {"a", "c"}
+
+
+def test_a_file_of_something_else_is_refused(tmp_path):
+    (tmp_path / "rank0.jsonl").write_text("hello\n")
+    with pytest.raises(FileError, match="line 1 is no sample"):
+        Completions(tmp_path)
+
+
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FileError, match="cannot write"):
+        Completions(tmp_path / "file")
+
+
+def test_prompts_options_and_settings_have_keys_of_their_own():
+    options = {"max_new_tokens": 4, "stop": ["."]}
+    keys = {
+        key_of((1, 2), options, {"keep": 0.5}),
+        key_of((1, 3), options, {"keep": 0.5}),
+        key_of((1, 2), {**options, "stop": []}, {"keep": 0.5}),
+        key_of((1, 2), options, {"keep": 0.4}),
+    }
+    assert len(keys) == 4
