@@ -5,6 +5,7 @@ SiriusError
 ├── RequestError           a prompt cannot be decoded: empty, too long, not tokens of this model
 │   └── OutOfMemoryError       there is no memory for it
 ├── FileError              a file cannot be read or written, or a line of it is broken
+├── SandboxError           generated code cannot be contained on this machine
 └── ModelError             a model cannot be loaded
     └── UnsupportedModelError  a model was understood, and does not fit the method
 """
@@ -28,6 +29,10 @@ class OutOfMemoryError(RequestError):
 
 class FileError(SiriusError, OSError):
     """A file cannot be read or written, or a line of it is broken."""
+
+
+class SandboxError(SiriusError):
+    """Generated code cannot be contained on this machine, so none is run."""
 
 
 class ModelError(SiriusError):

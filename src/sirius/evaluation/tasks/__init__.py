@@ -1,0 +1,1 @@
+"""Tasks in lm-eval's format, and the functions that they name."""
