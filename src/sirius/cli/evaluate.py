@@ -102,7 +102,7 @@ def run(tasks: Sequence[str], data: Path | None, model_args: dict[str, Any], opt
         from sirius.evaluation.suite import check_tasks, load_tasks, suite_folder, task_manager
 
     with suite_folder(data) as folder:
-        manager = task_manager(folder)
+        manager = task_manager(folder, tasks)
         check_tasks(tasks, data, manager)
         unsafe = [name for name, task in load_tasks(tasks, manager).items() if getattr(task, "UNSAFE_CODE", False)]
         if unsafe and UNSAFE not in options:

@@ -60,7 +60,7 @@ def sweep(
         list_settings(wanted)
         return
     with suite_folder(data) as folder:
-        manager = task_manager(folder)
+        manager = task_manager(folder, wanted.tasks)
         check_tasks(wanted.tasks, data, manager)
         load = {"dtype": dtype, "device": device, "max_context": max_context, "revision": revision}
         _run(
@@ -92,7 +92,8 @@ def _run(
     parts = load_parts(grid, manager, allowed)
     engine = terminal.load(model, threads, **{**load, "device": ranks.device(load["device"])})
     command = shlex.join(["sirius", *sys.argv[1:]])
-    work = Sweep(grid, engine, parts, output, batch_size=batch_size, allowed=allowed, command=command, ranks=ranks)
+    options: dict[str, Any] = {"batch_size": batch_size, "allowed": allowed, "command": command, "ranks": ranks}
+    work = Sweep(grid, engine, parts, output, model or "embedded", **options)
     left = work.missing()
     with saved_as_it_goes(), terminal.progress("decoding", left, shown=ranks.rank == 0) as advance:
         work.on_sample = advance

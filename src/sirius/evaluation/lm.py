@@ -62,6 +62,7 @@ class SiriusLM(TemplateLM):
         completions: str | Path | Completions | None = None,
         ranks: Ranks | None = None,
         quiet: bool = False,
+        name: str | None = None,
         max_batch_size: int | None = None,
         **setting: Any,
     ) -> None:
@@ -72,6 +73,7 @@ class SiriusLM(TemplateLM):
         completions  a folder in which finished samples are saved and found again
         ranks        the processes that share the work; None: as the environment says
         quiet        show no progress
+        name         of the model in results; None: `pretrained`, or where an engine came from
         setting      options of sparsity and correction, by the names of `sirius generate`
 
         Raises SiriusError where the model cannot be loaded or an option is none.
@@ -83,14 +85,16 @@ class SiriusLM(TemplateLM):
         self.ranks = Ranks.here() if ranks is None else ranks
         if threads is not None:
             torch.set_num_threads(int(threads))
-        load = {"dtype": dtype, "revision": revision, "trust_remote_code": trust_remote_code, "gguf_file": gguf_file}
-        place = self.ranks.device(_device(device))
-        self.engine = _engine(pretrained, {**load, "device": place, "max_context": max_context})
+        load: dict[str, Any] = {"dtype": dtype, "revision": revision, "max_context": max_context}
+        load |= {"trust_remote_code": trust_remote_code, "gguf_file": gguf_file}
+        load["device"] = self.ranks.device(_device(device))
+        self.engine = _engine(pretrained, load)
         if self.engine.tokenizer is None:
             raise ConfigError("lm-eval's tasks are texts, and this model has no tokenizer")
         self.tokenizer: Any = self.engine.tokenizer
         self.engine.ends |= {self.eot_token_id}  # lm-eval's own models end there too
-        self.name = pretrained if isinstance(pretrained, str) else str(self.engine.model.config.name_or_path)
+        place = pretrained if isinstance(pretrained, str) else self.engine.model.config.name_or_path
+        self.name = str(place if name is None else name)
         self._rank, self._world_size = self.ranks.rank, self.ranks.size
         self.quiet = quiet or self._rank > 0
         self._device = torch.device("cpu")  # where `all_gather` wants its tensors

@@ -76,9 +76,13 @@ def check_tasks(names: Sequence[str], data: Path | None, manager: TaskManager) -
             check_files(name, data)
 
 
-def task_manager(folder: Path) -> TaskManager:
-    """Return lm-eval's tasks with those of a folder in place of its own of the same name."""
-    return TaskManager(include_path=str(folder))
+def task_manager(folder: Path, names: Sequence[str] = ()) -> TaskManager:
+    """Return lm-eval's tasks with those of a folder in place of its own of the same name.
+
+    names  where all of them are tasks of the folder, lm-eval's thousands of files are not read
+    """
+    known = {path.stem for path in folder.glob("*.yaml")}
+    return TaskManager(include_path=str(folder), include_defaults=not names or not known.issuperset(names))
 
 
 def load_tasks(names: Sequence[str], manager: TaskManager) -> dict[str, Task]:

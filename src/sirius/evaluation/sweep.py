@@ -64,6 +64,7 @@ class Sweep:
 
     parts    lm-eval's tasks of each name, see `load_parts`
     folder   where samples and results are kept
+    name     of the model, in results
     allowed  whether code that the model writes may be run
     """
 
@@ -71,6 +72,7 @@ class Sweep:
     engine: Engine
     parts: Mapping[str, Mapping[str, Task]]
     folder: Path
+    name: str
     batch_size: int = 8
     allowed: bool = False
     command: str = ""
@@ -84,7 +86,8 @@ class Sweep:
         except OSError as error:
             raise FileError(f"cannot write {self.folder}: {error.strerror or error}") from error
         one = Ranks()  # lm-eval grades in each process what all of them decoded
-        self.lm = SiriusLM(self.engine, batch_size=self.batch_size, completions=self.completions, ranks=one, quiet=True)
+        options: dict[str, Any] = {"batch_size": self.batch_size, "ranks": one, "quiet": True, "name": self.name}
+        self.lm = SiriusLM(self.engine, completions=self.completions, **options)
         self.model = {**self.lm.identity, "parameters": self.engine.model.num_parameters()}
         self.requests: dict[tuple[str, range | None], list[Instance]] = {}
 

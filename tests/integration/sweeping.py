@@ -1,0 +1,49 @@
+"""A small sweep of the embedded model, as a process that tests start, kill and start again."""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from sirius import Engine
+from sirius.demo.embedded import FOLDER
+from sirius.evaluation import sweep
+from sirius.evaluation.grid import Grid
+from sirius.evaluation.suite import OWN, task_manager
+
+SPARSE = {"sparsity": "coarse", "keep": 0.4}
+GRID = Grid(
+    ("demo_reasoning", "demo_understanding"),
+    (
+        {"sparsity": "none"},
+        {**SPARSE, "preset": "paper", "tree_width": 2},
+        {**SPARSE, "preset": "paper", "threshold": {"choose": [0.01, 0.9]}, "tree_width": 1},
+    ),
+    limit=4,
+    validation=3,
+    chat=True,
+)
+SAMPLES = 2 * (4 + 4 + 3 + 3 + 4)  # of two tasks: two settings, two to choose from, and the chosen one
+
+
+def run(folder: Path) -> list[Path]:
+    """Decode and grade the grid in a folder."""
+    torch.set_num_threads(1)
+    parts = sweep.load_parts(GRID, task_manager(OWN, GRID.tasks), allowed=False)
+    engine = Engine.load(str(FOLDER), dtype="float32", device="cpu")
+    return sweep.Sweep(GRID, engine, parts, folder, "embedded", batch_size=2).run()
+
+
+def results(folder: Path) -> dict[str, dict]:
+    """Return the results of a folder by their files' names, without what differs from run to run."""
+    found = {path.name: json.loads(path.read_text()) for path in sorted((folder / "cells").iterdir())}
+    for each in found.values():
+        for name in ("seconds", "tokens_per_second"):
+            del each["stats"][name]
+    return found
+
+
+if __name__ == "__main__":
+    sweep.PATIENCE = 3.0  # the samples here take less
+    run(Path(sys.argv[1]))

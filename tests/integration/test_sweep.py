@@ -1,0 +1,118 @@
+"""Sweeps: a killed one goes on as if nothing had happened, several processes come to the results of one."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("lm_eval")
+
+import sweeping
+
+from sirius import cli
+
+
+def start(folder: Path, rank: int = 0, size: int = 1) -> subprocess.Popen:
+    """Start the sweep as process `rank` of `size`."""
+    names = {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, sweeping.__file__, str(folder)], env={**os.environ, **names})
+
+
+def saved(folder: Path) -> int:
+    """Return how many samples all processes have saved."""
+    return sum(path.read_bytes().count(b"\n") for path in folder.glob("completions/*.jsonl"))
+
+
+def kill_after(process: subprocess.Popen, folder: Path, samples: int) -> None:
+    """Kill a process as soon as so many samples are saved."""
+    while saved(folder) < samples:
+        assert process.poll() is None, "it ended before it could be killed"
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    sweeping.run(folder)
+    return folder
+
+
+def test_a_sweep_saves_every_sample_and_chooses_on_items_that_it_does_not_test(undisturbed):
+    found = sweeping.results(undisturbed).values()
+    assert 0 <= sweeping.SAMPLES - saved(undisturbed) <= 4 * 2  # a chosen setting may be one that is tested anyway
+    chosen = [each for each in found if each["choice"] and each["split"] == "test"]
+    tried = [each for each in found if each["split"] == "validation"]
+    assert (len(found), len(chosen), len(tried)) == (2 * 2 + 2 + 2 * 2, 2, 2 * 2)
+    assert {sample["id"] for each in tried for sample in each["samples"]} == {4, 5, 6}
+    assert {sample["id"] for each in chosen for sample in each["samples"]} == {0, 1, 2, 3}
+    for each in chosen:
+        mine = [other for other in tried if other["task"] == each["task"]]
+        best = max(other["metrics"][other["metric"]]["value"] for other in mine)
+        used = next(other for other in mine if other["setting"] == each["setting"])
+        assert used["metrics"][used["metric"]]["value"] == best
+
+
+def test_a_sweep_that_is_done_decodes_nothing_again(undisturbed):
+    before = sweeping.results(undisturbed), saved(undisturbed)
+    sweeping.run(undisturbed)
+    assert (sweeping.results(undisturbed), saved(undisturbed)) == before
+
+
+def test_a_sweep_killed_half_way_comes_to_the_results_of_an_undisturbed_one(undisturbed, tmp_path):
+    kill_after(start(tmp_path), tmp_path, sweeping.SAMPLES // 2)
+    before = saved(tmp_path)
+    assert start(tmp_path).wait(timeout=300) == 0
+    assert sweeping.results(tmp_path) == sweeping.results(undisturbed)
+    assert saved(tmp_path) == saved(undisturbed) >= before  # what was saved was not decoded again
+
+
+def test_two_processes_come_to_the_results_of_one_though_one_of_them_is_killed(undisturbed, tmp_path):
+    first, second = start(tmp_path, 0, 2), start(tmp_path, 1, 2)
+    kill_after(second, tmp_path, 6)
+    assert first.wait(timeout=300) == 0
+    assert sweeping.results(tmp_path) == sweeping.results(undisturbed)
+    shares = [path.read_bytes().count(b"\n") for path in sorted(tmp_path.glob("completions/*.jsonl"))]
+    assert min(shares) > 0, "each decodes a share"
+    assert sum(shares) <= saved(undisturbed) + 2  # at most what the killed one had at work is decoded twice
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_work_and_come_to_the_results_of_one(undisturbed, tmp_path):
+    both = [start(tmp_path, rank, 2) for rank in range(2)]
+    assert [each.wait(timeout=300) for each in both] == [0, 0]
+    assert sweeping.results(tmp_path) == sweeping.results(undisturbed)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("table9",), "there is no grid"),
+        (("period", "--tasks", "gsm9k"), "there is no task 'gsm9k'"),
+        (("period", "--tasks", "mmlu_abstract_algebra"), "cannot be loaded"),
+        (("period", "--data", "{folder}"), "gsm8k needs"),
+        (("period", "--data", "{folder}/none"), "is a folder"),
+        (("period", "--limit", "0"), "limit is a whole number"),
+        (("table2", "--tasks", "humaneval", "--data", "{shared}"), "--confirm-run-unsafe-code"),
+    ],
+)
+def test_what_cannot_be_swept_is_told_in_one_line_before_a_model_is_loaded(
+    arguments, said, monkeypatch, capsys, tmp_path
+):
+    from conftest import SHARED
+
+    if "{shared}" in arguments and not (SHARED / "data").is_dir():
+        pytest.skip("the evaluation data is not on this machine")
+    given = [each.format(folder=tmp_path, shared=SHARED / "data") for each in arguments]
+    monkeypatch.setattr(sys, "argv", ["sirius", "sweep", *given, "--output", str(tmp_path / "out"), "--model", "none"])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    printed = capsys.readouterr().err
+    assert end.value.code == 2
+    assert said in " ".join(printed.split())
+    assert "Traceback" not in printed
