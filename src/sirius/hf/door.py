@@ -4,7 +4,7 @@ transformers hands `streamer`, `tokenizer` and `stop_strings` not on to a custom
 (`functools.partial(sirius.decode, streamer=...)`), or call `sirius.generate`, which does.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, cast
@@ -54,11 +54,23 @@ def generate(
 
     stop_strings  those of the generation config, given or the model's, if left out
     """
-    given = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
-    for config in (given, getattr(model, "generation_config", None)):
-        stop_strings = getattr(config, "stop_strings", None) if stop_strings is None else stop_strings
-    bound = partial(decode, streamer=streamer, tokenizer=tokenizer, stop=stop_strings)
+    config = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
+    bound = bind(model, config, streamer=streamer, tokenizer=tokenizer, stop_strings=stop_strings)
     return model.generate(*args, custom_generate=bound, stop_strings=None, **kwargs)
+
+
+def bind(
+    model: Any,
+    config: GenerationConfig | None,
+    *,
+    streamer: BaseStreamer | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    stop_strings: str | Sequence[str] | None,
+) -> Callable[..., Any]:
+    """Return `decode` with what transformers does not hand on; arguments as in `generate`, `config` as given there."""
+    for each in (config, getattr(model, "generation_config", None)):
+        stop_strings = getattr(each, "stop_strings", None) if stop_strings is None else stop_strings
+    return partial(decode, streamer=streamer, tokenizer=tokenizer, stop=stop_strings)
 
 
 @torch.no_grad()
