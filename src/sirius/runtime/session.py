@@ -271,6 +271,13 @@ class Session:
             return method.touched(self.space.tally.share(row))
         return method.touched() if isinstance(method, PromptSparsity) else DENSE
 
+    def kept(self, row: int) -> tuple[float, ...]:
+        """Return the share of its neurons that a draft token of a row keeps in each layer, none where all are kept."""
+        method = self.methods[row]
+        if isinstance(method, TokenSparsity):
+            return method.kept(self.space.tally.shares(row))
+        return method.kept() if isinstance(method, PromptSparsity) else ()
+
     def _method_of_row(self) -> Sparsity | None:
         return self.make() if isinstance(self.shared, PromptSparsity) else self.shared
 
