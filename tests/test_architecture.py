@@ -17,6 +17,7 @@ TREES = {path: ast.parse(path.read_text()) for path in FILES}
 LAYERS = [  # from the top down; a module imports from its own layer's package or from below
     {"__main__"},
     {"cli"},
+    {"evaluation", "report", "trace"},
     {"demo", "benchmark"},
     {"jobs", "hf"},
     {"engine"},

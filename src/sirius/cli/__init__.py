@@ -12,6 +12,7 @@ from sirius.cli.demo import demo_app
 from sirius.cli.generate import generate
 from sirius.cli.streams import guarded
 from sirius.cli.terminal import INTERRUPTED, UNREAD, WRONG_INPUT, complain, out
+from sirius.cli.trace import trace
 from sirius.errors import SiriusError
 
 app = typer.Typer(
@@ -22,6 +23,7 @@ app = typer.Typer(
     help="Faster decoding of large language models: a sparse model drafts, the full model corrects.",
 )
 app.command()(generate)
+app.command()(trace)
 app.add_typer(demo_app, name="demo")
 app.add_typer(bench_app, name="bench")
 

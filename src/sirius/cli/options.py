@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 from sirius.errors import ConfigError
 
 if TYPE_CHECKING:
+    import typer
+
     from sirius.sparsity.base import Factory
 
 CORRECTING = ("period", "accept", "threshold", "accept_temperature", "tree_width", "prune", "ablate")
@@ -20,7 +22,7 @@ UNDRAFTED = "at --period 1, which drafts nothing; give a longer period"
 
 @dataclass(frozen=True)
 class Asked:
-    """The command line of `sirius generate`.
+    """The command line of `sirius generate`, or of a command that shares options with it.
 
     values  of all options, by their names in Python
     given   the names of those that stand on the command line
@@ -28,6 +30,13 @@ class Asked:
 
     values: Mapping[str, Any]
     given: frozenset[str]
+
+    @classmethod
+    def of(cls, context: "typer.Context", **others: Any) -> "Asked":
+        """Return a context's command line; `others` are options that its command does not have, by their values."""
+        sources = {name: context.get_parameter_source(name) for name in context.params}
+        given = frozenset(name for name, at in sources.items() if at and at.name == "COMMANDLINE")
+        return cls({**others, **context.params}, given)
 
     def __getitem__(self, name: str) -> Any:
         return self.values[name]
@@ -91,6 +100,7 @@ IDLE = (
         ("logprobs",),
         "in plain text; give --json, or --output with --input",
     ),
+    Idle(lambda a: a["output"] is None, ("force",), "without a file to write over; give --output"),
     Idle(lambda a: a["model"] is None, ("revision", "trust_remote_code"), "with the embedded model; give --model"),
     Idle(lambda a: a.local, ("revision",), "with a model that is on this machine; it is of a hub id"),
 )
