@@ -330,8 +330,7 @@ class Batch:
 
     def _completed(self, entry: _Entry) -> Completion:
         rounds, ending = entry.rounds, entry.ending
-        row = self.active.index(entry)
-        touched, kept = self.session.touched(row), self.session.kept(row)
+        touched, kept = self.session.touched(self.active.index(entry))
         sampled = entry.text.request.sampling.temperature > 0
         basis = Basis(count_parameters(self.model), touched, self.correction, self._lossless(sampled), kept)
         return Completion(

@@ -66,15 +66,14 @@ class Tally:
         both, more = (self.kept, self.offered), max(0, rows - held)
         self.kept, self.offered = (torch.cat([each, each.new_zeros(layers, more)], 1) for each in both)
 
-    def share(self, row: int) -> float:
-        """Return the share that a row's steps have read over all layers, 1 before the first."""
-        offered = int(self.offered[:, row].sum())
-        return int(self.kept[:, row].sum()) / offered if offered else 1.0
+    def shares(self, row: int) -> tuple[float, tuple[float, ...]]:
+        """Return the share that a row's steps have read, 1 before the first: over all layers, and in each one.
 
-    def shares(self, row: int) -> tuple[float, ...]:
-        """Return the share that a row's steps have read in each layer, 1 before the first."""
-        pairs = zip(self.kept[:, row].tolist(), self.offered[:, row].tolist(), strict=True)
-        return tuple(kept / offered if offered else 1.0 for kept, offered in pairs)
+        It asks a device once.
+        """
+        kept, offered = torch.stack([self.kept[:, row], self.offered[:, row]]).cpu().tolist()
+        layers = tuple(part / whole if whole else 1.0 for part, whole in zip(kept, offered, strict=True))
+        return sum(kept) / sum(offered) if any(offered) else 1.0, layers
 
     def move(self, source: int, target: int) -> None:
         """Let row `target` be what row `source` was, which begins anew."""
