@@ -330,9 +330,9 @@ class Batch:
 
     def _completed(self, entry: _Entry) -> Completion:
         rounds, ending = entry.rounds, entry.ending
-        touched = self.session.touched(self.active.index(entry))
+        touched, kept = self.session.touched(self.active.index(entry))
         sampled = entry.text.request.sampling.temperature > 0
-        basis = Basis(count_parameters(self.model), touched, self.correction, self._lossless(sampled))
+        basis = Basis(count_parameters(self.model), touched, self.correction, self._lossless(sampled), kept)
         return Completion(
             ending.text,
             tuple(token for r in rounds for token in r.tokens),

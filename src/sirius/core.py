@@ -304,6 +304,8 @@ class Round:
     logprobs  the natural log of the full model's probability of each token, at temperature 1 before any processor
               (of the sparse model's where it decodes alone)
     draft     the branch of the draft that went furthest; draft[accepted:] was rolled back
+    guessed   the natural log of the full model's probability of each token of `draft`, after those before it; at
+              temperature 1 before any processor
     accepted  how many guesses are in `tokens`
     steps     passes of the draft model
     period    K of this round
@@ -322,6 +324,7 @@ class Round:
     cut: bool = False
     scores: Tensor | None = None
     logits: Tensor | None = None
+    guessed: tuple[float, ...] = ()
 
     def until(self, count: int) -> "Round":
         """Return the round as a stop after `count` of its tokens leaves it."""

@@ -139,12 +139,14 @@ class Basis:
 
     correction  None where the sparse model decodes alone
     touched     what a sparse token read; DENSE where nothing is sparse
+    kept        the share of its neurons that a sparse token kept in each layer, 0 to 1; none where nothing is sparse
     """
 
     parameters: Parameters
     touched: Touched
     correction: CorrectionConfig | None
     lossless: bool
+    kept: tuple[float, ...] = ()
 
 
 def average_advance(rounds: Sequence[Round]) -> float | None:

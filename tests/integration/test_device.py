@@ -41,7 +41,7 @@ def test_a_round_asks_its_device_once_and_all_that_it_uses_is_there(standin, met
         asked.append(list(standin.answers))
     checked = ["_local_scalar_dense"] * (method == "coarse")  # whether all layers' sets are sets, with the first round
     assert asked[1] == [*checked, "fetched"]
-    ended = ["_local_scalar_dense"] * (method == "fine")  # what the steps of a text have read
+    ended = ["fetched"] * (method == "fine")  # what the steps of a text have read
     assert all(each == ["fetched"] for each in asked[2:-1]) and asked[-1] == ["fetched", *ended], asked
     assert standin.records > 0
     assert list(update.completion.token_ids) == greedy(tiny_model(eos_token_id=7), PROMPT, 18)

@@ -75,6 +75,10 @@ def fine(keep: float = 0.5, **options) -> TokenSparsity:
     return method
 
 
+def tally(x: torch.Tensor) -> Tally:
+    return Tally(1, len(x), x.device)
+
+
 def sizes(mlp: SparseMLP, x: torch.Tensor) -> torch.Tensor:
     """Return |act(gate(x))| [..., F]."""
     return nn.functional.silu(nn.functional.linear(x, *mlp.neurons.gate)).abs()
@@ -194,7 +198,7 @@ def test_a_method_that_keeps_every_neuron_is_the_dense_route(original, shared_se
 @pytest.mark.parametrize("keep", [0.05, 0.5, 0.95])
 def test_the_fine_route_is_the_mlp_of_each_tokens_neurons(original, keep, rows):
     mlp, x, method = sparse_mlp(original), tokens(1, rows), fine(keep)
-    close(routed(mlp, Chosen(method, 0, Tally(len(x), x.device)), x), masked(mlp, x, method.choose(0, sizes(mlp, x))))
+    close(routed(mlp, Chosen(method, 0, tally(x)), x), masked(mlp, x, method.choose(0, sizes(mlp, x))))
 
 
 @pytest.mark.parametrize("rows", [1, 2], ids=["rows gathered", "mask"])
@@ -203,34 +207,34 @@ def test_a_rows_branches_share_the_neurons_of_their_weighed_mean(original, rows)
     weights = torch.tensor([[0.7, 0.3, 0.0], [0.2, 0.2, 0.6]])[:rows]
     mean = sum(weights[:, [t], None].double() * sizes(mlp, x)[:, [t]] for t in range(3))
     assert isinstance(mean, torch.Tensor) and mean.shape == (rows, 1, F)
-    close(routed(mlp, Chosen(method, 0, Tally(rows, x.device)), x, weights), masked(mlp, x, method.choose(0, mean)))
+    close(routed(mlp, Chosen(method, 0, tally(x)), x, weights), masked(mlp, x, method.choose(0, mean)))
 
 
 @pytest.mark.parametrize("rows", [1, 2])
 def test_branches_have_neurons_of_their_own_where_that_is_asked_for(original, rows):
     mlp, x, method = sparse_mlp(original), tokens(3, rows), fine(0.4, per_branch=True)
-    close(routed(mlp, Chosen(method, 0, Tally(len(x), x.device)), x), masked(mlp, x, method.choose(0, sizes(mlp, x))))
+    close(routed(mlp, Chosen(method, 0, tally(x)), x), masked(mlp, x, method.choose(0, sizes(mlp, x))))
 
 
 @pytest.mark.parametrize("per_branch", [False, True])
 def test_what_a_rows_steps_read_is_counted_for_it_alone(original, per_branch):
     mlp, x, method = sparse_mlp(original), tokens(2, 3), fine(threshold=0.2, per_branch=per_branch)
-    book = Tally(3, x.device)
+    book = Tally(2, 3, x.device)
     branches = torch.tensor([[0.8, 0.2], [1.0, 0.0], [0.0, 0.0]])  # whole, half dead, not drafted for
     for _ in range(2):
-        routed(mlp, Chosen(method, 0, book), x, branches)
+        routed(mlp, Chosen(method, 1, book), x, branches)
     size = sizes(mlp, x)
     first = (size[0] > 0.2).any(0) if per_branch else (0.8 * size[0, 0] + 0.2 * size[0, 1]) > 0.2
     want = [int(first.sum()) / F, int((size[1, 0] > 0.2).sum()) / F, 1.0]
     assert 0 < want[1] != want[0] < 1
-    assert [book.share(row) for row in range(3)] == want
+    assert [book.shares(row) for row in range(3)] == [(share, (1.0, share)) for share in want]
     book.move(2, 0)
-    assert [book.share(row) for row in range(3)] == [want[2], want[1], 1.0]
+    assert [book.shares(row)[0] for row in range(3)] == [want[2], want[1], 1.0]
 
 
 def test_a_threshold_that_nothing_passes_leaves_the_bias_alone(original):
     mlp, x = sparse_mlp(original), tokens(1)
-    got = routed(mlp, Chosen(fine(threshold=1e9), 0, Tally(len(x), x.device)), x)
+    got = routed(mlp, Chosen(fine(threshold=1e9), 0, tally(x)), x)
     assert torch.equal(got, masked(mlp, x, torch.zeros(F)))
 
 
@@ -269,4 +273,4 @@ def test_a_choice_that_is_no_mask_of_neurons_is_refused(original, answer, words,
     mlp, x, method = sparse_mlp(original), tokens(1), fine(threshold=0.2)
     monkeypatch.setattr(method, "choose", lambda layer, size: answer)
     with pytest.raises(ConfigError, match=rf"FineSparsity.choose must give .* \[1, 1, 45\] bool; {words}"):
-        routed(mlp, Chosen(method, 0, Tally(1, x.device)), x)
+        routed(mlp, Chosen(method, 0, tally(x)), x)

@@ -14,6 +14,7 @@ from sirius.cli.generate import generate
 from sirius.cli.streams import guarded
 from sirius.cli.sweep import sweep
 from sirius.cli.terminal import INTERRUPTED, UNREAD, WRONG_INPUT, complain, out
+from sirius.cli.trace import trace
 from sirius.errors import SiriusError
 
 app = typer.Typer(
@@ -26,6 +27,7 @@ app = typer.Typer(
 app.command()(generate)
 app.command("eval", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(evaluate)
 app.command()(sweep)
+app.command()(trace)
 app.add_typer(demo_app, name="demo")
 app.add_typer(bench_app, name="bench")
 

@@ -100,6 +100,7 @@ IDLE = (
         ("logprobs",),
         "in plain text; give --json, or --output with --input",
     ),
+    Idle(lambda a: a["output"] is None, ("force",), "without a file to write over; give --output"),
     Idle(lambda a: a["model"] is None, ("revision", "trust_remote_code"), "with the embedded model; give --model"),
     Idle(lambda a: a.local, ("revision",), "with a model that is on this machine; it is of a hub id"),
 )

@@ -42,9 +42,7 @@ class Form:
 
     def asked(self, prompt: "Prompt") -> "Prompt":
         """Return a prompt as the model is asked: in its chat template, if so wanted."""
-        if isinstance(prompt, str) and prompt and self.settings["chat"]:
-            return [{"role": "user", "content": prompt}]
-        return prompt
+        return as_asked(prompt, self.settings["chat"])
 
     def length(self, prompt: "Prompt") -> int:
         """Return how many tokens a prompt has."""
@@ -73,12 +71,23 @@ class Form:
         sys.stdout.flush()
 
 
-def stream(form: Form, prompt: str) -> None:
-    """Decode one prompt, and print its text as it becomes certain, or its JSON; "-" is what standard input holds."""
-    if prompt == "-":
-        from sirius.jobs import STDIN, read_text
+def as_asked(prompt: "Prompt", chat: bool) -> "Prompt":
+    """Return a prompt as the model is asked: a text as a message of the user, if `chat`."""
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) and prompt and chat else prompt
 
-        prompt = read_text(STDIN).removesuffix("\n")  # which `echo` adds
+
+def read_prompt(given: str) -> str:
+    """Return the prompt that a command was given; "-" is what standard input holds."""
+    if given != "-":
+        return given
+    from sirius.jobs import STDIN, read_text
+
+    return read_text(STDIN).removesuffix("\n")  # which `echo` adds
+
+
+def stream(form: Form, given: str) -> None:
+    """Decode one prompt, and print its text as it becomes certain, or its JSON; "-" is what standard input holds."""
+    prompt = read_prompt(given)
     engine, asked = form.load(), form.asked(prompt)
     if form.json:
         form.show_json(None, engine.generate(asked, **form.options), form.length(prompt))

@@ -184,7 +184,8 @@ def keep(
         seen = (scores[0][b, places], scores[1][b, places]) if row.keep_scores else scores
         done = _add_tokens(row, taken, tuple(logprobs), verdict, seen)
         branch = tuple(tokens[place] for place in verdict.tip)
-        rounds.append(done and replace(done, draft=branch, steps=judged.depth[b], period=period))
+        known = tuple(guessed[place] for place in verdict.tip)
+        rounds.append(done and replace(done, draft=branch, guessed=known, steps=judged.depth[b], period=period))
     counts = [0 if row.error else 1 + len(v.path) for row, v in zip(rows, verdicts, strict=True)]
     paths = [([0, *v.path] + [0] * max(counts))[: max(counts)] for v in verdicts]
     model.keep(torch.tensor(paths, dtype=torch.int64), torch.tensor(counts))

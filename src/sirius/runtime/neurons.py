@@ -53,39 +53,44 @@ class Indexed:
 class Tally:
     """How many neurons the draft steps of a batch have read, row by row; its tensors stay where they are.
 
-    kept     [R] int64  neurons that the rows' steps have read so far, over all layers
-    offered  [R] int64  neurons that were there for them
+    kept     [L, R] int64  neurons that the rows' steps have read so far, in each layer
+    offered  [L, R] int64  neurons that were there for them
     """
 
-    def __init__(self, rows: int, device: torch.device) -> None:
-        self.kept, self.offered = torch.zeros(2, rows, dtype=torch.int64, device=device)
+    def __init__(self, layers: int, rows: int, device: torch.device) -> None:
+        self.kept, self.offered = torch.zeros(2, layers, rows, dtype=torch.int64, device=device)
 
     def reserve(self, rows: int) -> None:
         """Make room for at least R rows."""
-        more = max(0, rows - len(self.kept))
-        self.kept, self.offered = (torch.cat([each, each.new_zeros(more)]) for each in (self.kept, self.offered))
+        layers, held = self.kept.shape
+        both, more = (self.kept, self.offered), max(0, rows - held)
+        self.kept, self.offered = (torch.cat([each, each.new_zeros(layers, more)], 1) for each in both)
 
-    def share(self, row: int) -> float:
-        """Return the share that a row's steps have read, 1 before the first."""
-        offered = int(self.offered[row])
-        return int(self.kept[row]) / offered if offered else 1.0
+    def shares(self, row: int) -> tuple[float, tuple[float, ...]]:
+        """Return the share that a row's steps have read, 1 before the first: over all layers, and in each one.
+
+        It asks a device once.
+        """
+        kept, offered = torch.stack([self.kept[:, row], self.offered[:, row]]).cpu().tolist()
+        layers = tuple(part / whole if whole else 1.0 for part, whole in zip(kept, offered, strict=True))
+        return sum(kept) / sum(offered) if any(offered) else 1.0, layers
 
     def move(self, source: int, target: int) -> None:
         """Let row `target` be what row `source` was, which begins anew."""
         for each in (self.kept, self.offered):
-            each[target] = each[source]
-            each[source] = 0
+            each[:, target] = each[:, source]
+            each[:, source] = 0
 
     def clear(self) -> None:
         """Let every row begin anew."""
         self.kept.zero_()
         self.offered.zero_()
 
-    def add(self, kept: Tensor, branches: Tensor) -> None:
-        """Count the neurons that a step of one layer keeps, [B, 1 or T, F] bool; branches [B, T] as `Pass` has them."""
+    def add(self, layer: int, kept: Tensor, branches: Tensor) -> None:
+        """Count the neurons that a step of a layer keeps, [B, 1 or T, F] bool; branches [B, T] as `Pass` has them."""
         lives = branches.sum(1) > 0
-        self.kept[: len(lives)] += kept.any(1).sum(1) * lives
-        self.offered[: len(lives)] += lives * kept.shape[2]
+        self.kept[layer, : len(lives)] += kept.any(1).sum(1) * lives
+        self.offered[layer, : len(lives)] += lives * kept.shape[2]
 
 
 class Chosen:
@@ -117,7 +122,7 @@ class Chosen:
         if tally is not None:
             if kept.shape[1] > 1:
                 kept = kept & (now.branches > 0)[..., None]
-            tally.add(kept, now.branches)
+            tally.add(self.layer, kept, now.branches)
         if kept.shape[:-1].numel() > 1:  # several sets
             gated = gated * kept
         return neurons.finish(gated, x, neurons.index_of(kept.flatten(0, 1).any(0), x), now.invariant)

@@ -264,12 +264,16 @@ class Session:
         once = self.shared.touched() if isinstance(self.shared, PromptSparsity) else DENSE
         return once, once
 
-    def touched(self, row: int) -> Touched:
-        """Return which share of its neurons a draft token of a row reads."""
+    def touched(self, row: int) -> tuple[Touched, tuple[float, ...]]:
+        """Return which share of its neurons a draft token of a row reads, and the share that it keeps in each layer.
+
+        The second is empty where nothing is sparse.
+        """
         method = self.methods[row]
         if isinstance(method, TokenSparsity):
-            return method.touched(self.space.tally.share(row))
-        return method.touched() if isinstance(method, PromptSparsity) else DENSE
+            share, shares = self.space.tally.shares(row)
+            return method.touched(share), method.kept(shares)
+        return (method.touched(), method.kept()) if isinstance(method, PromptSparsity) else (DENSE, ())
 
     def _method_of_row(self) -> Sparsity | None:
         return self.make() if isinstance(self.shared, PromptSparsity) else self.shared

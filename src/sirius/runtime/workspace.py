@@ -12,6 +12,7 @@ from sirius.kernels import gpu
 from sirius.kernels.ops import attends
 from sirius.model.adopt import parts_of
 from sirius.model.attention import SlotAttention
+from sirius.model.mlp import SparseMLP
 from sirius.model.prepared import Prepared, prepared_of
 from sirius.runtime.cache import SlotCache
 from sirius.runtime.neurons import Route, Tally, overwrite
@@ -34,6 +35,7 @@ class Workspace:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.layers, self.device = model.config.get_text_config().num_hidden_layers, model.device
+        self.mlps = sum(1 for _ in parts_of(model, SparseMLP))
         self.prepared = prepared_of(model)
         self.attends, self.tried = attends_to(model), False
         self.reused = self.attends and reused_on(model.device)
@@ -53,7 +55,7 @@ class Workspace:
         """Let go of all memory."""
         self.passes.forget()
         self.cache = SlotCache(self.layers, 0, 0, self.device, self.prepared)
-        self.tally = Tally(0, self.device)
+        self.tally = Tally(self.mlps, 0, self.device)
         self.drafts: dict[int, list[Route | None]] = {}
 
     def begin(self) -> None:

@@ -78,6 +78,10 @@ class PromptSparsity(Sparsity, ABC):
         kept = sum(self.counts) / sum(self.neurons)
         return Touched(kept, kept, kept)
 
+    def kept(self) -> tuple[float, ...]:
+        """Return the fraction of its neurons that each layer keeps."""
+        return tuple(count / size for count, size in zip(self.counts, self.neurons, strict=True))
+
 
 class TokenSparsity(Sparsity, ABC):
     """A set of neurons per token, chosen in the midst of the MLP from the gate's activations."""
@@ -110,10 +114,24 @@ class TokenSparsity(Sparsity, ABC):
         kept  the share of the neurons that the text's steps kept, as measured; where branches differ, any branch. Where
               every set has a `fixed` size and branches share one nothing is measured, and those sizes count
         """
-        sizes = [self.fixed(layer) for layer in range(len(self.neurons))]
-        if not self.config.per_branch and None not in sizes:
-            kept = sum(size or 0 for size in sizes) / sum(self.neurons)
+        if (sizes := self._unmeasured()) is not None:
+            kept = sum(sizes) / sum(self.neurons)
         return Touched(1.0, kept, kept)
+
+    def kept(self, measured: Sequence[float]) -> tuple[float, ...]:
+        """Return the fraction of its neurons that each layer keeps in a draft step.
+
+        measured  those fractions as the text's steps had them, which count unless `touched` does without
+        """
+        if (sizes := self._unmeasured()) is None:
+            return tuple(measured)
+        return tuple(count / size for count, size in zip(sizes, self.neurons, strict=True))
+
+    def _unmeasured(self) -> list[int] | None:
+        """Return the size of each layer's sets where all sets of the layer have it, and so nothing is measured."""
+        sizes = [self.fixed(layer) for layer in range(len(self.neurons))]
+        known = [size for size in sizes if size is not None]
+        return None if self.config.per_branch or len(known) < len(sizes) else known
 
 
 Method = TypeVar("Method", bound=Sparsity)
