@@ -10,6 +10,7 @@ from sirius import __version__
 from sirius.cli.bench import bench_app
 from sirius.cli.demo import demo_app
 from sirius.cli.evaluate import evaluate
+from sirius.cli.export import export
 from sirius.cli.generate import generate
 from sirius.cli.streams import guarded
 from sirius.cli.sweep import sweep
@@ -27,6 +28,7 @@ app = typer.Typer(
 app.command()(generate)
 app.command("eval", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(evaluate)
 app.command()(sweep)
+app.command()(export)
 app.command()(trace)
 app.add_typer(demo_app, name="demo")
 app.add_typer(bench_app, name="bench")

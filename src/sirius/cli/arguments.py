@@ -1,5 +1,6 @@
 """The options that several commands have, each with its help, so that they read the same everywhere."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -55,3 +56,5 @@ Dtype = Annotated[
 Device = Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu, cuda, cuda:1, ...")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the checkpoint.")]
+Data = Annotated[Path | None, typer.Option(help="A folder of local files of the tasks' sets, in place of the hub's.")]
+BatchSize = Annotated[int, typer.Option("--batch-size", "--batch_size", min=1, help="Texts decoded side by side.")]

@@ -115,6 +115,14 @@ def check_effect(asked: Asked) -> None:
             raise ConfigError(f"{found} would change nothing {idle.why}")
 
 
+def setting_of(asked: Asked) -> dict[str, Any]:
+    """Return the options of sparsity and correction that were given, as `sirius.settings.make_setting` takes them."""
+    from sirius.settings import NAMES
+
+    found = {name: asked[name] for name in NAMES if name in asked.given}
+    return found | ({"ablate": "+".join(found["ablate"])} if "ablate" in found else {})
+
+
 def check_method(asked: Asked, factory: "Factory | None") -> None:
     """Raise ConfigError of options that a sparsity method has no use for; what a plug-in makes of them is its own."""
     from sirius.sparsity import PromptSparsity, TokenSparsity, fine

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sirius.cli import terminal
+from sirius.cli import arguments, terminal
 from sirius.cli.terminal import Threads, out, saved_as_it_goes, uncollected
 from sirius.errors import ConfigError
 
@@ -17,30 +17,29 @@ if TYPE_CHECKING:
 
     from sirius.evaluation.grid import Grid
 
-Data = Annotated[Path | None, typer.Option(help="A folder of local files of the tasks' sets, in place of the hub's.")]
-
 
 def sweep(
     grid: Annotated[str, typer.Argument(help="A YAML file, or a study: table1, table2, threshold, period, width, ...")],
     output: Annotated[Path, typer.Option(help="The folder of samples and results; an unfinished one is gone on with.")],
-    model: Annotated[
-        str | None, typer.Option(help="A folder, GGUF file or hub id; the embedded model if left out.")
-    ] = None,
+    model: arguments.Model = None,
     tasks: Annotated[str | None, typer.Option(help="Task names with commas, in place of the grid's.")] = None,
-    data: Data = None,
+    data: arguments.Data = None,
     limit: Annotated[int | None, typer.Option(help="Items of each task, in place of the grid's.")] = None,
     chat: Annotated[bool | None, typer.Option("--chat/--no-chat", help="Prompts by the chat template.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Texts decoded side by side.")] = 8,
-    dtype: Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16, float16.")] = "auto",
-    device: Annotated[str, typer.Option(help="auto (a GPU if there is one), cpu, cuda, ...")] = "auto",
+    batch_size: arguments.BatchSize = 8,
+    dtype: arguments.Dtype = "auto",
+    device: arguments.Device = "auto",
     threads: Threads = None,
-    max_context: Annotated[int | None, typer.Option(help="Most tokens of a prompt and its text.")] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that comes with the checkpoint.")
-    ] = False,
+    max_context: arguments.MaxContext = None,
+    revision: arguments.Revision = None,
+    trust_remote_code: arguments.TrustRemoteCode = False,
     confirm_run_unsafe_code: Annotated[
-        bool, typer.Option("--confirm-run-unsafe-code", help="Run code that the model writes, in a sandbox.")
+        bool,
+        typer.Option(
+            "--confirm-run-unsafe-code",
+            "--confirm_run_unsafe_code",
+            help="Run code that the model writes, in a sandbox.",
+        ),
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the settings of each task and stop.")] = False,
 ) -> None:
