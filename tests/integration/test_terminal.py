@@ -204,7 +204,7 @@ def test_a_text_that_cannot_be_written_ends_there(generate_on, capsys, tmp_path,
 
 def test_the_short_forms_and_the_module_are_the_command():
     assert run("-V", stdout=subprocess.PIPE).stdout == f"sirius {__version__}\n"
-    for arguments in (["-h"], ["generate", "-h"], ["demo", "-h"], ["demo", "oracle", "-h"], ["bench", "decode", "-h"]):
+    for arguments in (["-h"], ["generate", "-h"], ["demo", "-h"], ["eval", "-h"], ["bench", "decode", "-h"]):
         shown = run(*arguments, stdout=subprocess.PIPE).stdout
         assert shown.startswith(f"Usage: {' '.join(['sirius', *arguments[:-1]])} ") and "-h, --help" in shown
 

@@ -8,7 +8,7 @@ import typer
 
 from sirius import __version__
 from sirius.cli.bench import bench_app
-from sirius.cli.demo import demo_app
+from sirius.cli.demo import demo
 from sirius.cli.evaluate import evaluate
 from sirius.cli.export import export
 from sirius.cli.generate import generate
@@ -26,11 +26,11 @@ app = typer.Typer(
     help="Faster decoding of large language models: a sparse model drafts, the full model corrects.",
 )
 app.command()(generate)
+app.command()(demo)
 app.command("eval", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(evaluate)
 app.command()(sweep)
 app.command()(export)
 app.command()(trace)
-app.add_typer(demo_app, name="demo")
 app.add_typer(bench_app, name="bench")
 
 

@@ -7,7 +7,6 @@ from rich.rule import Rule
 from rich.text import Text
 
 from sirius.core import Round
-from sirius.demo.oracle import Point
 from sirius.demo.problems import TASKS, few_shot
 from sirius.demo.showcase import NEW_TOKENS, DemoFigures, DemoSetting
 from sirius.engine import Engine
@@ -46,16 +45,6 @@ def example(engine: Engine, settings: Sequence[DemoSetting], seed: int) -> Rende
     )  # fmt: skip
     heading = f"one problem, {setting.name}, a line for each round"
     return Group(_Heading(heading), Text(question), Text(), *(_marked(engine, step) for step in rounds), legend)
-
-
-def curve(points: Sequence[Point]) -> RenderableType:
-    """Return the oracle study's points as a table."""
-    shown = Figures(title=f"reasoning, {points[0].problems} problems", title_style="", padding=0)
-    for name in ("replaced if less likely than", "accuracy", "tokens replaced"):
-        shown.add_column(name, justify="right", no_wrap=True)
-    for point in points:
-        shown.add_row(f"{point.bar:g}", f"{point.accuracy:.3f} ± {point.stderr:.3f}", f"{point.replaced:.1%}")
-    return shown
 
 
 class _Heading:
