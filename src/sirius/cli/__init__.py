@@ -10,6 +10,7 @@ from sirius import __version__
 from sirius.cli.bench import bench_app
 from sirius.cli.demo import demo_app
 from sirius.cli.generate import generate
+from sirius.cli.report import report
 from sirius.cli.streams import guarded
 from sirius.cli.sweep import sweep
 from sirius.cli.terminal import INTERRUPTED, UNREAD, WRONG_INPUT, complain, out
@@ -24,6 +25,7 @@ app = typer.Typer(
 )
 app.command()(generate)
 app.command()(sweep)
+app.command()(report)
 app.add_typer(demo_app, name="demo")
 app.add_typer(bench_app, name="bench")
 
