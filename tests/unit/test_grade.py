@@ -66,3 +66,22 @@ def test_a_summary_that_is_the_highlights_scores_one_and_an_empty_one_zero():
     doc = {"highlights": "The bridge is open again .\nTrains run as before ."}
     assert grade.grade_summary(doc, [doc["highlights"]]) == {"rouge1": 1.0, "rouge2": 1.0, "rougeL": 1.0}
     assert grade.grade_summary(doc, [""]) == {"rouge1": 0.0, "rouge2": 0.0, "rougeL": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("text", "want"),
+    [
+        (" The red one.\nQ: next", (1.0, 1.0)),
+        (" red", (0.0, 2 / 3)),
+        (" blue", (0.0, 0.0)),
+        ("", (0.0, 0.0)),
+    ],
+)
+def test_an_answer_about_a_passage_counts_by_its_words(text, want):
+    found = grade.grade_passage({"answers_of_people": ["the red one"]}, [text])
+    assert (found["em"], found["f1"]) == pytest.approx(want)
+
+
+def test_of_several_answers_each_is_left_out_in_turn():
+    assert grade.grade_passage({"answers_of_people": ["Ada", "the keeper"]}, ["Ada"]) == {"em": 0.5, "f1": 0.5}
+    assert grade.grade_passage({"answers_of_people": ["Ada", "the keeper", "ada."]}, ["Ada"])["em"] == 1.0

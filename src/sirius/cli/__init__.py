@@ -12,6 +12,7 @@ from sirius.cli.demo import demo
 from sirius.cli.evaluate import evaluate
 from sirius.cli.export import export
 from sirius.cli.generate import generate
+from sirius.cli.report import report
 from sirius.cli.streams import guarded
 from sirius.cli.sweep import sweep
 from sirius.cli.terminal import INTERRUPTED, UNREAD, WRONG_INPUT, complain, out
@@ -31,6 +32,7 @@ app.command("eval", context_settings={"allow_extra_args": True, "ignore_unknown_
 app.command()(sweep)
 app.command()(export)
 app.command()(trace)
+app.command()(report)
 app.add_typer(bench_app, name="bench")
 
 

@@ -79,7 +79,7 @@ TASKS: dict[str, PaperTask] = {
         "reasoning", "exact_match,get-answer", {"test": "mmlu_test", "validation": "mmlu_dev"}, chance=0.25, stock=True
     ),
     "cnn_dailymail": PaperTask("understanding", "rougeL,none", {"test": "cnn_dailymail"}),
-    "coqa": PaperTask("understanding", "f1,none", {"validation": "coqa"}, stock=True),
+    "coqa": PaperTask("understanding", "f1,none", {"validation": "coqa"}),
     "truthfulqa_gen": PaperTask(
         "understanding", "rouge1_acc,none", {"validation": "truthfulqa"}, chance=0.5, stock=True
     ),

@@ -26,6 +26,7 @@ HUB: dict[str, tuple[str, str | None, dict[str, str]]] = {  # id, configuration,
     "strategyqa_cot": ("ChilleD/StrategyQA", None, {"test": "test"}),
     "date_cot": ("hails/bigbench", "date_understanding_zero_shot", {"test": "default"}),
     "sports_cot": ("hails/bigbench", "sports_understanding_zero_shot", {"test": "default"}),
+    "coqa": ("EleutherAI/coqa", None, {"validation": "validation"}),
     "cnn_dailymail": ("abisee/cnn_dailymail", "3.0.0", {"test": "test"}),
 }
 
@@ -201,6 +202,16 @@ def _summary(record: Doc) -> Doc:
     return {"article": record["article"], "highlights": record["highlights"]}
 
 
+def _passage(record: Doc) -> Doc:
+    """Return a conversation about a passage, whose last question is asked."""
+    asked, said = record["questions"]["input_text"], record["answers"]["input_text"]
+    others = [each["input_text"][len(asked) - 1] for each in (record.get("additional_answers") or {}).values()]
+    turns = [f"Q: {question}\n\nA: {answer}\n\n" for question, answer in zip(asked[:-1], said, strict=False)]
+    question = f"{record['story']}\n\n{''.join(turns)}Q: {asked[-1]}\n\nA:"
+    answers = dict.fromkeys([said[len(asked) - 1], *others])
+    return {"question": question, "answers_of_people": list({each.lower(): each for each in answers}.values())}
+
+
 CONVERT: dict[str, Callable[[Doc], Doc]] = {
     "gsm8k": _gsm8k,
     "gsm8k_cot": _gsm8k,
@@ -211,6 +222,7 @@ CONVERT: dict[str, Callable[[Doc], Doc]] = {
     "sports_cot": _sports,
     SUBJECTS: _mmlu,
     "cnn_dailymail": _summary,
+    "coqa": _passage,
 }
 EXAMPLES = {  # the set of worked examples that a task shows
     "aqua_rat_cot": "aqua",

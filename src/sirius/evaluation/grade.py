@@ -1,7 +1,10 @@
 """Grades of worked answers: what stands after "the answer is", compared as the task's kind of answer."""
 
 import re
-from collections.abc import Callable
+import string
+from collections import Counter
+from collections.abc import Callable, Sequence
+from statistics import mean
 from typing import Any
 
 PHRASE = re.compile(r"answer is:?[ \t]*", re.IGNORECASE)
@@ -70,3 +73,29 @@ def grade_summary(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
     kinds = {"rouge1": "rouge1", "rouge2": "rouge2", "rougeL": "rougeLsum"}
     scores = RougeScorer(list(kinds.values()), use_stemmer=True).score(doc["highlights"], results[0].strip())
     return {name: scores[kind].fmeasure for name, kind in kinds.items()}
+
+
+def grade_passage(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
+    """Return exact match and F1 over words of an answer about a passage, 0 to 1.
+
+    Where people gave several answers, each is left out in turn, and the best of the others counts. Source: CoQA
+    (arXiv 1808.07042), section 5, after SQuAD's normalisation.
+    """
+    given, known = results[0].strip().split("\n")[0], doc["answers_of_people"]
+    rounds = [known[:i] + known[i + 1 :] for i in range(len(known))] if len(known) > 1 else [known]
+    exact = [max(float(_words(given) == _words(each)) for each in answers) for answers in rounds]
+    overlap = [max(_f1(_words(given), _words(each)) for each in answers) for answers in rounds]
+    return {"em": mean(exact), "f1": mean(overlap)}
+
+
+def _words(text: str) -> list[str]:
+    """Return the words of an answer, without punctuation and articles."""
+    bare = text.lower().translate(str.maketrans("", "", string.punctuation))
+    return [word for word in bare.split() if word not in ("a", "an", "the")]
+
+
+def _f1(given: Sequence[str], known: Sequence[str]) -> float:
+    if not given or not known:
+        return float(given == known)
+    common = (Counter(given) & Counter(known)).total()
+    return 2 * common / (len(given) + len(known))

@@ -20,7 +20,6 @@ STOCK = Path(lm_eval.tasks.__file__).parent
 STOCK_FILES = {  # where lm-eval keeps its own
     "gsm8k": "gsm8k/gsm8k.yaml",
     "gsm8k_cot": "gsm8k/gsm8k-cot.yaml",
-    "coqa": "coqa/default.yaml",
     "truthfulqa_gen": "truthfulqa/truthfulqa_gen.yaml",
 }
 LOCAL = """include: {include}

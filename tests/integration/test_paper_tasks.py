@@ -1,0 +1,80 @@
+"""The paper's thirteen tasks from end to end, offline: eleven on public data, two on passages of our own."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("lm_eval")
+
+from lm_eval import simple_evaluate
+
+from conftest import SHARED
+from sirius import Engine
+from sirius.demo.embedded import FOLDER
+from sirius.evaluation.catalogue import TASKS, task_of
+from sirius.evaluation.lm import SiriusLM
+from sirius.evaluation.suite import check_tasks, suite_folder, task_manager
+
+SUBJECT = "mmlu_flan_cot_fewshot_anatomy"  # one of 57
+CODE = {"humaneval", "mbpp_plus"}
+STORY = (
+    "The lighthouse on the northern cliff was built by two brothers. Ada, who keeps it now, paints the door red every "
+    "spring. Ships come in on Mondays, and Ada counts them from the gallery."
+)
+COQA = {
+    "id": "one",
+    "story": STORY,
+    "questions": {"input_text": ["Who keeps the lighthouse?", "What colour is its door?"], "turn_id": [1, 2]},
+    "answers": {"input_text": ["Ada", "red"], "turn_id": [1, 2]},
+    "additional_answers": {"0": {"input_text": ["Ada", "it is red"], "turn_id": [1, 2]}},
+}
+NEWS = {"id": "two", "article": STORY, "highlights": "Ada keeps the lighthouse .\nShe counts ships on Mondays ."}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """A folder of all sets: links to the public ones, and our own passages for the other two."""
+    if not (SHARED / "data").is_dir():
+        pytest.skip("the evaluation data is not on this machine")
+    folder = tmp_path_factory.mktemp("data")
+    for path in (SHARED / "data").iterdir():
+        os.symlink(path, folder / path.name)
+    (folder / "coqa.jsonl").write_text(json.dumps(COQA) + "\n")
+    (folder / "cnn_dailymail.jsonl").write_text(json.dumps(NEWS) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    return Engine.load(str(FOLDER), dtype="float32", device="cpu")
+
+
+def evaluate(engine: Engine, task: str, data: Path) -> dict:
+    with suite_folder(data) as folder:
+        manager = task_manager(folder, [task])
+        check_tasks([task], data, manager)
+        setting = {"preset": "paper", "tree_width": 1}
+        return simple_evaluate(
+            model=SiriusLM(engine, quiet=True, batch_size=2, **setting),
+            tasks=[task],
+            limit=2,
+            task_manager=manager,
+            bootstrap_iters=0,
+            gen_kwargs={"max_gen_toks": 16},
+            confirm_run_unsafe_code=task in CODE,
+        )
+
+
+@pytest.mark.parametrize(
+    "task", [SUBJECT, *(name for name in TASKS if name != "mmlu_flan_cot_fewshot" and "demo" not in name)]
+)
+def test_a_task_runs_from_its_data_to_its_score(task, engine, data):
+    found = evaluate(engine, task, data)
+    known = task_of(task)
+    assert 0 <= found["results"][task][known.metric] <= 1
+    samples = {each["doc_id"]: each for each in found["samples"][task]}
+    assert len(samples) == (1 if task in ("coqa", "cnn_dailymail") else 2)
+    assert all(each["resps"][0][0] is not None for each in samples.values())
+    assert found["config"]["sirius_tasks"][task]["threshold"] == known.threshold

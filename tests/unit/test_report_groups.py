@@ -1,0 +1,140 @@
+"""Which results of sweeps a report puts side by side."""
+
+from pathlib import Path
+
+import pytest
+
+from made_cells import MODEL, oracle, record, studies, write
+from sirius.report.cells import load_cells
+from sirius.report.compare import ModelCells, by_model, vary
+from sirius.report.labels import differing, pieces, told_apart, variant_labels
+
+PAPER = {"sparsity": "coarse", "preset": "paper"}
+
+
+def cells_of(folder: Path, *records: dict) -> ModelCells:
+    [found] = by_model(load_cells([write(folder, *records)]))
+    return found
+
+
+def values(cells: ModelCells, name: str) -> list[list]:
+    return [line.values for line in cells.lines if line.name == name]
+
+
+def test_cells_that_differ_in_one_option_are_a_line_in_the_order_of_its_values(tmp_path):
+    given = [record(**PAPER, period=period) for period in (16, 4, 8)] + [record(**PAPER, period=4, tree_width=2)]
+    cells = cells_of(tmp_path, *given)
+    assert values(cells, "period") == [[4, 8, 16]]
+    assert values(cells, "tree_width") == [[1, 2]]
+    assert {line.name for line in cells.lines} == {"period", "tree_width"}
+
+
+def test_methods_and_tasks_are_lines_of_their_own(tmp_path):
+    given = [
+        record(task, sparsity=method, preset="paper", threshold=bar)
+        for task in ("gsm8k", "csqa_cot")
+        for method in ("coarse", "fine")
+        for bar in (0.01, 0.3)
+    ]
+    assert values(cells_of(tmp_path, *given), "threshold") == [[0.01, 0.3]] * 4
+
+
+def test_other_items_or_another_prompt_are_never_compared(tmp_path):
+    given = [record(), record(**PAPER, period=4), record(**PAPER, period=8, items=20)]
+    given.append(record(**PAPER, period=16, changes={"chat": True}))
+    cells = cells_of(tmp_path, *given)
+    assert cells.lines == []
+    assert [len(cells.of(variant)) for variant in cells.variants] == [1, 2, 1]
+    assert [cells.difference(cell) is None for cell in cells.cells if cell.corrected] == [True, False, True]
+    labels = variant_labels(cells.variants)
+    assert sorted(labels.values()) == [
+        "gsm8k, 20 items, no chat template",
+        "gsm8k, 80 items, chat template",
+        "gsm8k, 80 items, no chat template",
+    ]
+
+
+def test_equal_numbers_of_other_items_have_names_that_differ(tmp_path):
+    moved = record()
+    for sample in moved["samples"]:
+        sample["id"] += 1000
+    cells = cells_of(tmp_path, record(), moved)
+    assert list(variant_labels(cells.variants).values()) == ["gsm8k", "gsm8k #2"]
+
+
+def test_the_oracle_is_told_from_a_sweep_of_the_threshold(tmp_path):
+    given = [oracle("coarse", bar) for bar in (0.0, 0.1)] + [record(**PAPER, threshold=bar) for bar in (0.1, 0.3)]
+    lines = cells_of(tmp_path, *given).lines
+    assert {(line.name, line.oracle): line.values for line in lines} == {
+        ("threshold", False): [0.1, 0.3],
+        ("threshold", True): [0.0, 0.1],
+    }
+
+
+def test_a_threshold_above_one_half_comes_last(tmp_path):
+    cells = cells_of(tmp_path, *(record(**PAPER, threshold=bar) for bar in (0.9, 0.1, 0.5)))
+    assert values(cells, "threshold") == [[0.1, 0.5, None]]
+
+
+def test_parts_left_out_stand_beside_the_whole_correction(tmp_path):
+    ablated = [record(**PAPER, ablate=part) for part in ("rewrite", "rollback")]
+    [group] = cells_of(tmp_path, record(), record(**PAPER), record(**PAPER, tree_width=4), *ablated).components()
+    shown = [(cell.ablated, cell.setting["tree_width"]) for cell in group]
+    assert shown == [((), 1), ((), 4), (("rewrite",), 1), (("rollback",), 1)]
+    assert not by_model(load_cells([write(tmp_path / "b", *(oracle("coarse", bar) for bar in (0.1, 0.5)))]))[
+        0
+    ].components()
+
+
+def test_the_cells_in_which_sweeps_cross_stand_for_a_method_with_every_width(tmp_path):
+    given = [record(**PAPER, threshold=bar) for bar in (0.05, 0.1, 0.3)]
+    given += [record(**PAPER, period=8), record(**PAPER, tree_width=4)]
+    cells = cells_of(tmp_path, *given)
+    main = cells.main(cells.variants[0], "coarse")
+    shown = [(cell.setting["threshold"], cell.setting["period"], cell.setting["tree_width"]) for cell in main]
+    assert shown == [(0.1, 16, 1), (0.1, 16, 4)]
+
+
+def test_a_setting_that_was_decoded_twice_counts_once_and_stays_chosen(tmp_path):
+    chosen = record(**PAPER, changes={"choice": "best of tree_width"})
+    write(tmp_path / "a", chosen)
+    write(tmp_path / "b", record(**PAPER, changes={"date": "2026-12-01"}))
+    [cells] = by_model(load_cells([tmp_path / "a", tmp_path / "b"]))
+    [cell] = cells.cells
+    assert cell.choice == "best of tree_width"
+    assert cell.origins["date"] == "2026-12-01"
+
+
+def test_validation_items_only_name_the_choice(tmp_path):
+    [cells] = by_model(load_cells([write(tmp_path, *studies())]))
+    assert all(cell.split == "test" for cell in cells.cells)
+    chosen = next(cell for cell in cells.cells if cell.choice and cell.setting["sparsity"] == "coarse")
+    assert [cell.setting["tree_width"] for cell in cells.options(chosen)] == [1, 4, 8]
+
+
+def test_models_are_kept_apart_and_one_that_is_not_tested_is_left_out(tmp_path):
+    other, third = {**MODEL, "dtype": "torch.float32"}, {**MODEL, "revision": "v2"}
+    untested = record(**PAPER, split="validation", changes={"model": third})
+    write(tmp_path, record(), record(changes={"model": other}), untested)
+    assert [each.model["dtype"] for each in by_model(load_cells([tmp_path]))] == ["torch.bfloat16", "torch.float32"]
+
+
+def test_understanding_comes_before_reasoning(tmp_path):
+    cells = cells_of(tmp_path, record("gsm8k"), record("a_task_of_neither_kind"), record("truthfulqa_gen"))
+    assert [each.task for each in cells.variants] == ["truthfulqa_gen", "gsm8k", "a_task_of_neither_kind"]
+
+
+def test_labels_say_what_differs(tmp_path):
+    cells = cells_of(tmp_path, record(**PAPER, prune=0.1), record(**PAPER), record(sparsity="fine", period=4))
+    assert differing(cells.cells) == ["prune"]
+    settings = [pieces(cell.setting, ["period"], differing(cells.cells)) for cell in cells.cells]
+    labels, common = told_apart(settings)
+    drafted = "coarse 0.5, threshold 0.1"
+    assert labels == [f"{drafted}, prune 0", f"{drafted}, prune 0.1", "fine 0.5, lossless, prune 0"]
+    assert common == "w 1"
+
+
+@pytest.mark.parametrize("name", ["sparsity", "correct"])
+def test_options_that_a_cell_lacks_make_no_line(tmp_path, name):
+    cells = cells_of(tmp_path, record(), record(**PAPER))
+    assert vary(cells.cells, name) == []
