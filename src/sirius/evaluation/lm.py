@@ -248,16 +248,14 @@ class SiriusLM(TemplateLM):
         """
         seen: Counter[str] = Counter()
         texts: list[Wanted] = []
+        cut = 0
         for prompt, options in asked:
             given: dict[str, Any] = dict(normalize_gen_kwargs(options, self.max_gen_toks))
             budget, room = int(given["max_gen_toks"]), self.max_length - int(given["max_gen_toks"])
             if room < 1:
                 raise ConfigError(f"max_gen_toks {budget} leaves no room in the model's context of {self.max_length}")
             tokens = self.tok_encode(prompt)
-            if len(tokens) > room:
-                log.warning(
-                    "a prompt of %d tokens loses its first %d, for %d new ones", len(tokens), len(tokens) - room, budget
-                )
+            cut = max(cut, len(tokens) - room)
             eos = self.tokenizer.decode([self.eot_token_id])
             stop = [each for each in handle_stop_sequences(list(given["until"]), eos) if each]
             sampling = _sampling_of(given)
@@ -265,6 +263,8 @@ class SiriusLM(TemplateLM):
                 sampling["seed"] = seen[prompt]  # copies of a prompt are texts of their own
                 seen[prompt] += 1
             texts.append((tuple(tokens[-room:]), {"max_new_tokens": budget, "stop": stop, "sampling": sampling}))
+        if cut:
+            log.warning("prompts that leave no room for their new tokens lose their beginning, up to %d tokens", cut)
         return texts, [key_of(*each, {**setting.flat(), **self.identity}) for each in texts]
 
     def _sample(self, completion: Completion, stops: Sequence[str]) -> dict[str, Any]:
