@@ -58,6 +58,8 @@ def test_every_study_of_ours_is_a_grid_of_tasks_that_there_are():
         ("tasks: [gsm8k]\ngrids: [{spar: coarse}]", "a grid has no spar"),
         ("tasks: [gsm8k]\ngrids: [{keep: []}]", "empty list"),
         ("tasks: [gsm8k]\ngrids: [{keep: 7}]", "keep is the fraction"),
+        ("tasks: [gsm8k]\ngrids: [{sparsity: finest}]", "finest"),
+        ("tasks: [gsm8k]\ngrids: [{accept: always}]", "always"),
         ("tasks: [gsm8k]\ngrids: [{keep: {choose: [0.1, 0.2]}}]", "set limit"),
         ("tasks: [gsm8k]\ngrids: [{keep: {choose: [0.1]}}]\nlimit: 1\nvalidation: 1", "at least two"),
         ("tasks: gsm8k\ngrids: [{sparsity: none}]", "tasks and grids are lists"),

@@ -116,9 +116,16 @@ def check_effect(asked: Asked) -> None:
 
 
 def setting_of(asked: Asked) -> dict[str, Any]:
-    """Return the options of sparsity and correction that were given, as `sirius.settings.make_setting` takes them."""
-    from sirius.settings import NAMES
+    """Return the options of sparsity and correction that were given, as `sirius.settings.make_setting` takes them.
 
+    Raises ConfigError of a method or rule that is none, and of options that the method has no use for.
+    """
+    from sirius.decoding import check_rule
+    from sirius.settings import NAMES
+    from sirius.sparsity import find
+
+    check_method(asked, find(asked["sparsity"]))
+    check_rule(asked["accept"])
     found = {name: asked[name] for name in NAMES if name in asked.given}
     return found | ({"ablate": "+".join(found["ablate"])} if "ablate" in found else {})
 

@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from sirius.core import PAPER
+from sirius.decoding import check_rule
 from sirius.settings import Setting, make_setting
+from sirius.sparsity import find
 
 Kind = Literal["understanding", "reasoning"]
 
@@ -97,9 +99,13 @@ def task_of(name: str) -> PaperTask | None:
 def setting_for(name: str, values: Mapping[str, Any]) -> Setting:
     """Return the setting of a task; preset "paper" is the paper's own of that task, and what stands beside it wins.
 
-    Raises ConfigError as `make_setting` does.
+    Raises ConfigError as `make_setting` does, and of a method or rule that is none.
     """
     known = task_of(name)
     if known is not None and values.get("preset") == PAPER and values.get("correct", True):
         values = {**known.preset(str(values.get("sparsity", "coarse"))), **values}
-    return make_setting(values)
+    setting = make_setting(values)
+    find(setting.sparsity.method)
+    if setting.correction is not None:
+        check_rule(setting.correction.accept)
+    return setting

@@ -1,0 +1,70 @@
+"""`sirius eval` and `sirius export` on the command line."""
+
+import json
+import sys
+
+import pytest
+
+from sirius import cli
+
+pytest.importorskip("lm_eval")
+
+
+@pytest.fixture
+def sirius(monkeypatch, capsys):
+    """Run `sirius` with these arguments; gives the exit code and what was printed, out and err."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["sirius", *map(str, arguments)])
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as end:
+            code = int(end.code or 0)
+        printed = capsys.readouterr()
+        return code, printed.out, " ".join(printed.err.split())
+
+    return run
+
+
+def test_lm_evals_options_are_passed_through_and_our_figures_stored(sirius, tmp_path):
+    own = ("--sparsity", "coarse", "--preset", "paper", "--tree-width", "1", "--dtype", "float32", "--threads", "1")
+    theirs = ("--limit", "3", "--apply_chat_template", "--output_path", tmp_path, "--log_samples")
+    code, printed, _ = sirius("eval", "--tasks", "demo_reasoning", *own, *theirs)
+    assert code == 0
+    assert "demo_reasoning" in printed and "exact_match" in printed
+    (results,) = tmp_path.rglob("results_*.json")
+    figures = json.loads(results.read_text())["config"]["sirius_tasks"]["demo_reasoning"]
+    assert (figures["tree_width"], figures["keep"], figures["lossless"]) == (1, 0.4, False)
+    (samples,) = tmp_path.rglob("samples_*.jsonl")
+    assert len(samples.read_text().splitlines()) == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--tasks", "demo_reason"), "there is no task 'demo_reason'; close names are"),
+        (("--tasks", "demo_reasoning", "--keep", "7"), "keep is the fraction"),
+        (("--tasks", "demo_reasoning", "--sparsity", "none", "--keep", "0.3"), "--keep would change nothing"),
+        (("--tasks", "demo_reasoning", "--limt", "3"), "unrecognized arguments: --limt"),
+        (("--tasks", "demo_reasoning", "--model_args", "keep=1"), "--model_args would undo"),
+        (("--tasks", "demo_reasoning", "--log_samples"), "lm-eval refuses the options: Specify --output_path"),
+        (("--tasks", "gsm8k", "--data", "nowhere"), "is a folder of local files"),
+        (("--tasks", "demo_reasoning", "--sparsity", "finer"), "finer"),
+    ],
+)
+def test_what_does_not_fit_is_told_in_one_line_before_a_model_is_loaded(sirius, arguments, said):
+    code, _, err = sirius("eval", *arguments, "--model", "a/folder/that/is/none")
+    assert code == 2
+    assert said in err
+    assert "Traceback" not in err
+
+
+def test_a_folder_is_exported_with_its_setting_and_lossy_ones_are_called_so(sirius, tmp_path):
+    code, printed, _ = sirius("export", tmp_path, "--preset", "paper")
+    assert code == 0
+    assert "LOSSY" in printed
+    assert "threshold" in (tmp_path / "custom_generate" / "generate.py").read_text()
+    code, printed, _ = sirius("export", tmp_path, "--period", "4")
+    assert code == 0
+    assert "LOSSY" not in printed
