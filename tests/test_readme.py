@@ -59,9 +59,9 @@ def test_the_kind_of_weights_of_the_guide_runs_and_counts_the_bytes_that_a_text_
 
 
 def test_every_option_that_the_readme_names_exists():
-    named = set(re.findall(r"(--[a-z][a-z-]*)", (ROOT / "README.md").read_text()))
+    named = set(re.findall(r"(--[a-z][a-z_-]*)", (ROOT / "README.md").read_text()))
     shown = CliRunner().invoke(app, ["generate", "--help"], env={"COLUMNS": "200"}).output
-    for command in ([], ["demo"], ["bench", "decode"]):
+    for command in ([], ["demo"], ["eval"], ["sweep"], ["report"], ["trace"], ["bench", "decode"]):
         shown += CliRunner().invoke(app, [*command, "--help"], env={"COLUMNS": "200"}).output
     assert named and not {option for option in named if option not in shown}
 
