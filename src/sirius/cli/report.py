@@ -12,7 +12,10 @@ MARKDOWN, PAGE = (".md", ".markdown"), (".html", ".htm")
 
 
 def report(
-    folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Folders that `sirius sweep` wrote.")],
+    folders: Annotated[
+        list[Path],
+        typer.Argument(metavar="DIR...", help="Folders that `sirius sweep` wrote, or JSONL files of their cells."),
+    ],
     output: Annotated[
         Path | None, typer.Option(help="Write a page of HTML with tables and plots to this file.")
     ] = None,

@@ -1,5 +1,6 @@
 """The results of sweeps as their files hold them: one cell for each task and setting."""
 
+import gzip
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -118,19 +119,19 @@ class Cell:
         return tuple(self.setting.get("ablate") or ())
 
 
-def load_cells(folders: Sequence[Path]) -> list[Cell]:
-    """Return the cells of the folders that sweeps wrote, in the order of tasks.
+def load_cells(places: Sequence[Path]) -> list[Cell]:
+    """Return the cells of folders that sweeps wrote, or of JSONL files of such cells, in the order of tasks.
 
-    Raises FileError of a folder that is not there and of a broken file, ConfigError where a folder has no results.
+    Raises FileError of a place that is not there and of a broken file, ConfigError where a place has no results.
     """
     found: list[Cell] = []
-    for folder in dict.fromkeys(folders):
-        if not folder.is_dir():
-            raise FileError(f"there is no folder {folder}; `sirius sweep GRID --output {folder}` makes one")
-        paths = sorted((folder / "cells").glob("*.json"))
-        if not paths:
-            raise ConfigError(f"{folder} has no results; `sirius sweep GRID --output {folder}` decodes and grades some")
-        found += [read_cell(path) for path in paths]
+    for place in dict.fromkeys(places):
+        if not place.exists():
+            raise FileError(f"there is no folder {place}; `sirius sweep GRID --output {place}` makes one")
+        cells = read_folder(place) if place.is_dir() else read_file(place)
+        if not cells:
+            raise ConfigError(f"{place} has no results; `sirius sweep GRID --output FOLDER` decodes and grades some")
+        found += cells
     if not any(cell.split == TEST for cell in found):
         raise ConfigError(
             f"all {len(found)} results are of validation items, so nothing is tested yet; run `sirius sweep` to its end"
@@ -138,17 +139,27 @@ def load_cells(folders: Sequence[Path]) -> list[Cell]:
     return sorted(found, key=lambda cell: cell.task)
 
 
-def read_cell(path: Path) -> Cell:
-    """Return the cell of a file; raise FileError, naming the file, where it holds none."""
+def read_folder(folder: Path) -> list[Cell]:
+    """Return the cells of a sweep's folder; raise FileError, naming the file, where one holds none."""
+    return [cell for path in sorted((folder / "cells").glob("*.json")) for cell in read_file(path)]
+
+
+def read_file(path: Path) -> list[Cell]:
+    """Return the cells of a file, one on each line, compressed or not; raise FileError where a line holds none."""
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(record, dict):
-            raise ValueError("it is no JSON object")
-        return _cell(record)
-    except (OSError, ValueError) as error:
+        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        return [_of_line(line) for line in raw.decode().split("\n") if line.strip()] or [_of_line("")]
+    except (OSError, EOFError, ValueError) as error:
         raise FileError(
             f"{path} is no result of a sweep: {error}; delete it and run the sweep again, which decodes nothing twice"
         ) from error
+
+
+def _of_line(line: str) -> Cell:
+    record = json.loads(line)
+    if not isinstance(record, dict):
+        raise ValueError("it is no JSON object")
+    return _cell(record)
 
 
 def _cell(record: Mapping[str, Any]) -> Cell:
