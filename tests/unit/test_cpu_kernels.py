@@ -237,7 +237,7 @@ def test_gated_neurons_come_to_what_up_and_down_make_one_after_the_other(level, 
             for first, second in ((up, down), beside, (up, beside[1]), (beside[0], down)):
                 weights = (first, of_f), (second, of_h)
                 assert torch.equal(cpu.finish(gated, x, *weights, index), want), (case, rows)
-                assert torch.equal(cpu.finish(chosen, x, *weights, index, by_place=True), want), (case, rows)
+                assert torch.equal(cpu.finish(chosen, x, *weights, index, gathered=True), want), (case, rows)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

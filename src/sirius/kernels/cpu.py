@@ -150,36 +150,36 @@ def norm(x: Tensor, weight: Tensor, eps: float, form: NormForm) -> Tensor:
 
 def gate(x: Tensor, gate: Weight, activation: str, index: Tensor | None = None) -> Tensor:
     """See `reference.gate`; raise ConfigError where the index is not one of int64, of rows that the weight has."""
-    return _glu(x, gate, (None, None), activation, index)
+    return glu(x, gate, (None, None), activation, index)
 
 
-def glu(x: Tensor, gate: Weight, up: Weight, activation: str, index: Tensor | None = None) -> Tensor:
-    """See `reference.glu`; raise ConfigError where the index is not one of int64, of rows that the weights have."""
-    return _glu(x, gate, up, activation, index)
-
-
-def _glu(x: Tensor, gate: Weight, up: Weight | tuple[None, None], activation: str, index: Tensor | None) -> Tensor:
-    x, (weight, bias), (other, other_bias) = x.contiguous(), gate, up
-    count = _count(weight, index)
+def glu(
+    x: Tensor, gate: Weight, up: Weight | tuple[None, None], activation: str, index: Tensor | None = None
+) -> Tensor:
+    """See `reference.glu`, of up if there is one; raise ConfigError of an index as `gate` does."""
+    x, weights = x.contiguous(), [weight for weight, _ in (gate, up) if weight is not None]
+    count = _count(gate[0], index)
     y = x.new_empty(*x.shape[:-1], count)
-    sizes = DTYPES[x.dtype], ACTIVATIONS[activation], x, *_sizes(x)
-    weights = *_lying(weight), *((None, 0) if other is None else _lying(other)), len(weight), count, index
-    both = [weight] if other is None else [weight, other]
-    _call("glu", *sizes, *weights, bias, other_bias, y, rows=(both, index))
+    tokens = DTYPES[x.dtype], ACTIVATIONS[activation], x, *_sizes(x)
+    lying = *_lying(gate[0]), *((None, 0) if up[0] is None else _lying(up[0])), len(gate[0]), count, index
+    _call("glu", *tokens, *lying, gate[1], up[1], y, rows=(weights, index))
     return y
 
 
 def finish(
-    gated: Tensor, x: Tensor, up: Weight, down: Weight, index: Tensor | None = None, by_place: bool = False
+    gated: Tensor, x: Tensor, up: Weight, down: Weight, index: Tensor | None = None, gathered: bool = False
 ) -> Tensor:
-    """See `reference.finish`; raise ConfigError where the index is not one of int64, of rows that the weights have."""
+    """See `reference.finish`; raise ConfigError where the index is not one of int64, of rows that the weights have.
+
+    gathered  gated is [..., k], of the neurons at index alone
+    """
     x, gated = x.contiguous(), gated.contiguous()
     count, y = _count(up[0], index), x.new_empty(x.shape)
-    sent = count if by_place else len(up[0])
+    sent = count if gathered else len(up[0])
     assert gated.dtype == x.dtype and gated.shape == (*x.shape[:-1], sent), f"{list(gated.shape)} for {sent} neurons"
     assert up[0].shape == down[0].shape, f"up {list(up[0].shape)}, down {list(down[0].shape)}"
     weights = *_lying(up[0]), *_lying(down[0]), len(up[0]), count, index
-    tokens = DTYPES[x.dtype], x, *_sizes(x), gated, by_place
+    tokens = DTYPES[x.dtype], x, *_sizes(x), gated, gathered
     _call("finish", *tokens, *weights, up[1], down[1], y, rows=([up[0], down[0]], index))
     return y
 

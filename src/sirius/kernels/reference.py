@@ -79,16 +79,14 @@ def up_rows(gated: Tensor, x: Tensor, up: Tensor, up_bias: Tensor | None, index:
     return gated[..., index] * linear(x, up, up_bias, index)
 
 
-def finish(
-    gated: Tensor, x: Tensor, up: Weight, down: Weight, index: Tensor | None = None, by_place: bool = False
-) -> Tensor:
+def finish(gated: Tensor, x: Tensor, up: Weight, down: Weight, index: Tensor | None = None) -> Tensor:
     """Return what gated neurons come to, down(gated * up(x)) [..., H] of x [..., H].
 
-    gated   [..., F]   act(gate(x)) of all neurons, or where `by_place` [..., k], of those at index alone
+    gated   [..., F]   act(gate(x)) of all neurons
     up      [F, H], its bias [F]; down likewise, its bias [H]
-    index   [k] int64  the neurons that there are; all without it
+    index   [k] int64  the neurons that are computed; all without it
     """
-    gated = gated if index is None or by_place else gated[..., index]
+    gated = gated if index is None else gated[..., index]
     return project(gated * linear(x, *up, index), *down, index)
 
 
@@ -102,11 +100,8 @@ def each(
     counts   [B]                    how many each row has
     """
     first, up, down = weights
-    sets = index.split(list(counts))
-    rows = [
-        finish(gate(row, first, activation, own), row, up, down, own, True) for row, own in zip(x, sets, strict=True)
-    ]
-    return torch.stack(rows)
+    rows = zip(x, index.split(list(counts)), strict=True)
+    return torch.stack([project(glu(row, first, up, activation, own), *down, own) for row, own in rows])
 
 
 def put(store: Tensor, rows: Tensor, slots: Tensor, values: Tensor) -> None:
