@@ -33,7 +33,9 @@ from transformers import (
 )
 
 from sirius import cli
-from sirius.core import Mode, Window
+from sirius.core import LanguageModel, Mode, Round, Window
+from sirius.decoding.loop import Row, first_round, open_row
+from sirius.runtime.cache import SlotCache
 
 torch.set_num_threads(1)  # the models here are too small to share out
 
@@ -195,6 +197,24 @@ class Toy:
         for each in (self.held, self.places, self.slots):
             each[row] = each[-1]
             each.pop()
+
+
+def start(model: LanguageModel, row: Row) -> Round | None:
+    """Read a row's prompt and return the round of its first token."""
+    return first_round([row], [open_row(model, row)])[0]
+
+
+def check_integrity(cache: SlotCache) -> None:
+    """Raise AssertionError where the book-keeping and the stored tensors disagree."""
+    table = cache.table
+    assert table.lengths.shape == (table.rows,), f"{list(table.lengths.shape)} lengths for {table.rows} rows"
+    assert bool(((table.lengths >= 0) & (table.lengths <= table.slots)).all()), f"lengths {table.lengths.tolist()}"
+    for index, layer in enumerate(cache.slot_layers):
+        for store in layer.stores:
+            room = store.shape[0] >= table.rows and store.shape[1] >= table.slots
+            assert room, f"layer {index} holds {list(store.shape)}"
+            for row, length in enumerate(table.lengths.tolist()):
+                assert bool(store[row, :length].isfinite().all()), f"layer {index}, row {row} holds no numbers"
 
 
 @pytest.fixture

@@ -247,7 +247,7 @@ def check_together(sampling: SamplingConfig, correction: CorrectionConfig | None
     if sampling.temperature > 0 and correction is not None and correction.accept == "argmax":
         raise ConfigError(
             f"accept 'argmax' is for greedy text, and temperature is {sampling.temperature}; "
-            "use accept 'lossless', or temperature 0"
+            "use accept 'lossless', or temperature 0 (do_sample=False)"
         )
 
 

@@ -150,7 +150,7 @@ class Engine:
         """
         batch = self.batch(rows=1, sparsity=sparsity, correction=correction)
         batch.add(self.text(prompt, max_new_tokens=max_new_tokens, stop=stop, sampling=sampling))
-        return _raising(_steps(batch))
+        return _steps(batch)
 
     def generate_many(  # noqa: PLR0913 - prompts, and options by their names
         self,
@@ -365,11 +365,7 @@ def _check_known(own: TextOptions, known: TextOptions) -> None:
 
 def _steps(batch: Batch) -> Iterator[Update]:
     while batch.busy:
-        yield from batch.step()
-
-
-def _raising(updates: Iterator[Update]) -> Iterator[Update]:
-    for update in updates:
-        if update.error is not None:
-            raise update.error
-        yield update
+        for update in batch.step():
+            if update.error is not None:
+                raise update.error
+            yield update

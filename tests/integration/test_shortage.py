@@ -8,7 +8,7 @@ from batches import NEW, PROMPTS, RULE, SPARSITY, drain, open_batch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import greedy, tiny_model
+from conftest import check_integrity, greedy, tiny_model
 from sirius.core import CorrectionConfig, SparsityConfig
 from sirius.engine import Engine
 from sirius.errors import OutOfMemoryError, RequestError
@@ -210,7 +210,7 @@ def test_a_cache_that_grows_changes_no_text(engine, rule, method, growth, monkey
             batch.cancel(lost)
             tickets.append(batch.add(engine.text(PROMPTS[4], max_new_tokens=NEW)))
         done |= {update.ticket: update.completion.token_ids for update in batch.step() if update.completion}
-        batch.session.cache.check_integrity()
+        check_integrity(batch.session.cache)
         sizes.append(batch.session.slots)
     assert [done[ticket] for ticket in tickets] == want
     assert len(set(sizes)) > 1 and max(sizes) <= max(map(len, PROMPTS)) + NEW + batch.window

@@ -7,11 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import Toy, slow
+from conftest import Toy, slow, start
 from sirius.core import Mode, Round
 from sirius.decoding import accept, studies
 from sirius.decoding.accept import accept_own
-from sirius.decoding.loop import Plan, Row, next_round, start
+from sirius.decoding.loop import Plan, Row, next_round
 from sirius.decoding.period import Period
 from sirius.decoding.sampling import Noise
 from sirius.errors import ModelError, RequestError

@@ -5,9 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import Toy
+from conftest import Toy, start
 from sirius.benchmark.playback import Playback, acceptance, geometric, mean_advance
-from sirius.decoding.loop import Plan, Row, next_round, start
+from sirius.decoding.loop import Plan, Row, next_round
 from sirius.decoding.period import Period
 from sirius.errors import ConfigError
 

@@ -4,10 +4,10 @@ from copy import deepcopy
 
 import pytest
 
-from conftest import Toy
+from conftest import Toy, start
 from sirius.core import CorrectionConfig, Mode
 from sirius.decoding.accept import make_rule
-from sirius.decoding.loop import Plan, Row, next_round, start
+from sirius.decoding.loop import Plan, Row, next_round
 from sirius.decoding.period import Period
 from sirius.decoding.probe import probe
 from sirius.decoding.sampling import Noise

@@ -80,14 +80,6 @@ class Row:
     error: SiriusError | None = None
 
 
-def start(model: LanguageModel, row: Row) -> Round | None:
-    """Read a row's prompt with the full model, observed by the sparsity method, and return the first token's round.
-
-    Returns None, and sets the row's error, where its processor fails.
-    """
-    return first_round([row], [open_row(model, row)])[0]
-
-
 def open_row(model: LanguageModel, row: Row) -> Tensor:
     """Read a row's prompt with the full model, observed by the sparsity method; return the next token's scores [V]."""
     return model.open(send(row.tokens, model.device), row.slots)

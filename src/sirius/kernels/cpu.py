@@ -245,12 +245,6 @@ def put(store: Tensor, rows: Tensor, slots: Tensor, values: Tensor) -> None:
     _run(_launch("put", DTYPES[store.dtype], store, rows, slots, values, at, sizes, complaint=complain))
 
 
-def _library() -> Library:
-    found = library()
-    assert found is not None, "no compiled kernels: `fits` was not asked"
-    return found
-
-
 def _call(kernel: str, *arguments: object, rows: _Rows | None = None) -> None:
     """Call a kernel with tensors by their addresses, and the number of threads; a recorder that runs takes it down.
 
@@ -270,7 +264,8 @@ def _run(launch: Launch) -> None:
 
 
 def _launch(kernel: str, *arguments: object, complaint: Complaint | None = None) -> Launch:
-    found = _library()
+    found = library()
+    assert found is not None, "no compiled kernels: `fits` was not asked"
     return Launch.of(found.run, found.kernels[kernel], (*arguments, torch.get_num_threads()), complaint)
 
 

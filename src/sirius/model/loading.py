@@ -29,9 +29,7 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.
 GGUF = ".gguf"
 HEADS = re.compile("For(Sequence|Token)Classification|ForQuestionAnswering|ForMaskedLM|RewardModel")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
-HARMLESS = re.compile(
-    r"(^|\.)(inv_freq|position_ids|masked_bias|attn\.bias)$"
-)  # what older versions saved besides weights
+HARMLESS = re.compile(r"(^|\.)(inv_freq|position_ids|masked_bias|attn\.bias)$")  # older versions saved these too
 BROKEN = (  # what transformers raises of a broken checkpoint
     OSError,
     ValueError,
@@ -148,7 +146,6 @@ def _load(source: Source, dtype: str | torch.dtype, **options: Any) -> PreTraine
         **source.options,
     )
     _check_complete(source, report)
-    _check_depth(source, report)
     _tell_left_out(source, report)
     return model
 
@@ -276,17 +273,13 @@ def quiet() -> Iterator[None]:
 
 
 def _check_complete(source: Source, report: dict[str, Any]) -> None:
-    """Refuse what transformers would fill with random numbers."""
+    """Refuse weights that transformers would fill with random numbers, and blocks that the configuration leaves out."""
     for problem in ("missing_keys", "mismatched_keys", "error_msgs"):
         if found := sorted(_named(key) for key in report.get(problem) or ()):
             raise ModelError(
                 f"the weights of {source.name} do not fit its config.json: {len(found)} {problem.replace('_', ' ')}, "
                 f"first {found[0]}"
             )
-
-
-def _check_depth(source: Source, report: dict[str, Any]) -> None:
-    """Refuse a checkpoint with blocks that its configuration leaves out: it would run as a shorter model."""
     if left := sorted(key for key in report.get("unexpected_keys") or () if ".layers." in key):
         raise ModelError(f"config.json of {source.name} has no place for {len(left)} of its weights, first {left[0]}")
 

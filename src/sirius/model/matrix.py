@@ -63,30 +63,24 @@ class Dense(NamedTuple):
 
     @property
     def replayable(self) -> bool:
-        """Yes: weights stay where they are while texts are open."""
-        return True
+        return True  # weights stay where they are while texts are open
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Rows F and their length H."""
         rows, length = self.weight.shape[-2:]
         return rows, length
 
     @property
     def nbytes(self) -> int:
-        """The bytes that a product with all rows reads, the bias left out."""
         return self.weight.numel() * self.weight.element_size()
 
     def part(self, begin: int, end: int) -> "Dense":
-        """Return the rows from `begin` to `end`, which are not copied."""
         return Dense(self.weight[begin:end], None if self.bias is None else self.bias[begin:end])
 
     def linear(self, x: Tensor, index: Tensor | None = None, invariant: bool = False) -> Tensor:
-        """Return the products of x [..., H] with the rows, [..., F] or [..., k]."""
         return ops.linear(x, self.weight, self.bias, index, invariant)
 
     def project(self, z: Tensor, index: Tensor | None = None, invariant: bool = False) -> Tensor:
-        """Return the sum of the rows weighed by z [..., F] or [..., k], [..., H]."""
         return ops.project(z, self.weight, self.bias, index, invariant)
 
 

@@ -56,14 +56,13 @@ class Prepared:
 
     matrix         makes the weights of a linear layer
     own_attention  the model's attention cannot be replaced by a kernel of ours, as a pass has shown
-    version        counts how often the model was prepared or restored
     idle           workspaces of earlier sessions, for later ones
     learnt         what passes cost and how often guesses stood, for later sessions
     """
 
     def __init__(self) -> None:
         self.matrix: MakeMatrix = dense
-        self.own_attention, self.version = False, 0
+        self.own_attention = False
         self.lock = RLock()
         self.idle: dict[Hashable, Any] = {}
         self.learnt: dict[Hashable, Any] = {}

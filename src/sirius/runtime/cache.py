@@ -215,18 +215,6 @@ class SlotCache(Cache):
         for store, copied in zip(stores, copies, strict=True):
             store[slots.rows, slots.places[:, :count]] = copied
 
-    def check_integrity(self) -> None:
-        """Raise AssertionError where the book-keeping and the stored tensors disagree."""
-        table = self.table
-        assert table.lengths.shape == (table.rows,), f"{list(table.lengths.shape)} lengths for {table.rows} rows"
-        assert bool(((table.lengths >= 0) & (table.lengths <= table.slots)).all()), f"lengths {table.lengths.tolist()}"
-        for index, layer in enumerate(self.slot_layers):
-            for store in layer.stores:
-                room = store.shape[0] >= table.rows and store.shape[1] >= table.slots
-                assert room, f"layer {index} holds {list(store.shape)}"
-                for row, length in enumerate(table.lengths.tolist()):
-                    assert bool(store[row, :length].isfinite().all()), f"layer {index}, row {row} holds no numbers"
-
     def _set(self, row: int, length: int, at_least: int, at_most: int) -> None:
         if not at_least <= length <= at_most:
             raise ValueError(f"length {length} of row {row} is not within {at_least}..{at_most}")

@@ -71,7 +71,6 @@ class Session:
         """
         self.model, self.mlps, self.make = model, mlps, make
         self.prepared = prepared_of(model)
-        self.version = self.prepared.version
         self.place = model.dtype, model.device  # of its weights, of the cache and of recorded passes
         self.forward = compile_model(model) if compiled else model
         self.cache_argument = cache_argument(model)
@@ -80,8 +79,9 @@ class Session:
         eager = model.config._attn_implementation == "eager"
         self.mask_dtype = model.dtype if eager else None
         self.dense: list[Route | None] = [None] * len(mlps)
+        self.drafts: list[Route | None] | None
         self.methods: list[Sparsity | None] = []  # one for each row
-        self.drafts = self._routes_per_token()
+        self._rows_changed()
 
     @property
     def cache(self) -> SlotCache:
@@ -135,7 +135,7 @@ class Session:
         self._check_beside(row, length)
         self.space.look_at(self.model)
         self.space.reserve(row + 1, slots)
-        method = self._method_of_row()
+        method = self.make() if isinstance(self.shared, PromptSparsity) else self.shared
         at = self.cache.place(torch.arange(length)[None], first=row)
         mask = chain_mask(at.places, length, self.mask_dtype)
         held = torch.zeros(1, dtype=torch.int64, device=self.device)
@@ -223,7 +223,7 @@ class Session:
 
     def _check_place(self) -> None:
         """Raise UnsupportedModelError where the model was restored, converted or moved in the midst of a text."""
-        if self.version != self.prepared.version and not all(isinstance(mlp, SparseMLP) for mlp in self.mlps):
+        if not isinstance(self.mlps[0], SparseMLP):
             raise UnsupportedModelError("the model was restored in the midst of a text; begin the text anew")
         if (now := (self.model.dtype, self.model.device)) != self.place:
             before, after = (f"{dtype} on {device}" for dtype, device in (self.place, now))
@@ -271,9 +271,6 @@ class Session:
             return method.touched(self.space.tally.share(row))
         return method.touched() if isinstance(method, PromptSparsity) else DENSE
 
-    def _method_of_row(self) -> Sparsity | None:
-        return self.make() if isinstance(self.shared, PromptSparsity) else self.shared
-
     def _observing(self, method: Sparsity | None) -> list[Route | None]:
         """Return the routes of a prompt's pass: dense, with a prompt method looking on."""
         if not isinstance(method, PromptSparsity):
@@ -296,17 +293,12 @@ class Session:
         return self.drafts
 
     def _rows_changed(self) -> None:
-        """Have the draft's neurons chosen anew at its next pass, where the rows have a say in them."""
-        self.drafts = self._routes_per_token()
-
-    def _routes_per_token(self) -> list[Route | None] | None:
-        """Return the draft's routes where no prompt decides them, else None: they are yet to be chosen."""
-        if isinstance(self.shared, PromptSparsity):
-            return None
-        token = self.shared
-        if not isinstance(token, TokenSparsity):
-            return self.dense
-        return [Chosen(token, layer, self.space.tally) for layer in range(len(self.mlps))]
+        """Set the draft's routes; None, where prompts decide them: they are chosen at the draft's next pass."""
+        method, self.drafts = self.shared, self.dense
+        if isinstance(method, PromptSparsity):
+            self.drafts = None
+        elif isinstance(method, TokenSparsity):
+            self.drafts = [Chosen(method, layer, self.space.tally) for layer in range(len(self.mlps))]
 
 
 def _read(forward: Forward, prepared: Prepared, cache: dict[str, Any], now: Pass, **tensors: Tensor) -> Tensor:
