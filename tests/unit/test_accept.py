@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sirius.core import CorrectionConfig, Verdict
+from sirius.decoding import accept
 from sirius.decoding.accept import (
     Check,
     Rule,
@@ -231,8 +232,8 @@ def test_a_configuration_names_its_rule():
         ("relative", 0.85): False,
         ("typical", 0.999): True,
     }
-    for (accept, threshold), passes in names.items():
-        assert judged(scores, 1, make_rule(CorrectionConfig(accept=accept, threshold=threshold))) is passes
+    for (name, threshold), passes in names.items():
+        assert judged(scores, 1, make_rule(CorrectionConfig(accept=name, threshold=threshold))) is passes
     cold = CorrectionConfig(accept="threshold", threshold=0.35, accept_temperature=1e-2)
     assert not judged(scores, 1, make_rule(cold))
     everything = CorrectionConfig(accept="argmax", ablate=("rollback",))
@@ -255,3 +256,20 @@ def test_a_name_is_registered_once(name):
 def test_without_interleaving_the_last_guess_of_a_whole_draft_is_the_newest_token():
     whole = Verdict((1, 3), 9, "bonus", (1, 3))
     assert drop_bonus(whole, [4, 5, 6, 7]) == Verdict((1,), 7, "draft", (1, 3))
+
+
+@pytest.mark.parametrize(
+    ("answer", "got"),
+    [
+        (lambda check: check.scores.amax(-1), r"\[1, 3\] torch.float32"),
+        (lambda check: check.own()[:, 1:], r"\[1, 2\] torch.bool"),
+        (lambda check: [True, True, False], "list"),
+    ],
+    ids=["numbers", "another shape", "a list"],
+)
+def test_a_rule_that_returns_no_bool_of_each_guess_is_refused_by_name(monkeypatch, answer, got):
+    monkeypatch.setattr(accept, "_RULES", dict(accept._RULES))
+    register("own idea")(lambda check, threshold, temperature: answer(check))
+    check = check_of(chain_of([1, 2]), torch.zeros(3, V))
+    with pytest.raises(ConfigError, match=rf"accept 'own idea' must return .*\[1, 3\] torch.bool; got {got}"):
+        accept.accept(check, check.scores, make_rule(CorrectionConfig(3, "own idea")))

@@ -108,6 +108,18 @@ def make_rule(config: CorrectionConfig) -> Rule:
     return partial(_RULES[config.accept], threshold=config.least, temperature=config.accept_temperature)
 
 
+def ask_rule(rule: Rule, check: Check) -> Tensor:
+    """Return which guesses a rule accepts, [B, N] bool; raise ConfigError where it returns anything else."""
+    answer, shape = rule(check), check.tree.tokens.shape
+    if isinstance(answer, Tensor) and answer.dtype is torch.bool and answer.shape == shape:
+        return answer
+    function = getattr(rule, "func", rule)
+    names = [name for name, each in _RULES.items() if each is function]
+    name = names[0] if names else getattr(function, "__name__", type(function).__name__)
+    got = f"{list(answer.shape)} {answer.dtype}" if isinstance(answer, Tensor) else type(answer).__name__
+    raise ConfigError(f"accept {name!r} must return which guesses pass, {list(shape)} torch.bool; got {got}")
+
+
 @dataclass(frozen=True)
 class Judged:
     """The result of a check on the host, fetched in one transfer.
@@ -132,7 +144,7 @@ def accept(check: Check, raw: Tensor, rule: Rule) -> Judged:
     raw  [B, N, V]  the judge's scores before processors, from which the log-probabilities are computed
     """
     tree = check.tree
-    found = longest_branches(check, rule(check))
+    found = longest_branches(check, ask_rule(rule, check))
     row = torch.arange(len(raw), device=raw.device)
     total = raw.logsumexp(-1)
     guessed = raw[row[:, None], tree.parents, tree.tokens] - total.gather(1, tree.parents)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from sirius.core import LanguageModel, Mode
-from sirius.decoding.accept import Check, accept_own
+from sirius.decoding.accept import Check, accept_own, ask_rule
 from sirius.decoding.host import Stopwatch, fetch
 from sirius.decoding.loop import Plan, Row, add_noise, process_scores
 from sirius.decoding.period import Probed
@@ -74,4 +74,4 @@ def _check(model: LanguageModel, rows: Sequence[Row], tree: Tree, count: int, pl
 def _would_pass(check: Check, guess: Tensor, plan: Plan) -> Tensor:
     """Tell which guesses [B, count] would pass, each after the tokens before it, [B, count] bool."""
     tokens = torch.cat([check.tree.tokens[:, :1], guess], 1)
-    return plan.rule(replace(check, tree=replace(check.tree, tokens=tokens)))[:, 1:]
+    return ask_rule(plan.rule, replace(check, tree=replace(check.tree, tokens=tokens)))[:, 1:]
