@@ -141,8 +141,8 @@ def greedy(model: PreTrainedModel, prompt: list[int], new_tokens: int, **options
 class Toy:
     """A `LanguageModel` of pure arithmetic: the score of a token is a hash of all tokens before it.
 
-    Its sparse mode disagrees with the dense one at a share `noise` of the places. A row's cache is what it holds and a
-    window of places after that, each a token with the mode that wrote it. What a pass sees is read off its window.
+    Its sparse mode disagrees with the dense one at a share `noise` of the nodes. A row's cache is what it holds and a
+    window of nodes after that, each a token with the mode that wrote it. What a pass sees is read off its window.
     """
 
     device = torch.device("cpu")
@@ -150,12 +150,12 @@ class Toy:
     def __init__(self, noise: float = 0.5, vocabulary: int = 11) -> None:
         self.noise, self.vocabulary = noise, vocabulary
         self.held: list[list[tuple[int, Mode]]] = []
-        self.places: list[dict[int, tuple[int, Mode]]] = []
+        self.nodes: list[dict[int, tuple[int, Mode]]] = []
         self.slots: list[int] = []
 
     def open(self, prompt: Tensor, slots: int) -> Tensor:
         self.held.append([(token, Mode.DENSE) for token in prompt.tolist()])
-        self.places.append({})
+        self.nodes.append({})
         self.slots.append(slots)
         return self.scores(prompt.tolist(), Mode.DENSE)
 
@@ -164,18 +164,18 @@ class Toy:
         return torch.stack([self._row(b, line, mode, window) for b, line in enumerate(tokens.tolist())])
 
     def _row(self, b: int, line: list[int], mode: Mode, window: Window) -> Tensor:
-        before = dict(self.places[b])
-        for place, token in enumerate(line, start=window.first):
-            self.places[b][place] = (token, mode)
-        assert len(self.held[b]) + max(self.places[b]) < self.slots[b], "the row has no such slot"
+        before = dict(self.nodes[b])
+        for node, token in enumerate(line, start=window.first):
+            self.nodes[b][node] = (token, mode)
+        assert len(self.held[b]) + max(self.nodes[b]) < self.slots[b], "the row has no such slot"
         scores = []
         for t in range(len(line)):
             seen = window.seen[b, t].nonzero()[:, 0].tolist()
             assert seen[-1] == window.first + t and int(window.depths[b, t]) == len(seen) - 1
-            branch = [self.places[b][place][0] for place in seen]
+            branch = [self.nodes[b][node][0] for node in seen]
             scores.append(self.scores([token for token, _ in self.held[b]] + branch, mode))
-        for place in range(window.fixed):
-            self.places[b][place] = before[place]
+        for node in range(window.fixed):
+            self.nodes[b][node] = before[node]
         return torch.stack(scores)
 
     def scores(self, tokens: list[int], mode: Mode) -> Tensor:
@@ -185,16 +185,16 @@ class Toy:
 
     def keep(self, path: Tensor, counts: Tensor) -> None:
         for b, count in enumerate(counts.tolist()):
-            self.held[b] += [self.places[b][place] for place in path[b, :count].tolist()]
-            self.places[b] = {}
+            self.held[b] += [self.nodes[b][node] for node in path[b, :count].tolist()]
+            self.nodes[b] = {}
 
     def rewind(self, count: int) -> None:
-        for held, places in zip(self.held, self.places, strict=True):
-            places.update(enumerate(held[-count:]))
+        for held, nodes in zip(self.held, self.nodes, strict=True):
+            nodes.update(enumerate(held[-count:]))
             del held[-count:]
 
     def close(self, row: int) -> None:
-        for each in (self.held, self.places, self.slots):
+        for each in (self.held, self.nodes, self.slots):
             each[row] = each[-1]
             each.pop()
 

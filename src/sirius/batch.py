@@ -341,8 +341,8 @@ class Batch:
         if asked != AUTO:
             return Period(asked)
         assert self.correction is not None
-        place = *self.session.place, torch.get_num_threads(), compiled
-        learnt = prepared_of(self.model).learnt.setdefault((self.sparsity, self.correction, place), Learnt())
+        key = *self.session.dtype_device, torch.get_num_threads(), compiled
+        learnt = prepared_of(self.model).learnt.setdefault((self.sparsity, self.correction, key), Learnt())
         parameters = count_parameters(self.model)
         floor, probe_share = (density(parameters, each, "streamed") for each in self.session.least_touched())
         return AutoPeriod(floor, learnt, probe_share=probe_share, width=self.correction.tree_width)

@@ -74,7 +74,7 @@ class Engine:
         self.ends, self.stops = end_tokens(model), stop_strings(model)
 
     @classmethod
-    def load(  # noqa: PLR0913 - a place, and options by their names
+    def load(  # noqa: PLR0913 - a path, and options by their names
         cls,
         path: str | Path,
         *,
@@ -215,7 +215,7 @@ class Engine:
         """Open a batch of up to `rows` texts at a time; fill it with `batch.add(engine.text(prompt))`.
 
         sparsity, correction  as in `generate`
-        rule    a function that tells which guesses pass, in place of the correction's; texts then count as lossy
+        rule    tells which guesses are accepted, in place of the correction's rule; texts then count as lossy
         period  chooses K from round to round, in place of the correction's; never above the correction's longest
 
         Rule and period change nothing with sparsity "none", which drafts nothing. Raises ConfigError of options that

@@ -72,7 +72,7 @@ class Stats:
 
     rounds               windows checked (without correction: sparse steps); the prompt's pass is not one
     rounds_complete      those drafted in full and not cut by a stop
-    drafted, accepted    passes of the draft model, and guesses that stand in the text
+    drafted, accepted    passes of the draft model, and guesses accepted into the text
     corrections          windows that did not pass to the full depth of their draft, each a rollback of the cache
     rolled_back          guesses that those windows threw away, of the branch that went furthest
     corrections_per_token  corrections / tokens
@@ -123,7 +123,7 @@ class Stats:
 
     @property
     def acceptance_rate(self) -> float | None:
-        """The share of the guesses that stand in the text, accepted / drafted, 0 to 1; None where there was none.
+        """The share of the guesses accepted into the text, accepted / drafted, 0 to 1; None where there was none.
 
         In a tree a level of branches counts as one guess.
         """

@@ -252,7 +252,7 @@ def test_memory_is_reserved_for_what_is_written_and_not_for_the_budget():
 
 
 @pytest.mark.parametrize("period", [1, 5])
-def test_slots_double_so_that_records_are_seldom_dropped(period, monkeypatch):
+def test_slots_double_so_that_captures_are_seldom_dropped(period, monkeypatch):
     engine = Engine(tiny_model(eos_token_id=None))
     monkeypatch.setattr("sirius.batch.GROWTH", 10)
     batch, sizes = open_batch(engine, correction=CorrectionConfig(period)), []

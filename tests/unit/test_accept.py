@@ -55,8 +55,8 @@ def check_of(tree: Tree, scores: Tensor, choice: list[list[int]] | None = None) 
     return Check(tree, scores, scores.argmax(-1) if choice is None else torch.tensor(choice))
 
 
-def longest_paths(check: Check, passed: Tensor) -> list[Verdict]:
-    return make_verdicts(longest_branches(check, passed))
+def longest_paths(check: Check, accepted: Tensor) -> list[Verdict]:
+    return make_verdicts(longest_branches(check, accepted))
 
 
 def judged(scores: list[float], guess: int, rule: Rule) -> bool:
@@ -76,7 +76,7 @@ def verdict_of(tree: Tree, passed: list[bool], choice: list[int]) -> Verdict:
 
 @st.composite
 def checks(draw, sampled: bool = False):
-    """Draw rows of trees, dead nodes among them, with the full model's scores, and which guesses pass."""
+    """Draw rows of trees, dead nodes among them, with the full model's scores, and which guesses are accepted."""
     rows, levels = draw(st.integers(1, 3)), draw(st.lists(st.integers(1, 3), max_size=4))
     g = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
     first = [1 + sum(levels[:i]) for i in range(len(levels) + 1)]
@@ -109,9 +109,9 @@ def furthest(check: Check, row: int, among: list[tuple[int, ...]]) -> tuple[int,
     return max(among, key=lambda path: (len(path), float(check.tree.scores[row, path[-1] if path else 0])))
 
 
-def by_brute_force(check: Check, passed: Tensor, row: int) -> Verdict:
+def by_brute_force(check: Check, accepted: Tensor, row: int) -> Verdict:
     every = [branch(check, row, n) for n in range(check.choice.shape[1]) if check.tree.alive[row, n]]
-    path = furthest(check, row, [b for b in every if all(passed[row, n] for n in b)])
+    path = furthest(check, row, [b for b in every if all(accepted[row, n] for n in b)])
     tip = furthest(check, row, [b for b in every if b[: len(path)] == path])
     depth = max(map(len, every))
     origin = "full" if depth == 0 else "bonus" if len(path) == depth else "correction"

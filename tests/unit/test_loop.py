@@ -212,9 +212,9 @@ def test_pruned_branches_cost_no_places():
     assert places(0.3) < 0.8 * places(0.0)
 
 
-def test_a_sparse_judge_decodes_with_the_sparse_model_alone():
+def test_a_sparse_verifier_decodes_with_the_sparse_model_alone():
     toy = Toy(noise=1.0)
-    rounds = run(toy, plan_of(judge=Mode.SPARSE), new_tokens=20)
+    rounds = run(toy, plan_of(verifier=Mode.SPARSE), new_tokens=20)
     tokens = PROMPT + text(rounds)
     want = [int(toy.scores(tokens[:n], Mode.SPARSE).argmax()) for n in range(len(PROMPT) + 1, len(tokens))]
     assert text(rounds)[1:] == want

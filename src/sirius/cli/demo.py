@@ -47,7 +47,7 @@ def demo(
 
 @demo_app.command()
 def oracle(
-    problems: Annotated[int, typer.Option(min=1, help="Reasoning problems at each bar.")] = 40,
+    problems: Annotated[int, typer.Option(min=1, help="Reasoning problems at each threshold.")] = 40,
     seed: Annotated[int, typer.Option(help="Which problems.")] = 0,
     sparsity: Annotated[str, typer.Option(help="coarse or fine.")] = "coarse",
     keep: Annotated[float, typer.Option(help="Fraction of the neurons kept.")] = 0.4,
@@ -64,7 +64,7 @@ def oracle(
 
     chosen = SparsityConfig(sparsity, keep)
     engine = load(None, threads, device="cpu")
-    with progress("decoding", problems * len(study.BARS)) as advance:
+    with progress("decoding", problems * len(study.THRESHOLDS)) as advance:
         points = study.run(engine, chosen, problems, seed, on_problem=advance)
     if json:
         sys.stdout.write(encoder.dumps([asdict(point) for point in points], indent=2) + "\n")

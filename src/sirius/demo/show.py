@@ -54,7 +54,7 @@ def curve(points: Sequence[Point]) -> RenderableType:
     for name in ("replaced if less likely than", "accuracy", "tokens replaced"):
         shown.add_column(name, justify="right", no_wrap=True)
     for point in points:
-        shown.add_row(f"{point.bar:g}", f"{point.accuracy:.3f} ± {point.stderr:.3f}", f"{point.replaced:.1%}")
+        shown.add_row(f"{point.threshold:g}", f"{point.accuracy:.3f} ± {point.stderr:.3f}", f"{point.replaced:.1%}")
     return shown
 
 

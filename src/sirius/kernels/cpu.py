@@ -238,15 +238,15 @@ def put(store: Tensor, rows: Tensor, slots: Tensor, values: Tensor) -> None:
     at = (_Size * 9)(*store.stride()[:2], *rows.stride(), *slots.stride(), *values.stride()[:3])
     sizes = (_Size * 6)(*counts, heads, size, height, width)
 
-    def complain(place: int) -> Exception:
-        row, slot = (int(each.flatten()[place]) for each in (rows, slots))
+    def complain(position: int) -> Exception:
+        row, slot = (int(each.flatten()[position]) for each in (rows, slots))
         return IndexError(f"row {row}, slot {slot} of {height} rows of {width} slots")
 
     _run(_launch("put", DTYPES[store.dtype], store, rows, slots, values, at, sizes, complaint=complain))
 
 
 def _call(kernel: str, *arguments: object, rows: _Rows | None = None) -> None:
-    """Call a kernel with tensors by their addresses, and the number of threads; a recorder that runs takes it down.
+    """Call a kernel with tensors by their addresses, and the number of threads; a running capture takes it down.
 
     rows  the weights, whose rows may lie apart, and the index of some of them
     """
@@ -257,9 +257,9 @@ def _call(kernel: str, *arguments: object, rows: _Rows | None = None) -> None:
 
 
 def _run(launch: Launch) -> None:
-    """Run a launch, and add it to the tape that records, if any."""
-    if (recorder := running()) is not None:
-        recorder.add(launch)
+    """Run a launch, and add it to the capture that runs, if any."""
+    if (capture := running()) is not None:
+        capture.add(launch)
     launch()
 
 
@@ -269,11 +269,11 @@ def _launch(kernel: str, *arguments: object, complaint: Complaint | None = None)
     return Launch.of(found.run, found.kernels[kernel], (*arguments, torch.get_num_threads()), complaint)
 
 
-def _no_such_row(rows: _Rows, place: int) -> ConfigError:
+def _no_such_row(rows: _Rows, position: int) -> ConfigError:
     (weight, *_), index = rows
-    row = place if index is None else int(index[place])
+    row = position if index is None else int(index[position])
     return ConfigError(
-        f"neuron {row} is asked for, in place {place}, of a weight of {len(weight)} rows; "
+        f"neuron {row} is asked for, at index {position}, of a weight of {len(weight)} rows; "
         f"a sparsity method's neurons must be from 0 to {len(weight) - 1}"
     )
 

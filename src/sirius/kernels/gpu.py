@@ -2,7 +2,7 @@
 
 Weights are [F, H] as `reference` has them, x [..., H] is of any number of rows and tuned for one to sixteen. `index` is
 [k] int64, ascending, None for all neurons; an entry of -1 is no neuron: nothing is read for it, its product is 0.
-Nothing here waits for the device and no grid depends on what a tensor holds, so that CUDA graphs may record all of it.
+Nothing here waits for the device and no grid depends on what a tensor holds, so that CUDA graphs may capture all of it.
 """
 
 import importlib

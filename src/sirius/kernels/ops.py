@@ -209,7 +209,7 @@ def each(
 
 
 def largest(values: Tensor, count: int) -> Tensor:
-    """Return the places of the `count` largest of values [..., F] at least 0, ascending; see `reference.largest`."""
+    """Return the indices of the `count` largest of values [..., F] at least 0, ascending; see `reference.largest`."""
     return (kernel("largest", Asked([values])) or reference.largest)(values, count)
 
 

@@ -51,7 +51,7 @@ def project(z: Tensor, weight: Tensor, bias: Tensor | None = None, index: Tensor
 
 
 def largest(values: Tensor, count: int) -> Tensor:
-    """Return the places of the `count` largest of values [..., F] at least 0, [..., count] int64, ascending."""
+    """Return the indices of the `count` largest of values [..., F] at least 0, [..., count] int64, ascending."""
     return values.topk(count, dim=-1).indices.sort(dim=-1).values
 
 
@@ -136,9 +136,9 @@ def attend(
     A token that sees no slot is given zeros.
     """
     (slots, kv_heads), (heads, tokens) = keys.shape[1:3], query.shape[1:3]
-    place = torch.arange(slots, device=held.device) - held[:, None]  # [B, S]; below 0 held
-    after = place.clamp(0, seen.shape[2] - 1)[:, None].expand(-1, tokens, -1)
-    allowed = (place < 0)[:, None] | (seen.gather(2, after) & ((place >= 0) & (place < seen.shape[2]))[:, None])
+    offset = torch.arange(slots, device=held.device) - held[:, None]  # [B, S]; below 0 held
+    after = offset.clamp(0, seen.shape[2] - 1)[:, None].expand(-1, tokens, -1)
+    allowed = (offset < 0)[:, None] | (seen.gather(2, after) & ((offset >= 0) & (offset < seen.shape[2]))[:, None])
     q, k, v = (each.to(torch.promote_types(each.dtype, torch.float32)) for each in (query, keys, values))
     k, v = (each.repeat_interleave(heads // kv_heads, 2).transpose(1, 2) for each in (k, v))
     scores = scale * (q @ k.mT)

@@ -58,7 +58,7 @@ class Source:
     gguf_file: str | None = None
 
     @property
-    def place(self) -> str:
+    def location(self) -> str:
         """The folder with a leading ~ resolved, or the hub id."""
         return str(Path(self.path).expanduser()) if self.path.startswith("~") else self.path
 
@@ -73,23 +73,23 @@ class Source:
 
         transformers would take a file of that name from the working directory before one of the folder.
         """
-        place = Path(self.place)
-        if place.suffix.lower() == GGUF and not place.is_dir():
+        path = Path(self.location)
+        if path.suffix.lower() == GGUF and not path.is_dir():
             if self.gguf_file:
                 raise ConfigError(f"{self.path} is a file itself, and gguf_file {self.gguf_file} another; give one")
-            if not place.is_file():
-                raise ModelError(f"there is no file {place}")
-            return replace(self, path=str(place.parent), gguf_file=str(place.absolute()))
+            if not path.is_file():
+                raise ModelError(f"there is no file {path}")
+            return replace(self, path=str(path.parent), gguf_file=str(path.absolute()))
         if not self.gguf_file:
             return self
-        if not place.is_dir():
-            _check_folder(self.place)  # raises of what is no hub id either
+        if not path.is_dir():
+            _check_folder(self.location)  # raises of what is no hub id either
             fetch = partial(cached_file, filename=self.gguf_file, revision=self.revision)
             file = Path(_attempt(replace(self, gguf_file=None), self.gguf_file, fetch))
             return replace(self, path=str(file.parent), gguf_file=str(file))
-        if not (file := place / self.gguf_file).is_file():
+        if not (file := path / self.gguf_file).is_file():
             raise ModelError(f"{self.path} holds no file {self.gguf_file}")
-        return replace(self, path=str(place), gguf_file=str(file.absolute()))
+        return replace(self, path=str(path), gguf_file=str(file.absolute()))
 
     @property
     def name(self) -> str:
@@ -104,12 +104,12 @@ def load_model(source: Source, dtype: str | torch.dtype = "auto", device: str = 
     broken, incomplete or pickled, UnsupportedModelError where it is no causal language model that can be rolled back.
     """
     wanted = dtype if dtype == "auto" else find_dtype(dtype, auto=True)
-    place = find_device(device)
+    target = find_device(device)
     source = source.found()
     if source.gguf_file:
-        return _moved(_load_gguf(source, torch.bfloat16 if isinstance(wanted, str) else wanted), place).eval()
-    _check_folder(source.place)
-    return _moved(_load(source, wanted, use_safetensors=True), place).eval()
+        return _moved(_load_gguf(source, torch.bfloat16 if isinstance(wanted, str) else wanted), target).eval()
+    _check_folder(source.location)
+    return _moved(_load(source, wanted, use_safetensors=True), target).eval()
 
 
 def _load_gguf(source: Source, dtype: torch.dtype) -> PreTrainedModel:
@@ -153,7 +153,7 @@ def _load(source: Source, dtype: str | torch.dtype, **options: Any) -> PreTraine
 def load_tokenizer(source: Source) -> PreTrainedTokenizerBase | None:
     """Load the tokenizer, or return None of a folder or file that has none: such a model takes token ids."""
     source = source.found()
-    folder = Path(source.place)
+    folder = Path(source.location)
     if source.gguf_file:
         if not gguf.read_head(Path(source.gguf_file)).has_tokenizer:
             return None
@@ -225,12 +225,12 @@ def _attempt(source: Source, what: str, load: Any, **options: Any) -> Any:
     """Call one of transformers' loaders, quietly, and turn what it raises of a bad checkpoint into one line."""
     try:
         with quiet():
-            return load(source.place, **options)
+            return load(source.location, **options)
     except Exception as error:
         if not isinstance(error, BROKEN) and type(error) is not Exception:  # so the tokenizers' library raises
             raise
         said = f"cannot load the {what} of {source.name}: {_first_line(error)}"
-        way = "" if source.gguf_file or Path(source.place).exists() else _way_out(error)
+        way = "" if source.gguf_file or Path(source.location).exists() else _way_out(error)
         raise ModelError(said.rstrip(".") + "; " + way if way else said) from error
 
 

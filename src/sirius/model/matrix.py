@@ -18,7 +18,7 @@ from sirius.kernels.activations import Activation
 class Matrix(Protocol):
     """The weights of a linear layer [F, H], and its bias; row j belongs to neuron j, or to output j.
 
-    replayable  whether a recorded pass may run its products again without calling its methods
+    replayable  whether a captured pass may run its products again without calling its methods
     index       [k] int64  the rows that are asked for; None: all
     invariant   a token's result must have the same bits however many tokens there are
     """

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from sirius.errors import UnsupportedModelError
 from sirius.kernels.ops import best_side_by_side
-from sirius.model.adopt import Part, adopt, give_back, more_than_itself, obstacle, own_forward
+from sirius.model.adopt import Part, adopt, give_back, hook_obstacle, obstacle, own_forward
 from sirius.model.matrix import Neurons
 from sirius.model.memory import moved, side_by_side
 from sirius.model.prepared import Prepared
@@ -33,7 +33,7 @@ class SparseMLP(Part):
     twice.
 
     roles   which child is what
-    number  its place among the model's gated MLPs
+    number  its index among the model's gated MLPs
     """
 
     roles: Roles
@@ -153,15 +153,15 @@ def adopt_mlp(module: nn.Module, roles: Roles, number: int, prepared: Prepared) 
 
 def check_layers(path: str, mlp: nn.Module, roles: Roles) -> None:
     """Raise UnsupportedModelError where a gated MLP, the model's `path`, is more than its weights and its formula."""
-    for place, reason in _obstacles(path, mlp, roles):
+    for layer, reason in _obstacles(path, mlp, roles):
         if reason is not None:
-            raise UnsupportedModelError(f"{place} {reason}")
+            raise UnsupportedModelError(f"{layer} {reason}")
 
 
 def _obstacles(path: str, mlp: nn.Module, roles: Roles) -> list[tuple[str, str | None]]:
     """Return why an MLP may not be computed without a call of its children: each one's path, and a reason or None."""
     found = [(f"{path}.{name} ({role})", obstacle(getattr(mlp, name))) for role, name in roles.layers.items()]
-    found.append((f"{path}.{roles.act} (activation)", more_than_itself(getattr(mlp, roles.act))))
+    found.append((f"{path}.{roles.act} (activation)", hook_obstacle(getattr(mlp, roles.act))))
     if own_forward(mlp):
         found.append((path, "has a forward of its own, which may go past the chosen neurons; take it off"))
     return found
