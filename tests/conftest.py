@@ -35,6 +35,7 @@ from transformers import (
 from sirius import cli
 from sirius.core import LanguageModel, Mode, Round, Window
 from sirius.decoding.loop import Row, first_round, open_row
+from sirius.engine import Engine
 from sirius.runtime.cache import SlotCache
 
 torch.set_num_threads(1)  # the models here are too small to share out
@@ -215,6 +216,20 @@ def check_integrity(cache: SlotCache) -> None:
             assert room, f"layer {index} holds {list(store.shape)}"
             for row, length in enumerate(table.lengths.tolist()):
                 assert bool(store[row, :length].isfinite().all()), f"layer {index}, row {row} holds no numbers"
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    """Return an engine of a tiny model whose texts do not end by themselves."""
+    return Engine(tiny_model(eos_token_id=None, max_position_embeddings=60))
+
+
+@pytest.fixture(scope="module")
+def alone(engine: Engine) -> list[list[int]]:
+    """Return what the full model writes after each prompt of `batches`."""
+    from batches import NEW, PROMPTS
+
+    return [greedy(engine.model, prompt, NEW) for prompt in PROMPTS]
 
 
 @pytest.fixture

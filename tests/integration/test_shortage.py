@@ -19,16 +19,6 @@ from sirius.runtime.session import Session
 pytestmark = pytest.mark.integration
 
 
-@pytest.fixture(scope="module")
-def engine() -> Engine:
-    return Engine(tiny_model(eos_token_id=None, max_position_embeddings=60))
-
-
-@pytest.fixture(scope="module")
-def alone(engine) -> list[list[int]]:
-    return [greedy(engine.model, prompt, NEW) for prompt in PROMPTS]
-
-
 NO_MEMORY = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
     RuntimeError(
