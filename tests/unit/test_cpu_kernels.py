@@ -538,7 +538,7 @@ def test_a_row_that_the_weight_does_not_have_is_an_error_that_names_it(row):
         lambda: cpu.each(x[:, None], [both] * 3, "silu", index, [1, 3]),
     ]
     for call in calls:
-        with pytest.raises(ConfigError, match=rf"neuron {row} is asked for, in place 2, of a weight of 9 rows.*0 to 8"):
+        with pytest.raises(ConfigError, match=rf"neuron {row} is asked for, at index 2, of a weight of 9 rows.*0 to 8"):
             call()
 
 
