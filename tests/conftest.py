@@ -33,7 +33,10 @@ from transformers import (
 )
 
 from sirius import cli
-from sirius.core import Mode, Window
+from sirius.core import LanguageModel, Mode, Round, Window
+from sirius.decoding.loop import Row, first_round, start
+from sirius.engine import Engine
+from sirius.runtime.cache import SlotCache
 
 torch.set_num_threads(1)  # the models here are too small to share out
 
@@ -139,8 +142,8 @@ def greedy(model: PreTrainedModel, prompt: list[int], new_tokens: int, **options
 class Toy:
     """A `LanguageModel` of pure arithmetic: the score of a token is a hash of all tokens before it.
 
-    Its sparse mode disagrees with the dense one at a share `noise` of the places. A row's cache is what it holds and a
-    window of places after that, each a token with the mode that wrote it. What a pass sees is read off its window.
+    Its sparse mode disagrees with the dense one at a share `noise` of the nodes. A row's cache is what it holds and a
+    window of nodes after that, each a token with the mode that wrote it. What a pass sees is read off its window.
     """
 
     device = torch.device("cpu")
@@ -148,12 +151,12 @@ class Toy:
     def __init__(self, noise: float = 0.5, vocabulary: int = 11) -> None:
         self.noise, self.vocabulary = noise, vocabulary
         self.held: list[list[tuple[int, Mode]]] = []
-        self.places: list[dict[int, tuple[int, Mode]]] = []
+        self.nodes: list[dict[int, tuple[int, Mode]]] = []
         self.slots: list[int] = []
 
     def open(self, prompt: Tensor, slots: int) -> Tensor:
         self.held.append([(token, Mode.DENSE) for token in prompt.tolist()])
-        self.places.append({})
+        self.nodes.append({})
         self.slots.append(slots)
         return self.scores(prompt.tolist(), Mode.DENSE)
 
@@ -162,18 +165,18 @@ class Toy:
         return torch.stack([self._row(b, line, mode, window) for b, line in enumerate(tokens.tolist())])
 
     def _row(self, b: int, line: list[int], mode: Mode, window: Window) -> Tensor:
-        before = dict(self.places[b])
-        for place, token in enumerate(line, start=window.first):
-            self.places[b][place] = (token, mode)
-        assert len(self.held[b]) + max(self.places[b]) < self.slots[b], "the row has no such slot"
+        before = dict(self.nodes[b])
+        for node, token in enumerate(line, start=window.first):
+            self.nodes[b][node] = (token, mode)
+        assert len(self.held[b]) + max(self.nodes[b]) < self.slots[b], "the row has no such slot"
         scores = []
         for t in range(len(line)):
             seen = window.seen[b, t].nonzero()[:, 0].tolist()
             assert seen[-1] == window.first + t and int(window.depths[b, t]) == len(seen) - 1
-            branch = [self.places[b][place][0] for place in seen]
+            branch = [self.nodes[b][node][0] for node in seen]
             scores.append(self.scores([token for token, _ in self.held[b]] + branch, mode))
-        for place in range(window.fixed):
-            self.places[b][place] = before[place]
+        for node in range(window.fixed):
+            self.nodes[b][node] = before[node]
         return torch.stack(scores)
 
     def scores(self, tokens: list[int], mode: Mode) -> Tensor:
@@ -183,18 +186,50 @@ class Toy:
 
     def keep(self, path: Tensor, counts: Tensor) -> None:
         for b, count in enumerate(counts.tolist()):
-            self.held[b] += [self.places[b][place] for place in path[b, :count].tolist()]
-            self.places[b] = {}
+            self.held[b] += [self.nodes[b][node] for node in path[b, :count].tolist()]
+            self.nodes[b] = {}
 
     def rewind(self, count: int) -> None:
-        for held, places in zip(self.held, self.places, strict=True):
-            places.update(enumerate(held[-count:]))
+        for held, nodes in zip(self.held, self.nodes, strict=True):
+            nodes.update(enumerate(held[-count:]))
             del held[-count:]
 
     def close(self, row: int) -> None:
-        for each in (self.held, self.places, self.slots):
+        for each in (self.held, self.nodes, self.slots):
             each[row] = each[-1]
             each.pop()
+
+
+def begin(model: LanguageModel, row: Row) -> Round | None:
+    """Read a row's prompt and return the round of its first token."""
+    return first_round([row], [start(model, row)])[0]
+
+
+def check_integrity(cache: SlotCache) -> None:
+    """Raise AssertionError where the book-keeping and the stored tensors disagree."""
+    table = cache.table
+    assert table.lengths.shape == (table.rows,), f"{list(table.lengths.shape)} lengths for {table.rows} rows"
+    assert bool(((table.lengths >= 0) & (table.lengths <= table.slots)).all()), f"lengths {table.lengths.tolist()}"
+    for index, layer in enumerate(cache.slot_layers):
+        for store in layer.stores:
+            room = store.shape[0] >= table.rows and store.shape[1] >= table.slots
+            assert room, f"layer {index} holds {list(store.shape)}"
+            for row, length in enumerate(table.lengths.tolist()):
+                assert bool(store[row, :length].isfinite().all()), f"layer {index}, row {row} holds no numbers"
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    """Return an engine of a tiny model whose texts do not end by themselves."""
+    return Engine(tiny_model(eos_token_id=None, max_position_embeddings=60))
+
+
+@pytest.fixture(scope="module")
+def alone(engine: Engine) -> list[list[int]]:
+    """Return what the full model writes after each prompt of `batches`."""
+    from batches import NEW, PROMPTS
+
+    return [greedy(engine.model, prompt, NEW) for prompt in PROMPTS]
 
 
 @pytest.fixture

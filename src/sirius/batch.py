@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from sirius import sparsity
 from sirius.core import AUTO, SEEDS, CorrectionConfig, Round, SparsityConfig, check_together
 from sirius.decoding.accept import Rule, accept_own
-from sirius.decoding.loop import Row, first_round, next_round, open_row
+from sirius.decoding.loop import Row, first_round, next_round, start
 from sirius.decoding.period import AutoPeriod, Learnt, Period
 from sirius.decoding.plan import make_plan
 from sirius.decoding.probe import probe_if_due
@@ -126,15 +126,11 @@ class Batch:
         """Put a text in line and return its ticket; raise ConfigError where its sampling contradicts the rule."""
         request = text.request
         check_together(request.sampling, self.asked)
+        noise, seed = None, request.sampling.seed
         if request.sampling.temperature > 0:
-            seed = request.sampling.seed
             noise = Noise(int(torch.randint(SEEDS, ())) if seed is None else seed)
-        else:
-            noise = None
         most = len(request.prompt) + request.max_new_tokens + self.window
-        slots = (
-            most if self.compiled else self._first_slots(request.prompt, most)
-        )  # as compiled passes are compiled anew when they grow
+        slots = most if self.compiled else self._first_slots(request.prompt, most)  # growing would compile anew
         row = Row(list(request.prompt), request.max_new_tokens, slots, text.process, noise, text.keep_scores)
         row.stateless, watch = self._try_processor(text)
         self.tickets += 1
@@ -194,15 +190,12 @@ class Batch:
         if self.midway:
             raise RequestError("a step of this batch ended midway, so its texts cannot go on; open another batch")
         self.midway = True
-        updates = self._step()
+        if count := min(self.rows - len(self.active), len(self.waiting)):
+            updates = self._admit(count)
+        else:
+            updates = self._round() if self.active else []
         self.midway = False
         return updates
-
-    def _step(self) -> list[Update]:
-        free = self.rows - len(self.active)
-        if self.waiting and free:
-            return self._admit(min(free, len(self.waiting)))
-        return self._round() if self.active else []
 
     def _admit(self, count: int) -> list[Update]:
         """Read the prompts of the next waiting texts, one after the other, and choose their first tokens together."""
@@ -234,14 +227,14 @@ class Batch:
         try:
             with telling(slots):
                 self.session.reserve(rows, slots)
-                return open_row(self.session, entry.row)
+                return start(self.session, entry.row)
         except OutOfMemoryError:
             self._close_unread()
         self.session.release()
         entry.row.slots = self._first_slots(entry.text.request.prompt, entry.most)
         with telling(entry.row.slots):
             self.session.reserve(len(self.active) + 1, entry.row.slots)
-            return open_row(self.session, entry.row)
+            return start(self.session, entry.row)
 
     def _first_slots(self, prompt: Sequence[int], most: int) -> int:
         """Return the slots that a text begins with where no more are reserved."""
@@ -310,16 +303,15 @@ class Batch:
         """Add a round to a text, up to where the text ends; a text that has ended frees its row."""
         if entry.row.error is not None or done is None:
             assert entry.row.error is not None
-            self._close(self.active.index(entry))
-            return self._failed(entry, entry.row.error)
+            return self._end_with_error(self.active.index(entry), entry.row.error)
         ending = entry.ending
         shown = len(ending.text)
         try:
             used = done.until(ending.push(done.tokens))
         except Exception as error:  # a user's criterion may raise anything; only this text ends
-            failure = OutOfMemoryError if ran_out(error) else RequestError
-            self._close(self.active.index(entry))
-            return self._failed(entry, _with_cause(failure(f"a stopping criterion failed: {error!r}"), error))
+            failure = (OutOfMemoryError if ran_out(error) else RequestError)(f"a stopping criterion failed: {error!r}")
+            failure.__cause__ = error
+            return self._end_with_error(self.active.index(entry), failure)
         entry.rounds.append(used)
         if not ending.stopped and entry.row.room:
             return Update(entry.ticket, ending.text[shown:], used)
@@ -349,8 +341,8 @@ class Batch:
         if asked != AUTO:
             return Period(asked)
         assert self.correction is not None
-        place = *self.session.place, torch.get_num_threads(), compiled
-        learnt = prepared_of(self.model).learnt.setdefault((self.sparsity, self.correction, place), Learnt())
+        key = *self.session.dtype_device, torch.get_num_threads(), compiled
+        learnt = prepared_of(self.model).learnt.setdefault((self.sparsity, self.correction, key), Learnt())
         parameters = count_parameters(self.model)
         floor, probe_share = (density(parameters, each, "streamed") for each in self.session.least_touched())
         return AutoPeriod(floor, learnt, probe_share=probe_share, width=self.correction.tree_width)
@@ -389,8 +381,3 @@ def _check_watches(entries: Sequence[_Entry]) -> None:
     for entry in entries:
         if entry.watch is not None and entry.row.error is None:
             entry.row.error = entry.watch.failure()
-
-
-def _with_cause(failed: RequestError, error: Exception) -> RequestError:
-    failed.__cause__ = error
-    return failed

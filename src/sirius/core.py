@@ -24,7 +24,7 @@ Config = TypeVar("Config", "SparsityConfig", "CorrectionConfig", "SamplingConfig
 
 AUTO = "auto"
 PAPER = "paper"
-OWN = ("lossless", "argmax", "sampling")  # rules under which nothing but the full model's own choice passes
+OWN = ("lossless", "argmax", "sampling")  # rules under which nothing but the full model's own choice is accepted
 THRESHOLD = 0.1  # of the other rules, where none is given
 LONGEST = 32  # the longest window that period "auto" chooses
 MOST_GUESSES = 1024  # of a check: it reads all of them in one pass, and each looks at every other one before it
@@ -76,7 +76,7 @@ class CorrectionConfig:
 
     period              K, tokens that a branch of a check has: the newest one and K-1 drafted ones; 1 drafts nothing,
                         "auto" chooses it round by round from measured cost and acceptance
-    accept              which guesses pass; the full model's own choice does under every rule:
+    accept              which guesses are accepted; the full model's own choice always is:
                         "lossless"   no other guess: the full model's greedy text, or its sample with a temperature
                         "argmax", "sampling"  the same by the names of its two cases; "argmax" refuses a temperature
                         "threshold"  probability at least `threshold` (the paper's rule; lossy)
@@ -89,7 +89,7 @@ class CorrectionConfig:
     tree_width          w, branches drafted side by side
     prune               drop branches less likely than this share of the best one's probability; 0 keeps all
     ablate              for studies, all of them lossy: "rewrite" (keep the draft's K/V), "interleave" (no token of the
-                        full model after a window that passed whole), "rollback" (keep every guess)
+                        full model after a window that was accepted whole), "rollback" (keep every guess)
     """
 
     period: int | Literal["auto"] = AUTO
@@ -111,7 +111,7 @@ class CorrectionConfig:
                 raise ConfigError(f"threshold is a probability, from 0 to 1; got {self.threshold}")
             if self.accept in OWN:
                 raise ConfigError(
-                    f"threshold {self.threshold} would change nothing: accept {self.accept!r} passes only the full "
+                    f"threshold {self.threshold} would change nothing: accept {self.accept!r} accepts only the full "
                     "model's own choice; leave threshold out, or set accept to 'threshold' (lossy)"
                 )
         if not 0 < self.accept_temperature < float("inf"):
@@ -131,7 +131,7 @@ class CorrectionConfig:
 
     @classmethod
     def paper(cls, **changes: Any) -> "CorrectionConfig":
-        """Return the paper's setting, lossy: 16 tokens, guesses of probability 0.1 at temperature 0.6 pass.
+        """Return the paper's setting, lossy: 16 tokens, guesses of probability 0.1 at temperature 0.6 are accepted.
 
         changes  fields to be set otherwise. Source: Sirius (arXiv 2409.03856), section 5.
         """
@@ -247,7 +247,7 @@ def check_together(sampling: SamplingConfig, correction: CorrectionConfig | None
     if sampling.temperature > 0 and correction is not None and correction.accept == "argmax":
         raise ConfigError(
             f"accept 'argmax' is for greedy text, and temperature is {sampling.temperature}; "
-            "use accept 'lossless', or temperature 0"
+            "use accept 'lossless', or temperature 0 (do_sample=False)"
         )
 
 
@@ -277,7 +277,7 @@ class Request:
 class Verdict:
     """What a check says of one row's tree.
 
-    path    the kept guesses, oldest first, as places in the window (the newest token is 0)
+    path    the kept guesses, oldest first, as nodes of the window (the newest token is 0)
     next    the token after them
     origin  where `next` comes from
     tip     the path on to the deepest guess that follows it, of those the one of highest score
@@ -299,8 +299,8 @@ class Round:
     """What one round did to one text, from the draft to the tokens that came out.
 
     tokens    what the round adds to the text: kept guesses, then one token of the full model unless a stop cut it off
-    origins   where each token comes from: "full" (nothing was drafted), "draft", "bonus" (after a draft that passed
-              to its full depth) or "correction" (before that: the guess there was rejected, or dropped from the tree)
+    origins   where each token comes from: "full" (nothing was drafted), "draft", "bonus" (after a draft accepted to
+              its full depth) or "correction" (before that: the guess there was rejected, or dropped from the tree)
     logprobs  the natural log of the full model's probability of each token, at temperature 1 before any processor
               (of the sparse model's where it decodes alone)
     draft     the branch of the draft that went furthest; draft[accepted:] was rolled back
@@ -344,13 +344,13 @@ class Round:
 
 @dataclass(frozen=True)
 class Window:
-    """Where the tokens of a pass stand after what their rows hold: the places of a tree of guesses.
+    """Where the tokens of a pass stand after the tokens that their rows hold: the nodes of a tree of guesses.
 
-    first   the place of the pass's first token; the others follow it
+    first   the node of the pass's first token; the others follow it
     depths  [B, T] int64     positions, counted from the first after the held ones
-    seen    [B, T, M] bool   which of the places 0 .. M-1 each token looks at, its own among them
+    seen    [B, T, M] bool   which of the nodes 0 .. M-1 each token looks at, its own among them
     weights [B, T] float     how likely each token's branch is, 0 of a dead one; each row's sum is 1, or 0
-    fixed   the pass leaves the K/V of that many first places as they are
+    fixed   the pass leaves the K/V of that many first nodes as they are
     apart   the tokens are no branches of one step: where sets of neurons are chosen per token, each has its own
     """
 
@@ -365,9 +365,8 @@ class Window:
 class LanguageModel(Protocol):
     """What decoding needs of a model: rows of text that come and go, and passes over windows of guesses.
 
-    Draft and full model are two modes of one model and share one KV cache. A row holds a prefix of its text; a pass
-    writes the K/V of its tokens to places after that prefix, over whatever stood there, and `keep` makes some of them
-    part of it.
+    Draft and full model are two modes of one model and share one KV cache. A row holds a prefix of its text. A pass
+    writes the K/V of its tokens to the slots after that prefix, and `keep` makes some of them part of it.
     """
 
     @property
@@ -384,11 +383,11 @@ class LanguageModel(Protocol):
         ...
 
     def keep(self, path: Tensor, counts: Tensor) -> None:
-        """Let each row hold the first counts[b] [B] of the places path[b] [B, n] int64 after what it holds already."""
+        """Let each row hold the first counts[b] [B] of the nodes path[b] [B, n] int64 after what it holds already."""
         ...
 
     def rewind(self, count: int) -> None:
-        """Let each row hold `count` tokens less, which stand at places 0 .. count - 1 then, for `keep` to take back."""
+        """Let each row hold `count` tokens less, which are nodes 0 .. count - 1 then, for `keep` to take back."""
         ...
 
     def close(self, row: int) -> None:

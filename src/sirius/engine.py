@@ -76,7 +76,7 @@ class Engine:
         self.ends, self.stops = end_tokens(model), stop_strings(model)
 
     @classmethod
-    def load(  # noqa: PLR0913 - a place, and options by their names
+    def load(  # noqa: PLR0913 - a path, and options by their names
         cls,
         path: str | Path,
         *,
@@ -152,7 +152,7 @@ class Engine:
         """
         batch = self.batch(rows=1, sparsity=sparsity, correction=correction)
         batch.add(self.text(prompt, max_new_tokens=max_new_tokens, stop=stop, sampling=sampling))
-        return _raising(_steps(batch))
+        return _steps(batch)
 
     def generate_many(  # noqa: PLR0913 - prompts, and options by their names
         self,
@@ -244,7 +244,7 @@ class Engine:
         """Open a batch of up to `rows` texts at a time; fill it with `batch.add(engine.text(prompt))`.
 
         sparsity, correction  as in `generate`
-        rule    a function that tells which guesses pass, in place of the correction's; texts then count as lossy
+        rule    tells which guesses are accepted, in place of the correction's rule; texts then count as lossy
         period  chooses K from round to round, in place of the correction's; never above the correction's longest
 
         Rule and period change nothing with sparsity "none", which drafts nothing. Raises ConfigError of options that
@@ -381,11 +381,7 @@ def _check_known(own: TextOptions, known: TextOptions) -> None:
 
 def _steps(batch: Batch) -> Iterator[Update]:
     while batch.busy:
-        yield from batch.step()
-
-
-def _raising(updates: Iterator[Update]) -> Iterator[Update]:
-    for update in updates:
-        if update.error is not None:
-            raise update.error
-        yield update
+        for update in batch.step():
+            if update.error is not None:
+                raise update.error
+            yield update

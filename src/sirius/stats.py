@@ -5,12 +5,14 @@ tables: embedding and output head both count, attention is dense, and the prefil
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from sirius.core import AUTO, CorrectionConfig, Round
 
 Convention = Literal["published", "streamed"]
+SUMMED = "rounds rounds_complete drafted accepted corrections rolled_back tokens seconds".split()
+PER_TOKEN = "effective_density effective_density_streamed parameters_per_token bytes_per_token".split()
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ class Stats:
 
     rounds               windows checked (without correction: sparse steps); the prompt's pass is not one
     rounds_complete      those drafted in full and not cut by a stop
-    drafted, accepted    passes of the draft model, and guesses that stand in the text
+    drafted, accepted    passes of the draft model, and guesses accepted into the text
     corrections          windows that did not pass to the full depth of their draft, each a rollback of the cache
     rolled_back          guesses that those windows threw away, of the branch that went furthest
     corrections_per_token  corrections / tokens
@@ -121,7 +123,7 @@ class Stats:
 
     @property
     def acceptance_rate(self) -> float | None:
-        """The share of the guesses that stand in the text, accepted / drafted, 0 to 1; None where there was none.
+        """The share of the guesses accepted into the text, accepted / drafted, 0 to 1; None where there was none.
 
         In a tree a level of branches counts as one guess.
         """
@@ -206,34 +208,20 @@ def combine(parts: Sequence[Stats]) -> Stats:
     """Return the figures of several generations of one setting taken together: sums, and means per window or token."""
     if not parts or len({(p.period, p.lossless) for p in parts}) > 1:
         raise ValueError("figures are combined over at least one generation, all of one setting")
-    rounds = [p.rounds for p in parts]
     after_first = [p.tokens - 1 for p in parts]  # a prompt's first token belongs to no window
     sparse = [p.drafted or p.rounds for p in parts]  # passes that the density is of
-    tokens, seconds = sum(p.tokens for p in parts), sum(p.seconds for p in parts)
-    return Stats(
-        rounds=sum(rounds),
-        rounds_complete=sum(p.rounds_complete for p in parts),
-        drafted=sum(p.drafted for p in parts),
-        accepted=sum(p.accepted for p in parts),
-        corrections=sum(p.corrections for p in parts),
-        rolled_back=sum(p.rolled_back for p in parts),
-        corrections_per_token=sum(p.corrections for p in parts) / tokens,
-        tokens=tokens,
+    sums = {name: sum(getattr(p, name) for p in parts) for name in SUMMED}
+    means = {name: _mean([getattr(p, name) for p in parts], after_first) for name in PER_TOKEN}
+    means |= {name: _mean([getattr(p, name) for p in parts], sparse) for name in ("density", "density_streamed")}
+    return replace(
+        parts[0],  # which also stands for the mean where nothing was decoded after the first token
+        **sums,
+        **{name: mean for name, mean in means.items() if mean},
         aal=_mean([p.aal for p in parts], [sum(p.acceptance_histogram) for p in parts]),
         aal_complete=_mean([p.aal_complete for p in parts], [p.rounds_complete for p in parts]),
-        period=parts[0].period,
-        density=_mean([p.density for p in parts], sparse) or parts[0].density,
-        effective_density=_mean([p.effective_density for p in parts], after_first) or parts[0].effective_density,
-        density_streamed=_mean([p.density_streamed for p in parts], sparse) or parts[0].density_streamed,
-        effective_density_streamed=_mean([p.effective_density_streamed for p in parts], after_first)
-        or parts[0].effective_density_streamed,
-        parameters_per_token=_mean([p.parameters_per_token for p in parts], after_first)
-        or parts[0].parameters_per_token,
-        bytes_per_token=_mean([p.bytes_per_token for p in parts], after_first) or parts[0].bytes_per_token,
+        corrections_per_token=sums["corrections"] / sums["tokens"],
         acceptance_histogram=tuple(sum(bar) for bar in zip(*(p.acceptance_histogram for p in parts), strict=True)),
-        seconds=seconds,
-        tokens_per_second=tokens / seconds if seconds > 0 else 0.0,
-        lossless=parts[0].lossless,
+        tokens_per_second=sums["tokens"] / sums["seconds"] if sums["seconds"] > 0 else 0.0,
     )
 
 

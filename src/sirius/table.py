@@ -30,6 +30,6 @@ class Figures(Table):
             yield Text(str(self.title), str(self.title_style))
         headings = [str(column.header) for column in self.columns]
         for row in zip(*(column.cells for column in self.columns), strict=True):
-            for place, (heading, figure) in enumerate(zip(headings, map(str, row), strict=True)):
+            for index, (heading, figure) in enumerate(zip(headings, map(str, row), strict=True)):
                 if figure:
-                    yield Text(f"  {heading}: {figure}" if place else f"{heading} {figure}".strip())
+                    yield Text(f"  {heading}: {figure}" if index else f"{heading} {figure}".strip())

@@ -74,8 +74,8 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
 
 def find_stop(text: str, stops: Sequence[str], begin: int = 0) -> int | None:
     """Return where the earliest stop string starts in text[begin:], as an index into text, or None."""
-    places = [at for stop in stops if (at := text.find(stop, begin)) >= 0]
-    return min(places) if places else None
+    positions = [at for stop in stops if (at := text.find(stop, begin)) >= 0]
+    return min(positions) if positions else None
 
 
 def safe_length(text: str, stops: Sequence[str]) -> int:
@@ -147,15 +147,15 @@ class StopAt:
             return self.shown.upto(len(self.shown.tokens) - 1)
         return min(texts, key=len, default=None)
 
-    def _shown_before(self, written: TextStream, place: int) -> str:
-        """Return what is shown of the text before a place in the one with special tokens written out."""
+    def _shown_before(self, written: TextStream, position: int) -> str:
+        """Return what is shown of the text before a position in the one with special tokens written out."""
         assert self.shown is not None
         count = len(written.tokens)
-        while (begin := len(written.upto(count - 1))) > place:
+        while (begin := len(written.upto(count - 1))) > position:
             count -= 1
-        if begin == place or written.tokens[count - 1] in self.shown.hidden:
+        if begin == position or written.tokens[count - 1] in self.shown.hidden:
             return self.shown.upto(count - 1)
-        text, after = self.shown.upto(count), len(written.upto(count)) - place
+        text, after = self.shown.upto(count), len(written.upto(count)) - position
         return text[: max(0, len(text) - after)]
 
     def _safe(self) -> int:

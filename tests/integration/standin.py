@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from sirius.kernels import attention, gpu, launch, reference
 from sirius.kernels.activations import ACTIVATIONS
 from sirius.kernels.reference import Weight
-from sirius.runtime import recorded
+from sirius.runtime import capture
 
 GPU = torch.device("cuda", 0)
 ASKING = {"_local_scalar_dense", "nonzero", "is_nonzero", "equal", "unique", "_unique2", "unique_dim", "masked_select"}
@@ -96,14 +96,14 @@ class StandIn(TorchDispatchMode):
 
     answers  what the host asked, in order
     kernels  which were called
-    records  how many passes were recorded
+    captures  how many passes were captured
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.answers: list[str] = []
         self.kernels: set[str] = set()
-        self.records, self.recording = 0, False
+        self.captures, self.capturing = 0, False
 
     def ask(self, what: str) -> None:
         """Note that the host waits for the GPU."""
@@ -111,9 +111,9 @@ class StandIn(TorchDispatchMode):
         self.answers.append(what)
 
     def send(self, what: str) -> None:
-        """Refuse what goes between host and GPU while a graph is recorded."""
-        if self.recording:
-            raise RuntimeError(f"{what} while a graph is recorded")
+        """Refuse what goes between host and GPU while a graph is captured."""
+        if self.capturing:
+            raise RuntimeError(f"{what} while a graph is captured")
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs, name = kwargs or {}, func.overloadpacket.__name__
@@ -156,15 +156,15 @@ class StandIn(TorchDispatchMode):
 
         return called
 
-    def record(self, call, buffers):
-        """Record a pass as a `GraphRecorder` does: by running it twice, the second time without a question."""
+    def capture(self, call, buffers):
+        """Capture a pass as a `GraphCapture` does: by running it twice, the second time without a question."""
         first = call(**buffers).clone()
-        self.recording = True
+        self.capturing = True
         try:
             call(**buffers)
         finally:
-            self.recording = False
-        self.records += 1
+            self.capturing = False
+        self.captures += 1
         return first, lambda: call(**buffers)
 
 
@@ -227,6 +227,6 @@ def standing_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
     monkeypatch.setattr(torch.cuda, "device_of", lambda tensor: nullcontext())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
     monkeypatch.setattr(torch.cuda, "Event", lambda **options: Mock(elapsed_time=lambda other: 1.0))
-    monkeypatch.setattr(recorded, "GraphRecorder", lambda device: standin.record)
+    monkeypatch.setattr(capture, "GraphCapture", lambda device: standin.capture)
     with standin, Moves(standin):
         yield standin

@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import count, islice
 
@@ -21,26 +22,17 @@ from sirius.sparsity.coarse import CoarseSparsity
 pytestmark = pytest.mark.integration
 
 
-@pytest.fixture(scope="module")
-def engine() -> Engine:
-    return Engine(tiny_model(eos_token_id=None, max_position_embeddings=60))
+@pytest.fixture
+def passes(engine) -> Iterator[list[tuple[int, int]]]:
+    """The passes of the model, each with its rows and the tokens of a row; with a hook each is run by the model."""
+    found: list[tuple[int, int]] = []
 
+    def note(model, args, given):
+        found.append(tuple(given["input_ids"].shape))
 
-@pytest.fixture(scope="module")
-def alone(engine) -> list[list[int]]:
-    return [greedy(engine.model, prompt, NEW) for prompt in PROMPTS]
-
-
-def fed(monkeypatch) -> list[tuple[int, int]]:
-    """Watch the passes of the model; return the list to which each adds its rows and tokens of a row."""
-    passes, scores = [], session._scores
-
-    def watched(forward, prepared, cache, now, inputs, **options):
-        passes.append(tuple(inputs["input_ids"].shape))
-        return scores(forward, prepared, cache, now, inputs, **options)
-
-    monkeypatch.setattr(session, "_scores", watched)
-    return passes
+    hook = engine.model.register_forward_pre_hook(note, with_kwargs=True)
+    yield found
+    hook.remove()
 
 
 def test_waiting_texts_take_the_rows_of_those_that_ended(engine, alone):
@@ -55,8 +47,7 @@ def test_waiting_texts_take_the_rows_of_those_that_ended(engine, alone):
     assert [list(done[ticket].token_ids) for ticket in tickets] == alone
 
 
-def test_a_text_that_joins_costs_the_others_no_pass(engine, monkeypatch):
-    passes = fed(monkeypatch)
+def test_a_text_that_joins_costs_the_others_no_pass(engine, passes):
     batch = open_batch(engine)
     batch.add(engine.text(PROMPTS[0], max_new_tokens=NEW))
     batch.step()
@@ -69,8 +60,7 @@ def test_a_text_that_joins_costs_the_others_no_pass(engine, monkeypatch):
     assert {rows for rows, _ in passes[1:]} == {2}
 
 
-def test_a_text_that_leaves_costs_the_others_no_pass(engine, alone, monkeypatch):
-    passes = fed(monkeypatch)
+def test_a_text_that_leaves_costs_the_others_no_pass(engine, alone, passes):
     batch = open_batch(engine)
     first, *others = [batch.add(engine.text(prompt, max_new_tokens=NEW)) for prompt in PROMPTS[:3]]
     batch.step()

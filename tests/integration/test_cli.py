@@ -389,7 +389,7 @@ def mistake(printed: Printed) -> str:
         (["--output", "out.jsonl"], "--output goes with --input"),
         (["--no-correct", "--tree-width", "4"], "--tree-width would change nothing without correction"),
         (["--top-p", "0.5", "--top-k", "3"], "--top-p, --top-k would change nothing at temperature 0"),
-        (["--threshold", "0.3"], "threshold 0.3 would change nothing: accept 'lossless' passes only"),
+        (["--threshold", "0.3"], "threshold 0.3 would change nothing: accept 'lossless' accepts only"),
         (["--preset", "papers"], "--preset is paper; got 'papers'"),
         (["--preset", "paper", "--no-correct"], "--preset would change nothing without correction"),
         (["--output", "-"], "--output goes with --input"),
@@ -515,7 +515,7 @@ def line(printed: Printed) -> str:
         ("--sparsity none", "nothing drafted", "text of the full model"),
         (
             "--period 4",
-            r"drafted: [\d.]+ of [\d.]+ guesses stood, \d+% of the weights read per token.*",
+            r"drafted: [\d.]+ of [\d.]+ guesses accepted, \d+% of the weights read per token.*",
             "text of the .*",
         ),
         ("--no-correct", "sparse model alone", r"LOSSY: .* \(--no-correct\); the defaults give that"),

@@ -1,4 +1,4 @@
-"""What a prepared model does on the CPU besides its linear layers: attention over the slots, norms, recorded passes."""
+"""What a prepared model does on the CPU besides its linear layers: attention over the slots, norms, captured passes."""
 
 import ctypes
 import gc
@@ -19,7 +19,7 @@ from sirius.kernels.tape import Tape
 from sirius.model.norm import FastNorm, form_of
 from sirius.model.prepare import prepare
 from sirius.runtime import workspace
-from sirius.runtime.recorded import PATIENCE, RecordedPasses
+from sirius.runtime.capture import PATIENCE, CapturedPasses
 from sirius.runtime.session import Session, ordinary
 from sirius.runtime.workspace import TAPES
 
@@ -38,7 +38,7 @@ def norms(model: nn.Module) -> dict[str, nn.Module]:
 @pytest.fixture
 def calls(monkeypatch) -> list[int]:
     """How many tokens each call of the attention kernel had."""
-    found, run, attend = [], Launch.__call__, cpu._library().kernels["attend"].number
+    found, run, attend = [], Launch.__call__, cpu.library().kernels["attend"].number
 
     def counted(launch):
         for at in range(0, len(launch.slots), SLOTS):
@@ -68,24 +68,25 @@ def test_a_model_in_float64_keeps_transformers_attention(calls):
 
 
 def test_a_session_on_the_cpu_leaves_no_memory_behind():
+    earlier = weakref.WeakSet(each for each in gc.get_objects() if type(each) is Tape)
     batch = Engine(tiny_model(eos_token_id=None)).batch(rows=1, sparsity="none")
     with ordinary():
         batch.session.open(torch.tensor(PROMPT), 60)
         for _ in range(3):
             one_token(batch.session)
     space = weakref.ref(batch.session.space)
-    [record] = batch.session.space.passes.recorded.values()
-    [tape] = (weakref.ref(c.cell_contents) for c in record.replay.__closure__ if isinstance(c.cell_contents, Tape))
     gc.collect()
+    tapes = weakref.WeakSet(each for each in gc.get_objects() if type(each) is Tape and each not in earlier)
+    assert tapes
     gc.disable()  # megabytes do not wait for a collection
     try:
-        del batch, record
-        assert space() is None and tape() is None
+        del batch
+        assert space() is None and not tapes
     finally:
         gc.enable()
 
 
-RECORDED = ["none", "coarse", "fine"]
+CAPTURED = ["none", "coarse", "fine"]
 
 
 def steps(session: Session, rows: int, count: int = 6) -> list[torch.Tensor]:
@@ -103,11 +104,11 @@ def steps(session: Session, rows: int, count: int = 6) -> list[torch.Tensor]:
 
 
 @ordinary()
-def read_all(model, sparsity, recording: bool, rows: int = 1, comings: bool = False) -> tuple[torch.Tensor, int]:
-    """Return all scores of `steps`, of rows that come and go if asked for, and how many passes are recorded."""
+def read_all(model, sparsity, capturing: bool, rows: int = 1, comings: bool = False) -> tuple[torch.Tensor, int]:
+    """Return all scores of `steps`, of rows that come and go if asked for, and how many passes are captured."""
     session = Engine(model).batch(rows=rows, sparsity=sparsity).session
-    if not recording:
-        session.space.passes.record = None
+    if not capturing:
+        session.space.passes.capture = None
     session.reserve(rows, 80)
     found = []
     for row in range(rows):
@@ -117,16 +118,16 @@ def read_all(model, sparsity, recording: bool, rows: int = 1, comings: bool = Fa
     for row in range(rows - 1 if comings else 0):
         session.close(0)
         found += steps(session, rows - 1 - row)
-    return torch.cat(found), len(session.space.passes.recorded)
+    return torch.cat(found), len(session.space.passes.captured)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("method", RECORDED)
+@pytest.mark.parametrize("method", CAPTURED)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_recorded_pass_gives_the_scores_of_the_pass_itself_bit_for_bit(family, method, dtype):
+def test_a_captured_pass_gives_the_scores_of_the_pass_itself_bit_for_bit(family, method, dtype):
     model, sparsity = tiny_model(family, dtype), SparsityConfig(method, 0.4) if method != "none" else "none"
-    want, none = read_all(model, sparsity, recording=False)
-    got, count = read_all(model, sparsity, recording=True)
+    want, none = read_all(model, sparsity, capturing=False)
+    got, count = read_all(model, sparsity, capturing=True)
     assert none == 0 and count == 2
     assert torch.equal(got, want)
 
@@ -135,17 +136,17 @@ def test_a_recorded_pass_gives_the_scores_of_the_pass_itself_bit_for_bit(family,
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_rows_of_several_sets_give_theirs(sparsity, dtype):
     model = tiny_model("llama", dtype)
-    want, _ = read_all(model, sparsity, recording=False, rows=3)
-    got, count = read_all(model, sparsity, recording=True, rows=3)
+    want, _ = read_all(model, sparsity, capturing=False, rows=3)
+    got, count = read_all(model, sparsity, capturing=True, rows=3)
     assert torch.equal(got, want)
     assert count == (1 if sparsity.method == "fine" else 2)  # a mask has a shape that depends on the token
 
 
 @pytest.mark.parametrize("shared_set", [False, True])
-def test_records_follow_rows_that_come_and_go(shared_set):
+def test_captures_follow_rows_that_come_and_go(shared_set):
     model, sparsity = tiny_model(), SparsityConfig("coarse", 0.4, shared_set=shared_set)
-    want, _ = read_all(model, sparsity, recording=False, rows=3, comings=True)
-    got, count = read_all(model, sparsity, recording=True, rows=3, comings=True)
+    want, _ = read_all(model, sparsity, capturing=False, rows=3, comings=True)
+    got, count = read_all(model, sparsity, capturing=True, rows=3, comings=True)
     assert count == TAPES and torch.equal(got, want)
 
 
@@ -173,19 +174,19 @@ def one_token(session: Session) -> torch.Tensor:
 
 
 @ordinary()
-def recorded(model: PreTrainedModel) -> Session:
-    """Return a session whose pass of one token is recorded."""
+def captured(model: PreTrainedModel) -> Session:
+    """Return a session whose pass of one token is captured."""
     session = Engine(model).batch(rows=2, sparsity="none").session
     session.open(torch.tensor(PROMPT), 60)
     for _ in range(3):
         one_token(session)
-    assert session.space.passes.recorded
+    assert session.space.passes.captured
     return session
 
 
 @pytest.fixture
 def session() -> Session:
-    return recorded(tiny_model(eos_token_id=None))
+    return captured(tiny_model(eos_token_id=None))
 
 
 CHANGES = {
@@ -211,7 +212,7 @@ class Open(nn.Module):
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_model_altered_between_two_texts_of_a_batch_writes_what_it_then_would(change):
-    """With recorded passes there already, which know the model as it was."""
+    """With captured passes there already, which know the model as it was."""
 
     def altered(first_text: bool) -> tuple[list[int], list[int]]:
         torch.manual_seed(0)
@@ -221,7 +222,7 @@ def test_a_model_altered_between_two_texts_of_a_batch_writes_what_it_then_would(
         batch, before = engine.batch(rows=1, sparsity="none"), []
         if first_text:
             before = decoded(engine, batch)
-            assert batch.session.space.passes.recorded
+            assert batch.session.space.passes.captured
         with torch.no_grad():
             CHANGES[change](model)
         return before, decoded(engine, batch)
@@ -242,33 +243,33 @@ def decoded(engine: Engine, batch: Batch) -> list[int]:
 def test_a_cache_that_grew_is_read_where_it_is(session):
     want = one_token(session)
     session.reserve(2, 3000)
-    assert not session.space.passes.recorded
+    assert not session.space.passes.captured
     for _ in range(4):
         assert torch.equal(one_token(session), want)
     session.release()
-    assert not session.space.passes.recorded and torch.equal(one_token(session), want)
+    assert not session.space.passes.captured and torch.equal(one_token(session), want)
 
 
-def test_another_number_of_threads_has_a_record_of_its_own(session, monkeypatch):
+def test_another_number_of_threads_has_a_capture_of_its_own(session, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
     for _ in range(3):
         one_token(session)
-    assert len(session.space.passes.recorded) == 2
+    assert len(session.space.passes.captured) == 2
 
 
-def test_more_shapes_than_records_are_not_recorded_over_and_over():
-    made, passes = [], RecordedPasses(most=3)
-    passes.record = lambda call, buffers: (made.append(1) or call(), call)
+def test_more_shapes_than_captures_are_not_captured_over_and_over():
+    made, passes = [], CapturedPasses(most=3)
+    passes.capture = lambda call, buffers: (made.append(1) or call(), call)
     for _ in range(100):
         for key in range(5):
             passes.run(key, (lambda: X, lambda: X), {})
     assert len(made) == 3
     for _ in range(2 * PATIENCE):
         passes.run("another", (lambda: X, lambda: X), {})
-    assert "another" in passes.recorded and len(made) == 4 and len(passes.recorded) == 3
+    assert "another" in passes.captured and len(made) == 4 and len(passes.captured) == 3
 
 
-def test_a_step_that_cannot_be_recorded_counts_once():
+def test_a_step_that_cannot_be_captured_counts_once():
     def density() -> float:
         options = {"sparsity": SparsityConfig("fine", threshold=0.3), "correction": CorrectionConfig(5, "argmax")}
         return (
@@ -277,7 +278,7 @@ def test_a_step_that_cannot_be_recorded_counts_once():
 
     want = density()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(workspace, "recorder", lambda model: None)
+        patch.setattr(workspace, "capture_of", lambda model: None)
         assert density() == want
 
 

@@ -43,7 +43,7 @@ def test_a_round_asks_its_device_once_and_all_that_it_uses_is_there(standin, met
     assert asked[1] == [*checked, "fetched"]
     ended = ["fetched"] * (method == "fine")  # what the steps of a text have read
     assert all(each == ["fetched"] for each in asked[2:-1]) and asked[-1] == ["fetched", *ended], asked
-    assert standin.records > 0
+    assert standin.captures > 0
     assert list(update.completion.token_ids) == greedy(tiny_model(eos_token_id=7), PROMPT, 18)
 
 
@@ -69,5 +69,5 @@ def test_a_batch_there_writes_what_it_does_here(monkeypatch, name, rule):
         move(models[1])
         there = dict(Engine(models[1]).generate_many(prompts, **options))
     assert {n: text.token_ids for n, text in there.items()} == {n: text.token_ids for n, text in here.items()}
-    assert bool(standin.records) == ("refreshed" not in name)
+    assert bool(standin.captures) == ("refreshed" not in name)
     assert standin.kernels >= {"project", "attend"}

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from letters import make_tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from conftest import FAMILIES, SHARED, VOCABULARY, greedy, slow, tiny_model
+from conftest import FAMILIES, SHARED, VOCABULARY, check_integrity, greedy, slow, tiny_model
 from sirius.batch import Batch
 from sirius.core import CorrectionConfig, Mode, SparsityConfig, Window
 from sirius.decoding import accept
@@ -328,7 +328,7 @@ def test_after_every_round_the_cache_equals_a_fresh_prefill(family, method, name
 
 
 def assert_fresh(session: Session, row: int, tokens: list[int]) -> None:
-    session.cache.check_integrity()
+    check_integrity(session.cache)
     assert int(session.cache.lengths[row]) == len(tokens)
     eager = session.mask_dtype is not None
     assert staleness(session, row, tokens) < (1e-5 if eager else 1e-9)  # eager attention's softmax is in float32

@@ -1,6 +1,6 @@
-"""Decoding as on a GPU, against transformers: attention over slots, recorded passes, and the GPU's kernels themselves.
+"""Decoding as on a GPU, against transformers: attention over slots, captured passes, and the GPU's kernels themselves.
 
-Where the tests may take no GPU the kernels are run by Triton's interpreter, and recorded passes by calling them again.
+Where the tests may take no GPU the kernels are run by Triton's interpreter, and captured passes by calling them again.
 """
 
 import gc
@@ -14,7 +14,7 @@ from sirius import CorrectionConfig, Engine, SparsityConfig, restore
 from sirius.errors import ConfigError
 from sirius.kernels import gpu
 from sirius.model.prepared import prepared_of
-from sirius.runtime import recorded as passes
+from sirius.runtime import capture as passes
 from sirius.runtime import workspace
 from sirius.runtime.cache import SlotLayer
 from sirius.runtime.workspace import IDLE
@@ -35,23 +35,23 @@ def argmax(period: int, width: int = 1) -> CorrectionConfig:
     return CorrectionConfig(period, "argmax", tree_width=width)
 
 
-def record_by_calling(call, buffers):
+def capture_by_calling(call, buffers):
     return call(**buffers), lambda: call(**buffers)
 
 
 @pytest.fixture
-def recorded(monkeypatch) -> list[int]:
-    """Let sessions record passes as on a GPU; return the addresses of what each record reads."""
-    records: list[int] = []
+def captured(monkeypatch) -> list[int]:
+    """Let sessions capture passes as on a GPU; return the addresses of what each capture reads."""
+    captures: list[int] = []
 
-    def record(call, buffers):
-        records.append(buffers["input_ids"].data_ptr())
-        return record_by_calling(call, buffers)
+    def capture(call, buffers):
+        captures.append(buffers["input_ids"].data_ptr())
+        return capture_by_calling(call, buffers)
 
     monkeypatch.setattr(workspace, "attends", lambda device, dtype: True)
     monkeypatch.setattr(workspace, "reused_on", lambda device: True)
-    monkeypatch.setattr(workspace, "recorder", lambda model: record)
-    return records
+    monkeypatch.setattr(workspace, "capture_of", lambda model: capture)
+    return captures
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def recorded(monkeypatch) -> list[int]:
         *((name, 1) if name in ("coarse", "fine") else slow(name, 1) for name in METHODS),
     ],
 )
-def test_recorded_passes_write_the_full_models_text_in_every_row(recorded, name, width):
+def test_captured_passes_write_the_full_models_text_in_every_row(captured, name, width):
     model = tiny_model(eos_token_id=None)
     done = Engine(model).generate_many(
         [PROMPT, OTHER, PROMPT[:2]],
@@ -72,11 +72,11 @@ def test_recorded_passes_write_the_full_models_text_in_every_row(recorded, name,
     )
     texts = {index: list(completion.token_ids) for index, completion in done}
     assert texts == {i: greedy(model, prompt, 24) for i, prompt in enumerate([PROMPT, OTHER, PROMPT[:2]])}
-    assert bool(recorded) == ("refresh" not in name)
+    assert bool(captured) == ("refresh" not in name)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_attention_over_slots_is_every_familys_attention(recorded, family):
+def test_attention_over_slots_is_every_familys_attention(captured, family):
     model = tiny_model(family, eos_token_id=None)
     got = Engine(model).generate(PROMPT, max_new_tokens=14, sparsity="fine", correction=argmax(4, 2))
     assert list(got.token_ids) == greedy(model, PROMPT, 14)
@@ -84,7 +84,7 @@ def test_attention_over_slots_is_every_familys_attention(recorded, family):
 
 
 @pytest.mark.parametrize("name", ["coarse", "fine"])
-def test_a_second_prompt_records_nothing_anew(recorded, name):
+def test_a_second_prompt_captures_nothing_anew(captured, name):
     engine = Engine(tiny_model(eos_token_id=None))
 
     def generate(prompt: list[int]) -> list[int]:
@@ -93,25 +93,25 @@ def test_a_second_prompt_records_nothing_anew(recorded, name):
 
     want = [greedy(tiny_model(eos_token_id=None), prompt, 60) for prompt in (PROMPT, OTHER)]
     assert generate(PROMPT) == want[0]
-    first = len(recorded)
+    first = len(captured)
     assert first > 0
     gc.collect()
     assert generate(OTHER) == want[1]
     assert generate(PROMPT) == want[0]
-    assert len(recorded) == first
+    assert len(captured) == first
 
 
-def records_after(engine: Engine, recorded: list[int]) -> int:
-    """Return how many records there are after a further text."""
+def captures_after(engine: Engine, captured: list[int]) -> int:
+    """Return how many captures there are after a further text."""
     engine.generate(PROMPT, max_new_tokens=30, correction=argmax(4))
     gc.collect()
-    return len(recorded)
+    return len(captured)
 
 
 @pytest.mark.parametrize("part", ["activation", "forward", "buffer", "layer"])
-def test_what_takes_a_parts_place_between_calls_has_a_workspace_of_its_own(recorded, part):
+def test_what_takes_a_parts_place_between_calls_has_a_workspace_of_its_own(captured, part):
     model = tiny_model(eos_token_id=None)
-    generate = partial(records_after, Engine(model), recorded)
+    generate = partial(captures_after, Engine(model), captured)
     first, attention = generate(), model.model.layers[0].self_attn
     if part == "activation":
         model.model.layers[0].mlp.act_fn = torch.nn.ReLU()
@@ -124,9 +124,9 @@ def test_what_takes_a_parts_place_between_calls_has_a_workspace_of_its_own(recor
     assert 0 < first < generate()
 
 
-def test_a_model_with_hooks_has_a_workspace_of_its_own(recorded):
+def test_a_model_with_hooks_has_a_workspace_of_its_own(captured):
     model = tiny_model(eos_token_id=None)
-    generate = partial(records_after, Engine(model), recorded)
+    generate = partial(captures_after, Engine(model), captured)
     first = generate()
     assert 0 < first == generate()
     hook = model.model.layers[0].mlp.register_forward_hook(lambda *given: None)
@@ -142,10 +142,10 @@ def test_no_graph_is_made_of_a_model_with_hooks():
 
     model = OnAGpu()
     model.register_forward_hook(lambda *given: None)
-    assert passes.recorder(model) is None
+    assert passes.capture_of(model) is None
 
 
-def test_two_sessions_at_a_time_have_workspaces_of_their_own(recorded):
+def test_two_sessions_at_a_time_have_workspaces_of_their_own(captured):
     engine = Engine(tiny_model(eos_token_id=None))
     streams = [engine.stream(prompt, max_new_tokens=30, correction=argmax(4)) for prompt in (PROMPT, OTHER)]
     tokens: list[list[int]] = [[], []]
@@ -155,7 +155,7 @@ def test_two_sessions_at_a_time_have_workspaces_of_their_own(recorded):
     assert tokens == [greedy(tiny_model(eos_token_id=None), prompt, 30) for prompt in (PROMPT, OTHER)]
 
 
-def test_a_text_that_was_dropped_leaves_nothing_behind(recorded):
+def test_a_text_that_was_dropped_leaves_nothing_behind(captured):
     engine = Engine(tiny_model(eos_token_id=None))
     stream = engine.stream(PROMPT * 5, max_new_tokens=50, correction=argmax(4))
     next(stream), next(stream)
@@ -165,8 +165,8 @@ def test_a_text_that_was_dropped_leaves_nothing_behind(recorded):
     assert list(got.token_ids) == greedy(tiny_model(eos_token_id=None), OTHER, 30)
 
 
-def test_a_model_keeps_few_idle_workspaces_and_takes_them_along_when_it_goes(recorded, monkeypatch):
-    monkeypatch.setattr(workspace, "recorder", lambda model: None)  # a pass that is called again knows its model
+def test_a_model_keeps_few_idle_workspaces_and_takes_them_along_when_it_goes(captured, monkeypatch):
+    monkeypatch.setattr(workspace, "capture_of", lambda model: None)  # a pass that is called again knows its model
     model = tiny_model()
     engine = Engine(model)
     for keep in range(1, IDLE + 4):
@@ -179,23 +179,23 @@ def test_a_model_keeps_few_idle_workspaces_and_takes_them_along_when_it_goes(rec
     assert not idle
 
 
-def test_what_cannot_be_recorded_runs_as_before_and_is_told_once(recorded, monkeypatch, caplog):
+def test_what_cannot_be_captured_runs_as_before_and_is_told_once(captured, monkeypatch, caplog):
     def refuse(call, buffers):
-        raise passes.NotRecorded("operation not permitted when stream is capturing")
+        raise passes.NotCaptured("operation not permitted when stream is capturing")
 
     model = tiny_model(eos_token_id=None)
     batch = Engine(model).batch(rows=1, correction=argmax(4))
-    batch.session.space.passes.record = refuse
+    batch.session.space.passes.capture = refuse
     batch.add(Engine(model).text(PROMPT, max_new_tokens=40))
     while batch.busy:
         done = batch.step()
     assert list(done[-1].completion.token_ids) == greedy(model, PROMPT, 40)
     assert [record.message for record in caplog.records].count(caplog.records[0].message) == 1
-    assert "cannot be recorded and run slower: operation not permitted" in caplog.records[0].message
+    assert "cannot be captured and run slower: operation not permitted" in caplog.records[0].message
 
 
 @pytest.mark.parametrize("name", ["coarse", slow("fine")])
-def test_each_record_is_compiled_once_and_writes_the_same_text(recorded, monkeypatch, name):
+def test_each_capture_is_compiled_once_and_writes_the_same_text(captured, monkeypatch, name):
     monkeypatch.setattr("sirius.engine.check_compiles", lambda model: None)
     torch.compiler.reset()  # another test's graphs would serve this one's model too
     monkeypatch.setattr(passes, "COMPILER", "aot_eager")
@@ -208,7 +208,7 @@ def test_each_record_is_compiled_once_and_writes_the_same_text(recorded, monkeyp
         got = engine.generate(prompt, max_new_tokens=40, sparsity=METHODS[name], correction=argmax(5))
         assert list(got.token_ids) == text
         gc.collect()
-    assert counters["stats"]["unique_graphs"] == len(recorded) > 0
+    assert counters["stats"]["unique_graphs"] == len(captured) > 0
     assert not counters["graph_break"]
 
 
@@ -217,7 +217,7 @@ def test_there_is_nothing_to_compile_on_the_cpu():
         Engine(tiny_model(), compile=True)
 
 
-def test_weights_that_have_moved_are_not_read_where_they_were(recorded):
+def test_weights_that_have_moved_are_not_read_where_they_were(captured):
     model = tiny_model(eos_token_id=None)
     want, spaces = greedy(model, PROMPT, 40), []
 
@@ -240,7 +240,7 @@ def test_weights_that_have_moved_are_not_read_where_they_were(recorded):
     assert spaces[3] not in spaces[:3]
 
 
-def test_inference_mode_may_end_between_two_texts(recorded):
+def test_inference_mode_may_end_between_two_texts(captured):
     engine = Engine(tiny_model(eos_token_id=None))
     options = {"sparsity": "coarse", "correction": argmax(4), "max_new_tokens": 40}
     with torch.inference_mode():
@@ -249,7 +249,7 @@ def test_inference_mode_may_end_between_two_texts(recorded):
     assert engine.generate(PROMPT, **options).token_ids == first.token_ids
 
 
-def test_a_cache_that_grows_drops_records_and_changes_no_text(recorded, monkeypatch):
+def test_a_cache_that_grows_drops_captures_and_changes_no_text(captured, monkeypatch):
     monkeypatch.setattr("sirius.batch.GROWTH", 8)
     monkeypatch.setattr(workspace, "STEP", 16)
     engine, sizes = Engine(tiny_model(eos_token_id=None)), []
@@ -259,19 +259,19 @@ def test_a_cache_that_grows_drops_records_and_changes_no_text(recorded, monkeypa
     while batch.busy:
         done |= {update.ticket: update.completion for update in batch.step() if update.completion}
         sizes.append(batch.session.slots)
-    assert recorded and len(set(sizes)) > 2 and all(size % 16 == 0 for size in sizes)
+    assert captured and len(set(sizes)) > 2 and all(size % 16 == 0 for size in sizes)
     for ticket, prompt in wanted.items():
         assert list(done[ticket].token_ids) == greedy(engine.model, prompt, 70)
 
 
-def test_memory_that_runs_out_leaves_no_record_of_what_has_moved(recorded, monkeypatch):
+def test_memory_that_runs_out_leaves_no_capture_of_what_has_moved(captured, monkeypatch):
     engine = Engine(tiny_model(eos_token_id=None))
     batch = engine.batch(rows=2, correction=argmax(4))
     batch.add(engine.text(PROMPT, max_new_tokens=60))
     for _ in range(8):
         batch.step()
     passes = batch.session.space.passes
-    assert passes.recorded
+    assert passes.captured
     batch.add(engine.text(OTHER, max_new_tokens=300))
     grow, grown = SlotLayer.grow, []
 
@@ -285,21 +285,21 @@ def test_memory_that_runs_out_leaves_no_record_of_what_has_moved(recorded, monke
     updates = batch.step()
     monkeypatch.undo()
     assert "out of memory" in str(updates[0].error)
-    assert not passes.recorded
+    assert not passes.captured
     while batch.busy:
         updates = batch.step()
     assert list(updates[-1].completion.token_ids) == greedy(engine.model, PROMPT, 60)
 
 
-def test_a_step_that_was_recorded_counts_once(recorded):
+def test_a_step_that_was_captured_counts_once(captured):
     model = tiny_model(eos_token_id=None)
     options = {"sparsity": METHODS["fine with a threshold"], "correction": argmax(5), "max_new_tokens": 40}
     density = Engine(model).generate(PROMPT, **options).stats.density_streamed
-    assert recorded
+    assert captured
     workspace.drop_idle(model)
-    recorded.clear()
+    captured.clear()
     batch = Engine(model).batch(rows=1, **{name: options[name] for name in ("sparsity", "correction")})
-    batch.session.space.passes.record = None
+    batch.session.space.passes.capture = None
     batch.add(Engine(model).text(PROMPT, max_new_tokens=40))
     while batch.busy:
         [update] = batch.step()
@@ -318,12 +318,12 @@ def test_a_compiler_takes_the_gpus_kernels_as_they_are(gpu_device, monkeypatch, 
     engine = Engine(model, compile=True)
     batch = engine.batch(rows=1, sparsity=METHODS[name], correction=argmax(2))
     if gpu_device.type == "cpu":
-        batch.session.space.passes.record = record_by_calling
+        batch.session.space.passes.capture = capture_by_calling
     batch.add(engine.text(PROMPT, max_new_tokens=3))
     while batch.busy:
         [update] = batch.step()
     assert list(update.completion.token_ids) == greedy(model, PROMPT, 3)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == len(batch.session.space.passes.recorded) >= 2
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == len(batch.session.space.passes.captured) >= 2
     assert not torch._dynamo.utils.counters["graph_break"]
 
 
@@ -339,8 +339,8 @@ def test_graphs_write_the_full_models_text_for_one_prompt_after_another(gpu_devi
         assert list(got.token_ids) == want
         gc.collect()
     [space] = prepared_of(model).idle.values()
-    assert space.passes.record is not None
-    assert bool(space.passes.recorded) == ("refresh" not in name)
+    assert space.passes.capture is not None
+    assert bool(space.passes.captured) == ("refresh" not in name)
 
 
 @pytest.mark.parametrize(

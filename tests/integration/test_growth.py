@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from conftest import tiny_config, tiny_model
+from conftest import check_integrity, tiny_config, tiny_model
 from sirius.benchmark import extras, growth
 from sirius.benchmark.decode import Times
 from sirius.benchmark.growth import CORRECTED, FULL, PLAIN, SPARSE, Point, Workload, along, make_points
@@ -95,7 +95,7 @@ def test_every_slot_holds_what_was_really_read(rows):
     setting = growth.make_settings(point, "coarse")[-1]
     batch = growth.open_filled(engine, setting, point, workload, Times())
     cache = batch.session.cache
-    cache.check_integrity()
+    check_integrity(cache)
     assert (cache.lengths[:rows] >= point.context).all()
     for layer in cache.slot_layers:
         for store in layer.stores:

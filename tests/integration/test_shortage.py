@@ -8,7 +8,7 @@ from batches import NEW, PROMPTS, RULE, SPARSITY, drain, open_batch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import greedy, tiny_model
+from conftest import check_integrity, greedy, tiny_model
 from sirius.core import CorrectionConfig, SparsityConfig
 from sirius.engine import Engine
 from sirius.errors import OutOfMemoryError, RequestError
@@ -17,16 +17,6 @@ from sirius.runtime.cache import SlotLayer
 from sirius.runtime.session import Session
 
 pytestmark = pytest.mark.integration
-
-
-@pytest.fixture(scope="module")
-def engine() -> Engine:
-    return Engine(tiny_model(eos_token_id=None, max_position_embeddings=60))
-
-
-@pytest.fixture(scope="module")
-def alone(engine) -> list[list[int]]:
-    return [greedy(engine.model, prompt, NEW) for prompt in PROMPTS]
 
 
 NO_MEMORY = [
@@ -210,7 +200,7 @@ def test_a_cache_that_grows_changes_no_text(engine, rule, method, growth, monkey
             batch.cancel(lost)
             tickets.append(batch.add(engine.text(PROMPTS[4], max_new_tokens=NEW)))
         done |= {update.ticket: update.completion.token_ids for update in batch.step() if update.completion}
-        batch.session.cache.check_integrity()
+        check_integrity(batch.session.cache)
         sizes.append(batch.session.slots)
     assert [done[ticket] for ticket in tickets] == want
     assert len(set(sizes)) > 1 and max(sizes) <= max(map(len, PROMPTS)) + NEW + batch.window
@@ -252,7 +242,7 @@ def test_memory_is_reserved_for_what_is_written_and_not_for_the_budget():
 
 
 @pytest.mark.parametrize("period", [1, 5])
-def test_slots_double_so_that_records_are_seldom_dropped(period, monkeypatch):
+def test_slots_double_so_that_captures_are_seldom_dropped(period, monkeypatch):
     engine = Engine(tiny_model(eos_token_id=None))
     monkeypatch.setattr("sirius.batch.GROWTH", 10)
     batch, sizes = open_batch(engine, correction=CorrectionConfig(period)), []

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sirius.core import CorrectionConfig, Verdict
+from sirius.decoding import accept
 from sirius.decoding.accept import (
     Check,
     Rule,
@@ -54,8 +55,8 @@ def check_of(tree: Tree, scores: Tensor, choice: list[list[int]] | None = None) 
     return Check(tree, scores, scores.argmax(-1) if choice is None else torch.tensor(choice))
 
 
-def longest_paths(check: Check, passed: Tensor) -> list[Verdict]:
-    return make_verdicts(longest_branches(check, passed))
+def longest_paths(check: Check, accepted: Tensor) -> list[Verdict]:
+    return make_verdicts(longest_branches(check, accepted))
 
 
 def judged(scores: list[float], guess: int, rule: Rule) -> bool:
@@ -75,7 +76,7 @@ def verdict_of(tree: Tree, passed: list[bool], choice: list[int]) -> Verdict:
 
 @st.composite
 def checks(draw, sampled: bool = False):
-    """Draw rows of trees, dead nodes among them, with the full model's scores, and which guesses pass."""
+    """Draw rows of trees, dead nodes among them, with the full model's scores, and which guesses are accepted."""
     rows, levels = draw(st.integers(1, 3)), draw(st.lists(st.integers(1, 3), max_size=4))
     g = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
     first = [1 + sum(levels[:i]) for i in range(len(levels) + 1)]
@@ -108,9 +109,9 @@ def furthest(check: Check, row: int, among: list[tuple[int, ...]]) -> tuple[int,
     return max(among, key=lambda path: (len(path), float(check.tree.scores[row, path[-1] if path else 0])))
 
 
-def by_brute_force(check: Check, passed: Tensor, row: int) -> Verdict:
+def by_brute_force(check: Check, accepted: Tensor, row: int) -> Verdict:
     every = [branch(check, row, n) for n in range(check.choice.shape[1]) if check.tree.alive[row, n]]
-    path = furthest(check, row, [b for b in every if all(passed[row, n] for n in b)])
+    path = furthest(check, row, [b for b in every if all(accepted[row, n] for n in b)])
     tip = furthest(check, row, [b for b in every if b[: len(path)] == path])
     depth = max(map(len, every))
     origin = "full" if depth == 0 else "bonus" if len(path) == depth else "correction"
@@ -231,8 +232,8 @@ def test_a_configuration_names_its_rule():
         ("relative", 0.85): False,
         ("typical", 0.999): True,
     }
-    for (accept, threshold), passes in names.items():
-        assert judged(scores, 1, make_rule(CorrectionConfig(accept=accept, threshold=threshold))) is passes
+    for (name, threshold), passes in names.items():
+        assert judged(scores, 1, make_rule(CorrectionConfig(accept=name, threshold=threshold))) is passes
     cold = CorrectionConfig(accept="threshold", threshold=0.35, accept_temperature=1e-2)
     assert not judged(scores, 1, make_rule(cold))
     everything = CorrectionConfig(accept="argmax", ablate=("rollback",))
@@ -255,3 +256,20 @@ def test_a_name_is_registered_once(name):
 def test_without_interleaving_the_last_guess_of_a_whole_draft_is_the_newest_token():
     whole = Verdict((1, 3), 9, "bonus", (1, 3))
     assert drop_bonus(whole, [4, 5, 6, 7]) == Verdict((1,), 7, "draft", (1, 3))
+
+
+@pytest.mark.parametrize(
+    ("answer", "got"),
+    [
+        (lambda check: check.scores.amax(-1), r"\[1, 3\] torch.float32"),
+        (lambda check: check.own()[:, 1:], r"\[1, 2\] torch.bool"),
+        (lambda check: [True, True, False], "list"),
+    ],
+    ids=["numbers", "another shape", "a list"],
+)
+def test_a_rule_that_returns_no_bool_of_each_guess_is_refused_by_name(monkeypatch, answer, got):
+    monkeypatch.setattr(accept, "_RULES", dict(accept._RULES))
+    register("own idea")(lambda check, threshold, temperature: answer(check))
+    check = check_of(chain_of([1, 2]), torch.zeros(3, V))
+    with pytest.raises(ConfigError, match=rf"accept 'own idea' must return .*\[1, 3\] torch.bool; got {got}"):
+        accept.accept(check, check.scores, make_rule(CorrectionConfig(3, "own idea")))

@@ -4,6 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from conftest import check_integrity
 from sirius.model.prepared import Pass, Prepared
 from sirius.runtime.cache import SlotCache
 
@@ -16,7 +17,7 @@ def make(rows: int = 2, slots: int = 10, layers: int = 2) -> SlotCache:
 
 def write(cache: SlotCache, slots: list[list[int]], values: list[list[float]], first: int = 0) -> tuple[Tensor, Tensor]:
     """Write `values` [B, T] to `slots` [B, T] of every layer, spread over heads and head_dim; return the last view."""
-    placed, none = cache.place(torch.tensor(slots), first), torch.zeros(0)
+    placed, none = cache.locate(torch.tensor(slots), first), torch.zeros(0)
     states = torch.tensor(values)[:, None, :, None].expand(-1, HEADS, -1, DIM)
     with cache.table.prepared.running(Pass([], placed, none, none, none, False, False)):
         return [cache.update(states, -states, layer) for layer in range(len(cache.slot_layers))][-1]
@@ -83,7 +84,7 @@ def test_keep_gathers_a_scattered_path_into_place():
     cache.keep(torch.tensor([[2, 4, 6], [0, 2, 4]]), torch.tensor([3, 3]))
     assert held(cache, 0) == [0, 1, 4, 6, 8]
     assert held(cache, 1) == [100, 101, 102, 103, 105, 107]
-    cache.check_integrity()
+    check_integrity(cache)
 
 
 @settings(derandomize=True, deadline=None)
@@ -110,7 +111,7 @@ def test_keep_of_some_rows_leaves_those_after_them_alone():
 )
 def test_paths_that_make_no_sense_are_refused(path, counts):
     cache = filled([2, 2])
-    with pytest.raises(ValueError, match=r"path|places"):
+    with pytest.raises(ValueError, match=r"path|offsets"):
         cache.keep(torch.tensor(path), torch.tensor(counts))
     assert cache.lengths.tolist() == [2, 2]
 
@@ -124,7 +125,7 @@ def test_reserve_makes_room_and_keeps_what_is_held(before_first_write):
     if not before_first_write:
         cache.advance(0, 5)
         assert [held(cache, row) for row in range(3)] == [[0, 1, 2, 7, 7], [100, 101], []]
-    cache.check_integrity()
+    check_integrity(cache)
 
 
 @pytest.mark.parametrize(("rows", "slots"), [(1, 20), (3, 5), (2, 10)])
@@ -145,7 +146,7 @@ def test_a_row_moves_to_the_place_of_another():
 
 def test_what_was_copied_before_a_pass_can_be_pasted_after_it():
     cache = filled([2, 3])
-    placed = cache.place(torch.tensor([[2, 3, 4], [3, 4, 5]]))
+    placed = cache.locate(torch.tensor([[2, 3, 4], [3, 4, 5]]))
     before = cache.copy(placed, 2)
     write(cache, [[2, 3, 4], [3, 4, 5]], [[-1.0, -2.0, -3.0], [-4.0, -5.0, -6.0]])
     cache.paste(placed, 2, before)
@@ -171,17 +172,17 @@ def test_lengths_that_make_no_sense_are_refused(call, row, length):
 )
 def test_slots_outside_the_cache_are_refused(slots, first):
     with pytest.raises(ValueError, match="slots"):
-        make().place(torch.tensor(slots, dtype=torch.int64), first)
+        make().locate(torch.tensor(slots, dtype=torch.int64), first)
 
 
 def test_integrity_finds_a_row_that_holds_no_numbers():
     cache = make(rows=1)
     write(cache, [[0, 1]], [[1.0, float("nan")]])
     cache.advance(0, 1)
-    cache.check_integrity()
+    check_integrity(cache)
     cache.advance(0, 2)
     with pytest.raises(AssertionError, match="row 0"):
-        cache.check_integrity()
+        check_integrity(cache)
 
 
 def test_no_second_copy_is_ever_made():

@@ -237,7 +237,7 @@ def test_gated_neurons_come_to_what_up_and_down_make_one_after_the_other(level, 
             for first, second in ((up, down), beside, (up, beside[1]), (beside[0], down)):
                 weights = (first, of_f), (second, of_h)
                 assert torch.equal(cpu.finish(gated, x, *weights, index), want), (case, rows)
-                assert torch.equal(cpu.finish(chosen, x, *weights, index, by_place=True), want), (case, rows)
+                assert torch.equal(cpu.finish(chosen, x, *weights, index, gathered=True), want), (case, rows)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -538,7 +538,7 @@ def test_a_row_that_the_weight_does_not_have_is_an_error_that_names_it(row):
         lambda: cpu.each(x[:, None], [both] * 3, "silu", index, [1, 3]),
     ]
     for call in calls:
-        with pytest.raises(ConfigError, match=rf"neuron {row} is asked for, in place 2, of a weight of 9 rows.*0 to 8"):
+        with pytest.raises(ConfigError, match=rf"neuron {row} is asked for, at index 2, of a weight of 9 rows.*0 to 8"):
             call()
 
 

@@ -269,17 +269,14 @@ def samples() -> dict[str, tuple]:
     slots = Slots(torch.float32, 1, 1, 1, 4)
     view = (slots.query[:1], slots.keys[:1, :20], slots.values[:1, :20], slots.held[1:2], slots.seen[:1])
     return {
-        "linear": (gpu.linear, (x, parts[0], None, index)),
         "project": (gpu.project, (x[:, :2], parts[0], x[0], index)),
-        "activated": (gpu.activated, (x, parts[0], None, "silu")),
-        "gated_linear": (gpu.gated_linear, (x, *parts, None, None, "silu", index)),
-        "up_rows": (gpu.up_rows, (x[:, :3], x, parts[1], None, index)),
+        "products": (gpu.products, (x, parts[0], [None, parts[1], parts[0][:, 0]], None, index, "silu")),
         "largest": (gpu.largest, (x, 2)),
         "attend": (attention.attend, (*view, 0.5, None)),
     }
 
 
-NAMES = ["linear", "project", "activated", "gated_linear", "up_rows", "largest", "attend"]
+NAMES = ["products", "project", "largest", "attend"]
 
 
 @pytest.mark.parametrize("name", NAMES)

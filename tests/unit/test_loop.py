@@ -7,11 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import Toy, slow
+from conftest import Toy, begin, slow
 from sirius.core import Mode, Round
 from sirius.decoding import accept, studies
 from sirius.decoding.accept import accept_own
-from sirius.decoding.loop import Plan, Row, next_round, start
+from sirius.decoding.loop import Plan, Row, next_round
 from sirius.decoding.period import Period
 from sirius.decoding.sampling import Noise
 from sirius.errors import ModelError, RequestError
@@ -31,7 +31,7 @@ def plan_of(period: int = 1, width: int = 1, **options) -> Plan:
 
 def decode(toy: Toy, row: Row, plan: Plan) -> list[Round]:
     """Run a row alone until its budget is used up."""
-    rounds = [start(toy, row)]
+    rounds = [begin(toy, row)]
     while row.room and row.error is None:
         rounds += next_round(toy, [row], plan)
     return rounds
@@ -43,7 +43,7 @@ def together(toy: Toy, plan: Plan, rows: list[Row], joins: Callable[[], bool] = 
     while waiting or active:
         if waiting and (not active or joins()):
             active.append(waiting.pop())
-            start(toy, active[-1])
+            begin(toy, active[-1])
         else:
             next_round(toy, active, plan)
         for row in [row for row in active if row.error or not row.room]:
@@ -134,7 +134,7 @@ def test_a_perfect_draft_is_always_accepted():
 def test_after_each_round_a_row_holds_all_but_its_newest_token_written_by_the_full_model(width):
     toy, plan = Toy(noise=0.5), plan_of(6, width)
     row = make_row(PROMPT, 50, plan)
-    start(toy, row)
+    begin(toy, row)
     while row.room:
         next_round(toy, [row], plan)
         assert [token for token, _ in toy.held[0]] == row.tokens[:-1]
@@ -212,9 +212,9 @@ def test_pruned_branches_cost_no_places():
     assert places(0.3) < 0.8 * places(0.0)
 
 
-def test_a_sparse_judge_decodes_with_the_sparse_model_alone():
+def test_a_sparse_verifier_decodes_with_the_sparse_model_alone():
     toy = Toy(noise=1.0)
-    rounds = run(toy, plan_of(judge=Mode.SPARSE), new_tokens=20)
+    rounds = run(toy, plan_of(verifier=Mode.SPARSE), new_tokens=20)
     tokens = PROMPT + text(rounds)
     want = [int(toy.scores(tokens[:n], Mode.SPARSE).argmax()) for n in range(len(PROMPT) + 1, len(tokens))]
     assert text(rounds)[1:] == want
@@ -295,7 +295,7 @@ def test_a_row_whose_processor_breaks_ends_alone():
 def test_without_the_rewrite_the_drafts_own_entries_stay():
     toy, plan = Toy(noise=0.3), studies.without_rewrite(plan_of(5))
     row = make_row(PROMPT, 40, plan)
-    start(toy, row)
+    begin(toy, row)
     while row.room:
         next_round(toy, [row], plan)
     assert Mode.SPARSE in {mode for _, mode in toy.held[0]}

@@ -10,7 +10,7 @@ from sirius import sparsity
 from sirius.core import SparsityConfig
 from sirius.errors import ConfigError
 from sirius.model.adopt import obstacle
-from sirius.model.mlp import Roles, SparseMLP, adopt_mlp, agrees, example
+from sirius.model.mlp import Roles, SparseMLP, adopt_mlp, agrees
 from sirius.model.prepared import Pass, Prepared, Slots
 from sirius.runtime.neurons import Chosen, Observe, Route, Tally, fixed_routes
 from sirius.sparsity import PromptSparsity, TokenSparsity
@@ -240,7 +240,7 @@ def test_a_threshold_that_nothing_passes_leaves_the_bias_alone(original):
 
 def test_a_difference_is_noticed(original):
     mlp = sparse_mlp(original)
-    x = example(original.gate_up_proj if original.fused else original.gate_proj)
+    x = tokens(2)
     want = original(x)
     assert agrees(mlp, x, want)
     mlp.act_fn = nn.GELU()

@@ -5,9 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import Toy
+from conftest import Toy, begin
 from sirius.benchmark.playback import Playback, acceptance, geometric, mean_advance
-from sirius.decoding.loop import Plan, Row, next_round, start
+from sirius.decoding.loop import Plan, Row, next_round
 from sirius.decoding.period import Period
 from sirius.errors import ConfigError
 
@@ -36,7 +36,7 @@ def test_few_windows_have_the_histograms_mean_already(width):
     plan = Plan(Period(period), rule=Playback(histogram), width=width, temperature=0.6)
     row = Row([3, 1, 4], 10_000, 11_000)
     toy = Toy(noise=1.0)
-    start(toy, row)
+    begin(toy, row)
     before = row.new
     for _ in range(windows):
         [done] = next_round(toy, [row], plan)

@@ -4,10 +4,10 @@ from copy import deepcopy
 
 import pytest
 
-from conftest import Toy
+from conftest import Toy, begin
 from sirius.core import CorrectionConfig, Mode
 from sirius.decoding.accept import make_rule
-from sirius.decoding.loop import Plan, Row, next_round, start
+from sirius.decoding.loop import Plan, Row, next_round
 from sirius.decoding.period import Period
 from sirius.decoding.probe import probe
 from sirius.decoding.sampling import Noise
@@ -21,7 +21,7 @@ def decoded(plan: Plan, noise: float = 0.5, seed: int | None = None) -> tuple[To
     toy = Toy(noise)
     rows = [Row(list(prompt), 60, 80, noise=None if seed is None else Noise(seed)) for prompt in PROMPTS]
     for row in rows:
-        start(toy, row)
+        begin(toy, row)
     for _ in range(COUNT + 4):
         next_round(toy, rows, plan)
     return toy, rows

@@ -71,9 +71,9 @@ def test_the_oracle_is_told_from_a_sweep_of_the_threshold(tmp_path):
     }
 
 
-def test_a_threshold_above_one_half_comes_last(tmp_path):
+def test_thresholds_stand_in_their_order(tmp_path):
     cells = cells_of(tmp_path, *(record(**PAPER, threshold=bar) for bar in (0.9, 0.1, 0.5)))
-    assert values(cells, "threshold") == [[0.1, 0.5, None]]
+    assert values(cells, "threshold") == [[0.1, 0.5, 0.9]]
 
 
 def test_parts_left_out_stand_beside_the_whole_correction(tmp_path):

@@ -169,7 +169,7 @@ def test_how_a_setting_was_chosen_is_said(whole):
 
 
 def test_a_threshold_above_one_half_is_lossless(whole):
-    rows = [line for line in markdown(whole).splitlines() if line.startswith("| above 0.5 |")]
+    rows = [line for line in markdown(whole).splitlines() if line.startswith("| 0.7 |")]
     assert [row.endswith("| lossless |") for row in rows] == [True, True]
 
 

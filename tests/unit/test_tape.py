@@ -274,7 +274,7 @@ def test_of_joined_kernels_the_one_that_failed_complains_and_later_ones_do_not_r
     places[1][1] = 7
     for each in got:
         each.fill_(torch.nan)
-    with pytest.raises(ConfigError, match=r"neuron 7 .*in place 1,"):
+    with pytest.raises(ConfigError, match=r"neuron 7 .*at index 1,"):
         tape.replay()
     assert [bool(each.isnan().any()) for each in got] == [False, True, True]
 

@@ -15,7 +15,7 @@ TRIES = 9
 @dataclass(frozen=True)
 class Ceiling:
     """Measured bandwidths in GB/s (1e9 bytes): of a copy (bytes read and written), and of a matrix-vector product
-    in the model's dtype (bytes read). The higher one is the bar."""
+    in the model's dtype (bytes read). The higher one is the ceiling."""
 
     copy: float
     matvec: float

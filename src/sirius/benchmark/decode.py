@@ -23,13 +23,13 @@ from sirius.engine import Engine
 from sirius.errors import ConfigError
 from sirius.model.limits import context_limit
 from sirius.model.prepare import count_parameters, restore
-from sirius.runtime.recorded import WARM
+from sirius.runtime.capture import WARM
 from sirius.runtime.workspace import drop_idle
 from sirius.stats import Parameters
 from sirius.texts import Update
 
 TRANSFORMERS, STATIC, FULL = "transformers", "transformers, static", "full"
-SETTLED = WARM + 1  # rounds of a turn until its passes are recorded
+SETTLED = WARM + 1  # rounds of a turn until its passes are captured
 
 
 @dataclass(frozen=True)

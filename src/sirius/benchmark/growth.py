@@ -74,12 +74,12 @@ class GrowthFigures:
     plain_ratio    over that: a step of a sparse method that drafts nothing (period 1), which reads the same
     sparse_ms      a step of the sparse model alone
     draft_ms       a draft step of a window; it reads `tree_width` tokens of each row
-    check_ms       the full model's pass over a window, and the judgement
+    check_ms       the full model's pass over a window, and the verdict
     rest_ms        of a window: keeping, and the host's book-keeping
     window_ms      a window
     break_even     the AAL (tokens that a window brings each row) at which corrected tokens cost what full ones do:
                    window_ms over full_ms
-    acceptance     the chance with which each guess must stand for that; None where not even K tokens suffice
+    acceptance     the chance with which each guess must be accepted for that; None where not even K tokens suffice
     """
 
     point: Point

@@ -104,21 +104,9 @@ def _row(
     order = torch.randperm(size.neurons, generator=torch.Generator().manual_seed(0))
     whole = count == size.neurons and size.device == "cpu"  # on a GPU products with all rows are PyTorch's
     index = None if whole else order[:count].sort().values.to(size.device)
-    of_kernel, of_reference = (
-        _milliseconds(_call(operation, module, size, batch, weights, index), size.device) for module in (ops, reference)
-    )
     products = count * size.hidden * (2 if operation in TWO else 1)
-    speed = products * size.dtype.itemsize / of_kernel / 1e6
-    return KernelFigures(
-        operation,
-        batch,
-        density,
-        round(of_kernel, 4),
-        round(of_reference, 4),
-        round(speed, 2),
-        round(speed / ceiling.gb_per_s, 3),
-        round(2 * batch * products / of_kernel / 1e6, 1),
-    )
+    calls = partial(_call, operation, size=size, batch=batch, weights=weights, index=index)
+    return _figures((operation, batch, density), calls, products, batch * products, size, ceiling)
 
 
 def _call(
@@ -146,26 +134,37 @@ def _whole(operation: str, size: Size, batch: int, weights: list[Tensor], ceilin
     held = torch.tensor([SLOTS - batch], device=size.device)
     seen = torch.ones(1, batch, batch, dtype=torch.bool, device=size.device).tril()
     calls: dict[str, tuple[Callable[[ModuleType], Tensor], int, int]] = {  # with what is read, and multiplied
-        "gate": (lambda m: m.gate(x, (next(turns), None), silu), weights[0].numel(), batch * weights[0].numel()),
+        "gate": (lambda m: m.gate(x, (next(turns), None), silu), weights[0].numel(), weights[0].numel()),
         "largest": (lambda m: m.largest(values, size.neurons // 2), values.numel(), 0),
         "attend": (
             lambda m: m.attend(query, keys, keys, held, seen, HEAD**-0.5, None),
             2 * keys.numel(),
-            2 * HEADS * batch * SLOTS * HEAD,
+            2 * HEADS * SLOTS * HEAD,
         ),
     }
     call, read, products = calls[operation]
-    of_kernel, of_reference = (_milliseconds(partial(call, module), size.device) for module in (ops, reference))
-    speed = read * size.dtype.itemsize / of_kernel / 1e6
-    share, gflops = round(speed / ceiling.gb_per_s, 3), round(2 * products / of_kernel / 1e6, 1)
-    density = 0.5 if operation == "largest" else 1.0
-    return KernelFigures(
-        operation, batch, density, round(of_kernel, 4), round(of_reference, 4), round(speed, 2), share, gflops
-    )
+    point = operation, batch, 0.5 if operation == "largest" else 1.0
+    return _figures(point, lambda module: partial(call, module), read, batch * products, size, ceiling)
 
 
-def _milliseconds(call: Callable[[], object], device: str) -> float:
-    return 1e3 * median(repeated(call, device))
+def _figures(
+    point: tuple[str, int, float],
+    call_of: Callable[[ModuleType], Callable[[], object]],
+    read: int,
+    products: int,
+    size: Size,
+    ceiling: Ceiling,
+) -> KernelFigures:
+    """Time the call of an operation by kernel and by reference, which also stands for a kernel that is missing.
+
+    read, products  the numbers that are read, and the products of numbers that are added up
+    """
+    kernel, plain = call_of(ops), call_of(reference)
+    calls = (plain if kernel() is None else kernel), plain
+    ours, theirs = (1e3 * median(repeated(call, size.device)) for call in calls)
+    speed = read * size.dtype.itemsize / ours / 1e6
+    share, gflops = round(speed / ceiling.gb_per_s, 3), round(2 * products / ours / 1e6, 1)
+    return KernelFigures(*point, round(ours, 4), round(theirs, 4), round(speed, 2), share, gflops)
 
 
 def _random(size: Size, *shape: int, seed: int = 0) -> Tensor:

@@ -38,7 +38,7 @@ def mean_advance(histogram: Sequence[float]) -> float:
 
 
 class Playback:
-    """A rule of acceptance that ignores the tokens: the histogram says how many levels pass, window by window.
+    """A rule of acceptance that ignores the tokens: the histogram says how many levels are accepted, window by window.
 
     The counts follow a fixed, evenly spread sequence, so that even a few windows have the histogram's mean.
     """
@@ -50,12 +50,12 @@ class Playback:
         self.windows = 0
 
     def __call__(self, check: Check) -> Tensor:
-        """Return which guesses pass, [B, N] bool."""
+        """Return which guesses are accepted, [B, N] bool."""
         depths = check.tree.depths
-        passed = send([self._next() for _ in depths], depths.device)
-        return depths <= passed[:, None]
+        accepted = send([self._next() for _ in depths], depths.device)
+        return depths <= accepted[:, None]
 
     def _next(self) -> int:
         self.windows += 1
-        place = self.windows * STEP % 1.0
-        return next((i for i, edge in enumerate(self.edges) if place < edge), len(self.edges) - 1)
+        point = self.windows * STEP % 1.0
+        return next((i for i, edge in enumerate(self.edges) if point < edge), len(self.edges) - 1)

@@ -21,7 +21,7 @@ Milliseconds of a pass over all rows: full, a step of full decoding; sparse, of
 the sparse model alone; draft, of a window; check, its check; rest, of a window.
 plain: a sparse method with nothing drafted (period 1), over full.
 AAL: tokens per window and row at which corrected ones cost what full ones do.
-guess: the chance with which each guess must stand for that.
+guess: the chance with which each guess must be accepted for that.
 """
 
 
@@ -42,7 +42,7 @@ def decoding(rows: Sequence[DecodeFigures], ceiling: Ceiling) -> RenderableType:
             "" if row.peak_bytes is None else f"{row.peak_bytes / 1e9:.2f}",
             "/".join(f"{100 * part:.0f}" for part in parts if part is not None),
         )
-    return Group(_bar(ceiling), table, Text(LEGEND, "dim"))
+    return Group(_ceiling(ceiling), table, Text(LEGEND, "dim"))
 
 
 def operations(rows: Sequence[kernels.KernelFigures], ceiling: Ceiling) -> RenderableType:
@@ -53,7 +53,7 @@ def operations(rows: Sequence[kernels.KernelFigures], ceiling: Ceiling) -> Rende
     for row in rows:
         figures = (f"{row.density:.2f}", f"{row.kernel_ms:.3f}", f"{row.reference_ms:.3f}", f"{row.gb_per_s:.1f}")
         table.add_row(row.operation, str(row.batch), *figures, f"{row.share_of_ceiling:.2f}", f"{row.gflops:.0f}")
-    return Group(_bar(ceiling), table)
+    return Group(_ceiling(ceiling), table)
 
 
 def growing(workload: growth.Workload, rows: Sequence[growth.GrowthFigures], ceiling: Ceiling) -> RenderableType:
@@ -66,7 +66,7 @@ def growing(workload: growth.Workload, rows: Sequence[growth.GrowthFigures], cei
             value = f"{name.replace('_', ' ')} {getattr(row.point, name):g}"
             table.add_row(value, *_growth_figures(row), end_section=row is line[-1])
     base = ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in asdict(workload.base).items())
-    return Group(_bar(ceiling), f"{workload.sparsity}; base point: {base}", table, Text(GROWTH, "dim"))
+    return Group(_ceiling(ceiling), f"{workload.sparsity}; base point: {base}", table, Text(GROWTH, "dim"))
 
 
 def _lines(
@@ -91,5 +91,5 @@ def _growth_figures(row: growth.GrowthFigures) -> tuple[str, ...]:
     )
 
 
-def _bar(ceiling: Ceiling) -> str:
+def _ceiling(ceiling: Ceiling) -> str:
     return f"ceiling: {ceiling.gb_per_s:.1f} GB/s (copy {ceiling.copy:.1f}, matrix-vector {ceiling.matvec:.1f})"

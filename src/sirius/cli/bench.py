@@ -54,7 +54,7 @@ def decode(
     aal: Annotated[
         float | None,
         typer.Option(
-            help="Tokens per window played back, as if every guess stood alike often. [default: 15.22 at period 16]"
+            help="Tokens per window played back, each guess accepted equally often. [default: 15.22 at period 16]"
         ),
     ] = None,
     replay: Annotated[

@@ -48,7 +48,7 @@ class Asked:
 
     @property
     def own_rule(self) -> bool:
-        """Whether only the full model's own choice passes."""
+        """Whether only the full model's own choice is accepted."""
         return self["accept"] in LOSSLESS and (self["preset"] is None or "accept" in self.given)
 
     @property

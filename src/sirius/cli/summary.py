@@ -31,7 +31,7 @@ def _drafting(stats: "Stats", options: Mapping[str, Any]) -> str:
     kept, guessed = (f"{count / windows:.1f}".removesuffix(".0") for count in (stats.accepted, stats.drafted))
     share = stats.effective_density_streamed
     paid = "" if share < 1 else ", so it saved nothing"
-    return f"drafted: {kept} of {guessed} guesses stood, {share:.0%} of the weights read per token{paid}"
+    return f"drafted: {kept} of {guessed} guesses accepted, {share:.0%} of the weights read per token{paid}"
 
 
 def _faith(stats: "Stats", options: Mapping[str, Any]) -> str:

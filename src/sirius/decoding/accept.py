@@ -16,11 +16,11 @@ from sirius.errors import ConfigError
 
 @dataclass(frozen=True)
 class Check:
-    """A tree's guesses with the full model's scores, by which a rule judges them.
+    """A tree's guesses with the full model's scores, by which a rule accepts them.
 
-    tree    B rows of N places
-    scores  [B, N, V] float  the next token's after each place, processors applied; a guess is judged at its parent
-    choice  [B, N] int64     the full model's own next token after each place: the argmax, or its sample
+    tree    B rows of N nodes
+    scores  [B, N, V] float  the next token's after each node, processors applied; a guess's are at its parent
+    choice  [B, N] int64     the full model's own next token after each node: the argmax, or its sample
     """
 
     tree: Tree
@@ -32,20 +32,20 @@ class Check:
         return self.tree.tokens == self.choice.gather(1, self.tree.parents)
 
     def log_probabilities(self, temperature: float) -> tuple[Tensor, Tensor]:
-        """Return the tempered log-probabilities after each place [B, N, V], and those of the guesses [B, N]."""
+        """Return the tempered log-probabilities after each node [B, N, V], and those of the guesses [B, N]."""
         logs = torch.log_softmax(self.scores / temperature, dim=-1)
         row = torch.arange(len(logs), device=logs.device)[:, None]
         return logs, logs[row, self.tree.parents, self.tree.tokens]
 
 
-Rule = Callable[[Check], Tensor]  # tells which guesses pass after their parents, [B, N] bool
+Rule = Callable[[Check], Tensor]  # tells which guesses are accepted after their parents, [B, N] bool
 
 
 class LossyRule(Protocol):
     """A rule with the two numbers of a `CorrectionConfig`, which `make_rule` binds."""
 
     def __call__(self, check: Check, *, threshold: float, temperature: float) -> Tensor:
-        """Tell which guesses pass after their parents, [B, N] bool."""
+        """Tell which guesses are accepted after their parents, [B, N] bool."""
         ...
 
 
@@ -81,7 +81,7 @@ def check_rule(name: str) -> None:
 
 
 def accept_own(check: Check) -> Tensor:
-    """Pass the full model's own choice alone.
+    """Accept the full model's own choice alone.
 
     Lossless, whatever the draft: the tokens of plain greedy decoding, or with a temperature those that the full model
     would sample with the same noise.
@@ -91,10 +91,10 @@ def accept_own(check: Check) -> Tensor:
 
 @register("threshold")
 def accept_threshold(check: Check, *, threshold: float, temperature: float) -> Tensor:
-    """Pass guesses of probability at least `threshold`, and the full model's own choice.
+    """Accept guesses of probability at least `threshold`, and the full model's own choice.
 
-    Lossy up to threshold 0.5. Source: Sirius (arXiv 2409.03856), section 4; that the own choice passes at any threshold
-    is ours: rejecting it would only write it again.
+    Lossy up to threshold 0.5. Source: Sirius (arXiv 2409.03856), section 4. Accepting the own choice at any threshold
+    is our addition: if rejected, it would only be written again.
     """
     _, guessed = check.log_probabilities(temperature)
     return (guessed.exp() >= threshold) | check.own()
@@ -108,14 +108,26 @@ def make_rule(config: CorrectionConfig) -> Rule:
     return partial(_RULES[config.accept], threshold=config.least, temperature=config.accept_temperature)
 
 
+def ask_rule(rule: Rule, check: Check) -> Tensor:
+    """Return which guesses a rule accepts, [B, N] bool; raise ConfigError where it returns anything else."""
+    answer, shape = rule(check), check.tree.tokens.shape
+    if isinstance(answer, Tensor) and answer.dtype is torch.bool and answer.shape == shape:
+        return answer
+    function = getattr(rule, "func", rule)
+    names = [name for name, each in _RULES.items() if each is function]
+    name = names[0] if names else getattr(function, "__name__", type(function).__name__)
+    got = f"{list(answer.shape)} {answer.dtype}" if isinstance(answer, Tensor) else type(answer).__name__
+    raise ConfigError(f"accept {name!r} must return which guesses are accepted, {list(shape)} torch.bool; got {got}")
+
+
 @dataclass(frozen=True)
-class Judged:
+class Verified:
     """The result of a check on the host, fetched in one transfer.
 
     verdicts  [B]
-    tokens    [B][N]  the trees' tokens, by place
-    guessed   [B][N]  natural logs of the judge's probabilities of these tokens, each after its parent
-    added     [B]     natural log of the judge's probability of each verdict's `next`
+    tokens    [B][N]  the trees' tokens, by node
+    guessed   [B][N]  natural logs of the verifier's probabilities of these tokens, each after its parent
+    added     [B]     natural log of the verifier's probability of each verdict's `next`
     depth     [B]     the trees' depths
     """
 
@@ -126,30 +138,30 @@ class Judged:
     depth: list[int]
 
 
-def accept(check: Check, raw: Tensor, rule: Rule) -> Judged:
-    """Judge the guesses by a rule: each row keeps its longest branch of guesses that pass.
+def accept(check: Check, raw: Tensor, rule: Rule) -> Verified:
+    """Check the guesses by a rule: each row keeps its longest branch of accepted guesses.
 
-    raw  [B, N, V]  the judge's scores before processors, from which the log-probabilities are computed
+    raw  [B, N, V]  the verifier's scores before processors, from which the log-probabilities are computed
     """
     tree = check.tree
-    found = longest_branches(check, rule(check))
+    found = longest_branches(check, ask_rule(rule, check))
     row = torch.arange(len(raw), device=raw.device)
     total = raw.logsumexp(-1)
     guessed = raw[row[:, None], tree.parents, tree.tokens] - total.gather(1, tree.parents)
     added = raw[row, found.end, found.next] - total[row, found.end]
     *branches, tokens, guessed, added = fetch(*found, tree.tokens, guessed, added)
     found = Branches(*branches)
-    return Judged(make_verdicts(found), tokens.tolist(), guessed.tolist(), added.tolist(), found.depth.tolist())
+    return Verified(make_verdicts(found), tokens.tolist(), guessed.tolist(), added.tolist(), found.depth.tolist())
 
 
 class Branches(NamedTuple):
-    """Each row's longest branch of passing guesses, "the branch" below.
+    """Each row's longest branch of accepted guesses, "the branch" below.
 
-    kept   [B, N] bool   the places of the branch, the root's included
-    tip    [B, N] bool   the places from the root to the deepest guess that follows the branch; of several such guesses
+    kept   [B, N] bool   the nodes of the branch, the root's included
+    tip    [B, N] bool   the nodes from the root to the deepest guess that follows the branch; of several such guesses
                          the one of highest score
-    end    [B] int64     the last place of the branch
-    next   [B] int64     the full model's token after the branch, read at its last place
+    end    [B] int64     the last node of the branch
+    next   [B] int64     the full model's token after the branch, read at its last node
     depth  [B] int64     the depth of the tree's deepest guess
     """
 
@@ -160,16 +172,16 @@ class Branches(NamedTuple):
     depth: Tensor
 
 
-def longest_branches(check: Check, passed: Tensor) -> Branches:
-    """Return each row's longest branch of passing guesses, ties to the higher draft score.
+def longest_branches(check: Check, accepted: Tensor) -> Branches:
+    """Return each row's longest branch of accepted guesses, ties to the higher draft score.
 
-    passed  [B, N] bool  which guesses pass after their parents
+    accepted  [B, N] bool  which guesses are accepted after their parents
 
     Every node of the tree may end the branch, even one whose continuations were pruned.
     """
     tree = check.tree
-    passing = passed | (tree.depths == 0)
-    kept = tree.alive & ~(tree.seen & ~passing[:, None]).any(-1)  # no ancestor fails
+    accepted = accepted | (tree.depths == 0)
+    kept = tree.alive & ~(tree.seen & ~accepted[:, None]).any(-1)  # no ancestor fails
     end = _deepest(tree, kept)
     following = tree.alive & tree.seen.gather(2, end[:, None, None].expand(-1, tree.seen.shape[1], 1))[:, :, 0]
     tip = _deepest(tree, following)
@@ -184,13 +196,13 @@ def make_verdicts(found: Branches) -> list[Verdict]:
 
 
 def _deepest(tree: Tree, among: Tensor) -> Tensor:
-    """Return the deepest place of each row among those marked, [B] int64; ties go to the higher score."""
+    """Return the deepest node of each row among those marked, [B] int64; ties go to the higher score."""
     depth = torch.where(among, tree.depths, -1)
     deepest = depth == depth.amax(1, keepdim=True)
     return torch.where(deepest, tree.scores, -torch.inf).argmax(1)
 
 
 def _verdict(kept: list[bool], tip: list[bool], end: int, following: int, depth: int) -> Verdict:
-    path, furthest = (tuple(place for place, on in enumerate(branch) if on and place) for branch in (kept, tip))
+    path, furthest = (tuple(node for node, on in enumerate(branch) if on and node) for branch in (kept, tip))
     origin: Origin = "full" if depth == 0 else "bonus" if len(path) == depth else "correction"
     return Verdict(path, following, origin, furthest)

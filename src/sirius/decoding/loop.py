@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from sirius.core import LanguageModel, Mode, Round, Verdict, Window
-from sirius.decoding.accept import Check, Judged, Rule, accept, accept_own
+from sirius.decoding.accept import Check, Rule, Verified, accept, accept_own
 from sirius.decoding.host import Stopwatch, answers_at_once, fetch, send
 from sirius.decoding.period import PROBE_TOKENS, Measured, Period
 from sirius.decoding.sampling import Noise
@@ -32,24 +32,24 @@ from sirius.shortage import ran_out
 class Plan:
     """How texts are decoded.
 
-    period       K, from round to round; 1 drafts nothing, so every round is one pass of the judge
-    rule         tells which guesses pass
-    judge        the mode of the pass that ends a round: DENSE, or SPARSE to decode with the sparse model alone
+    period       K, from round to round; 1 drafts nothing, so every round is one pass of the verifier
+    rule         tells which guesses are accepted
+    verifier     the mode of the pass that ends a round: DENSE, or SPARSE to decode with the sparse model alone
     ends         token ids that end a text: a branch that reaches one goes no further
     width, prune, temperature   of the tree, see `CorrectionConfig`
-    window       returns the places of a tree that a check reads and writes
-    accept       judges a tree's guesses by the rule
+    window       returns the nodes of a tree that a check reads and writes
+    accept       checks a tree's guesses by the rule
     """
 
     period: Period = field(default_factory=lambda: Period(1))
     rule: Rule = accept_own
-    judge: Mode = Mode.DENSE
+    verifier: Mode = Mode.DENSE
     ends: frozenset[int] = frozenset()
     width: int = 1
     prune: float = 0.0
     temperature: float = 1.0
     window: Callable[[Tree], Window] = Tree.window
-    accept: Callable[[Check, Tensor, Rule], Judged] = accept
+    accept: Callable[[Check, Tensor, Rule], Verified] = accept
 
 
 @dataclass
@@ -80,15 +80,7 @@ class Row:
     error: SiriusError | None = None
 
 
-def start(model: LanguageModel, row: Row) -> Round | None:
-    """Read a row's prompt with the full model, observed by the sparsity method, and return the first token's round.
-
-    Returns None, and sets the row's error, where its processor fails.
-    """
-    return first_round([row], [open_row(model, row)])[0]
-
-
-def open_row(model: LanguageModel, row: Row) -> Tensor:
+def start(model: LanguageModel, row: Row) -> Tensor:
     """Read a row's prompt with the full model, observed by the sparsity method; return the next token's scores [V]."""
     return model.open(send(row.tokens, model.device), row.slots)
 
@@ -122,10 +114,10 @@ def next_round(model: LanguageModel, rows: Sequence[Row], plan: Plan) -> list[Ro
     tree = draft(model, rows, plan, period)
     watch.mark()
     raw, check = verify(model, rows, tree, plan)
-    judged = plan.accept(check, raw, plan.rule)
+    verified = plan.accept(check, raw, plan.rule)
     watch.mark()
-    rounds = keep(model, rows, judged, (raw, check.scores), period)
-    verdicts = judged.verdicts
+    rounds = keep(model, rows, verified, (raw, check.scores), period)
+    verdicts = verified.verdicts
     kept, rejected = sum(v.accepted for v in verdicts), sum(v.origin == "correction" for v in verdicts)
     drafted, checked = watch.laps()
     plan.period.learn(Measured(len(rows), drafted, checked, len(tree.levels) - 2, kept, rejected))
@@ -158,9 +150,9 @@ def draft(model: LanguageModel, rows: Sequence[Row], plan: Plan, period: int) ->
 def verify(model: LanguageModel, rows: Sequence[Row], tree: Tree, plan: Plan) -> tuple[Tensor, Check]:
     """Read the newest token and every guess in one pass, over the draft's own slots.
 
-    Returns the judge's scores [B, N, V], and the check, which holds them after the rows' processors.
+    Returns the verifier's scores [B, N, V], and the check, which holds them after the rows' processors.
     """
-    raw = model.read(tree.tokens, plan.judge, plan.window(tree))
+    raw = model.read(tree.tokens, plan.verifier, plan.window(tree))
     levels = [slice(a, b) for a, b in zip(tree.levels, tree.levels[1:], strict=False)]
     scores = process_scores(rows, tree, levels, raw)
     choice = [add_noise(rows, scores[:, here], depth).argmax(-1) for depth, here in enumerate(levels)]
@@ -168,24 +160,24 @@ def verify(model: LanguageModel, rows: Sequence[Row], tree: Tree, plan: Plan) ->
 
 
 def keep(
-    model: LanguageModel, rows: Sequence[Row], judged: Judged, scores: tuple[Tensor, Tensor], period: int
+    model: LanguageModel, rows: Sequence[Row], verified: Verified, scores: tuple[Tensor, Tensor], period: int
 ) -> list[Round | None]:
     """Gather each row's accepted branch into place in the cache, and add its tokens to the text.
 
-    scores  the judge's [B, N, V] before and after processors
+    scores  the verifier's [B, N, V] before and after processors
     """
-    verdicts = judged.verdicts
+    verdicts = verified.verdicts
     rounds: list[Round | None] = []
     for b, (row, verdict) in enumerate(zip(rows, verdicts, strict=True)):
-        tokens, guessed = judged.tokens[b], judged.guessed[b]
-        logprobs = [*(guessed[place] for place in verdict.path), judged.added[b]]
-        places = [0, *verdict.path]
-        taken = (*(tokens[place] for place in verdict.path), verdict.next)
-        seen = (scores[0][b, places], scores[1][b, places]) if row.keep_scores else scores
+        tokens, guessed = verified.tokens[b], verified.guessed[b]
+        logprobs = [*(guessed[node] for node in verdict.path), verified.added[b]]
+        nodes = [0, *verdict.path]
+        taken = (*(tokens[node] for node in verdict.path), verdict.next)
+        seen = (scores[0][b, nodes], scores[1][b, nodes]) if row.keep_scores else scores
         done = _add_tokens(row, taken, tuple(logprobs), verdict, seen)
-        branch = tuple(tokens[place] for place in verdict.tip)
-        known = tuple(guessed[place] for place in verdict.tip)
-        rounds.append(done and replace(done, draft=branch, guessed=known, steps=judged.depth[b], period=period))
+        branch = tuple(tokens[node] for node in verdict.tip)
+        known = tuple(guessed[node] for node in verdict.tip)
+        rounds.append(done and replace(done, draft=branch, guessed=known, steps=verified.depth[b], period=period))
     counts = [0 if row.error else 1 + len(v.path) for row, v in zip(rows, verdicts, strict=True)]
     paths = [([0, *v.path] + [0] * max(counts))[: max(counts)] for v in verdicts]
     model.keep(torch.tensor(paths, dtype=torch.int64), torch.tensor(counts))
@@ -219,7 +211,7 @@ def _add_tokens(
 def process_scores(rows: Sequence[Row], tree: Tree, levels: Sequence[slice], scores: Tensor) -> Tensor:
     """Return scores [B, m, V] changed by the rows' processors.
 
-    levels  the places of the tree that the scores follow, m in all
+    levels  the nodes of the tree that the scores follow, m in all
     """
     if not any(row.process for row in rows):
         return scores
@@ -232,16 +224,16 @@ def process_scores(rows: Sequence[Row], tree: Tree, levels: Sequence[slice], sco
 
 def _write_processed(rows: Sequence[Row], tree: Tree, level: slice, raw: Tensor, scores: Tensor) -> None:
     """Write to `scores` the raw ones [B, m, V] after the nodes of a level, changed by the rows' processors."""
-    calls, places = [], []
+    calls, targets = [], []
     for b, row in enumerate(rows):
         nodes = tree.alive[b, level].nonzero()[:, 0] + level.start
         if row.process is not None and len(nodes):
             branches = tree.tokens[b].expand(len(nodes), -1)[tree.seen[b, nodes]].view(len(nodes), -1)
             held = torch.tensor(row.tokens[:-1], device=scores.device).expand(len(nodes), -1)
-            places.append((b, slice(None) if len(nodes) == scores.shape[1] else nodes - level.start))
-            calls.append(_ProcessorCall(row, torch.cat([held, branches], 1), scores[places[-1]], raw[places[-1]]))
-    for place, answer in zip(places, _run_calls(calls), strict=True):
-        scores[place] = answer
+            targets.append((b, slice(None) if len(nodes) == scores.shape[1] else nodes - level.start))
+            calls.append(_ProcessorCall(row, torch.cat([held, branches], 1), scores[targets[-1]], raw[targets[-1]]))
+    for target, answer in zip(targets, _run_calls(calls), strict=True):
+        scores[target] = answer
 
 
 class _ProcessorCall(NamedTuple):

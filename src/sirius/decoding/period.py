@@ -10,7 +10,7 @@ CHOICES = tuple(k for k in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32) if k <= LONGEST)
 GAIN_TO_BEGIN = 1.05  # the speed over plain decoding that drafting must promise before it begins
 GAIN_TO_CHANGE = 1.02  # the speed over the present period that another one must promise: noise should change nothing
 DECAY = 0.99  # by which each draft pass lowers the weight of earlier guesses
-WARM_UP = 3  # first passes of a shape in a session; they are slower than later ones, which run as recorded passes
+WARM_UP = 3  # first passes of a shape in a session; they are slower than later ones, which run as captured passes
 TIMES_KEPT = 9  # latest times of a shape after its warm-up, whose median counts
 TOKEN_COST = 0.02  # cost of a further token of a check, in plain steps, until it is measured
 PROBE_TOKENS = 16  # tokens that a probe reads
@@ -118,7 +118,7 @@ class Costs:
 
     @property
     def early_excess(self) -> float:
-        """Extra seconds of a pass during its warm-up; the third costs more than the second, as it is being recorded."""
+        """Extra seconds of a pass during its warm-up; the third costs more than the second, as it is being captured."""
         return max(min(self.early_steps, default=0.0) - (self.plain or 0.0), 0.0)
 
     @property

@@ -29,8 +29,8 @@ def make_plan(
         raise ConfigError(f"period begins at {period.now} tokens a check, and the correction allows at most {longest}")
     if correction is None:
         if rule is not None:
-            raise ConfigError("rule judges guesses, and without a correction there are none; leave rule out")
-        return Plan(period, judge=Mode.SPARSE, ends=ends)
+            raise ConfigError("rule accepts guesses, and without a correction there are none; leave rule out")
+        return Plan(period, verifier=Mode.SPARSE, ends=ends)
     plan = Plan(
         period,
         make_rule(correction),

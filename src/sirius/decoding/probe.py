@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from sirius.core import LanguageModel, Mode
-from sirius.decoding.accept import Check, accept_own
+from sirius.decoding.accept import Check, accept_own, ask_rule
 from sirius.decoding.host import Stopwatch, fetch
 from sirius.decoding.loop import Plan, Row, add_noise, process_scores
 from sirius.decoding.period import Probed
@@ -52,26 +52,26 @@ def probe(model: LanguageModel, rows: Sequence[Row], plan: Plan, count: int) -> 
 
 
 def _next_scores(rows: Sequence[Row], tree: Tree, scores: Tensor) -> Tensor:
-    """Return scores [B, count, V] after the first places, processed and with noise: the argmax is the next token."""
+    """Return scores [B, count, V] after the first nodes, processed and with noise: the argmax is the next token."""
     scores = _processed_scores(rows, tree, scores)
-    return torch.cat([add_noise(rows, scores[:, place, None], place) for place in range(scores.shape[1])], 1)
+    return torch.cat([add_noise(rows, scores[:, node, None], node) for node in range(scores.shape[1])], 1)
 
 
 def _processed_scores(rows: Sequence[Row], tree: Tree, scores: Tensor) -> Tensor:
-    """Return scores [B, count, V] after the first places as the rows' processors leave them."""
-    return process_scores(rows, tree, [slice(place, place + 1) for place in range(scores.shape[1])], scores)
+    """Return scores [B, count, V] after the first nodes as the rows' processors leave them."""
+    return process_scores(rows, tree, [slice(node, node + 1) for node in range(scores.shape[1])], scores)
 
 
 def _check(model: LanguageModel, rows: Sequence[Row], tree: Tree, count: int, plan: Plan) -> Check:
-    """Return the judge's check at the tokens: they are its own choice. Other rules need scores, so it reads again."""
+    """Return the verifier's check at the tokens, which are its own choice. Other rules need a pass for its scores."""
     if plan.rule is accept_own:
         return Check(tree, tree.tokens[:, :0], tree.tokens.roll(-1, 1))
     here = slice(0, count)
-    scores = model.read(tree.tokens[:, here], plan.judge, tree.window(here, fixed=count))
+    scores = model.read(tree.tokens[:, here], plan.verifier, tree.window(here, fixed=count))
     return Check(tree, _processed_scores(rows, tree, scores), tree.tokens.roll(-1, 1))
 
 
 def _would_pass(check: Check, guess: Tensor, plan: Plan) -> Tensor:
     """Tell which guesses [B, count] would pass, each after the tokens before it, [B, count] bool."""
     tokens = torch.cat([check.tree.tokens[:, :1], guess], 1)
-    return plan.rule(replace(check, tree=replace(check.tree, tokens=tokens)))[:, 1:]
+    return ask_rule(plan.rule, replace(check, tree=replace(check.tree, tokens=tokens)))[:, 1:]

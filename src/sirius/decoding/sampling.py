@@ -2,7 +2,7 @@
 
 argmax(scores + g) with Gumbel noise g is a sample of softmax(scores). The noise of a text's j-th new token depends on
 the seed and on j alone. So the draft model and the full model use the same noise, and agree where their scores are
-close. The full model's own choice at a place does not depend on the draft. A rule that lets only that choice pass
+close. The full model's own choice at a position does not depend on the draft. A rule that lets only that choice pass
 therefore gives the text that the full model would sample alone, and so its distribution.
 
 Source of the coupling: Daliri, Musco and Suresh, "Coupling without communication and drafter-invariant speculative
@@ -23,7 +23,7 @@ class Noise:
         self.generator: torch.Generator | None = None
 
     def at(self, token: int, like: Tensor) -> Tensor:
-        """Return the noise of a new token, counted from 0, in the shape, dtype and place of its scores [V]."""
+        """Return the noise of a new token, counted from 0, in the shape, dtype and device of its scores [V]."""
         assert token >= self.first, f"the noise of token {token} was dropped; the first kept is {self.first}"
         if self.generator is None:
             self.generator = torch.Generator(like.device).manual_seed(self.seed)

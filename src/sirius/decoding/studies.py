@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from sirius.core import Ablation, Verdict, Window
-from sirius.decoding.accept import Check, Judged, Rule, accept, register
+from sirius.decoding.accept import Check, Rule, Verified, accept, register
 from sirius.decoding.loop import Plan
 from sirius.decoding.tree import Tree
 
 
 @register("relative")
 def accept_relative(check: Check, *, threshold: float, temperature: float) -> Tensor:
-    """Pass guesses of probability at least `threshold` times the likeliest token's, and the full model's own choice.
+    """Accept guesses of probability at least `threshold` times the likeliest token's, and the full model's own choice.
 
     Lossy. A flat distribution, in which no token reaches a fixed threshold, rejects nothing likely.
     """
@@ -29,9 +29,9 @@ def accept_relative(check: Check, *, threshold: float, temperature: float) -> Te
 
 @register("typical")
 def accept_typical(check: Check, *, threshold: float, temperature: float) -> Tensor:
-    """Pass guesses of probability at least min(threshold, sqrt(threshold) exp(-H)), and the full model's own choice.
+    """Accept guesses of probability at least min(threshold, sqrt(threshold) exp(-H)), and the full model's own choice.
 
-    H is the entropy of the distribution, so the less certain the full model is, the more passes. Lossy. Source: Medusa
+    H is the entropy of the distribution: more is accepted where the full model is less certain. Lossy. Source: Medusa
     (arXiv 2401.10774), section 2.3.1, with its recommended delta = sqrt(epsilon).
     """
     logs, guessed = check.log_probabilities(temperature)
@@ -40,7 +40,7 @@ def accept_typical(check: Check, *, threshold: float, temperature: float) -> Ten
 
 
 def accept_all(check: Check) -> Tensor:
-    """Pass every guess, so that nothing is rolled back."""
+    """Accept every guess, so that nothing is rolled back."""
     return torch.ones_like(check.tree.alive)
 
 
@@ -55,7 +55,7 @@ def without_rewrite(plan: Plan) -> Plan:
 
 
 def without_interleave(plan: Plan) -> Plan:
-    """Return a plan under which a draft that passed whole gets no further token of the full model."""
+    """Return a plan under which a draft that was accepted whole gets no further token of the full model."""
     return replace(plan, accept=_accept_without_bonus)
 
 
@@ -71,19 +71,19 @@ def _only_the_deepest_written(tree: Tree) -> Window:
     return tree.window(fixed=tree.last.start)
 
 
-def _accept_without_bonus(check: Check, raw: Tensor, rule: Rule) -> Judged:
-    judged = accept(check, raw, rule)
-    verdicts, added = list(judged.verdicts), list(judged.added)
-    for row, verdict in enumerate(judged.verdicts):
+def _accept_without_bonus(check: Check, raw: Tensor, rule: Rule) -> Verified:
+    verified = accept(check, raw, rule)
+    verdicts, added = list(verified.verdicts), list(verified.added)
+    for row, verdict in enumerate(verified.verdicts):
         if verdict.origin == "bonus":
-            verdicts[row] = drop_bonus(verdict, judged.tokens[row])
-            added[row] = judged.guessed[row][verdict.path[-1]]
-    return replace(judged, verdicts=verdicts, added=added)
+            verdicts[row] = drop_bonus(verdict, verified.tokens[row])
+            added[row] = verified.guessed[row][verdict.path[-1]]
+    return replace(verified, verdicts=verdicts, added=added)
 
 
 def drop_bonus(verdict: Verdict, tokens: list[int]) -> Verdict:
-    """Return the verdict of a draft that passed whole without the full model's token after it.
+    """Return the verdict of a draft that was accepted whole without the full model's token after it.
 
-    Its last guess is then the newest token, to be fed again. `tokens` are the row's, by place.
+    Its last guess is then the newest token, to be fed again. `tokens` are the row's, by node.
     """
     return replace(verdict, path=verdict.path[:-1], next=tokens[verdict.path[-1]], origin="draft")

@@ -1,12 +1,13 @@
 """The guesses of a round as a tree, one for each row, laid out as they stand in the cache.
 
-A window of width 3 and three levels, by places after what the row holds; the newest token is the root:
+A node's number is the offset of its slot after those that the row holds. The newest token is the root. A window of
+width 3 and three levels:
 
-    place    0     1  2  3     4  5  6      7  8  9
+    node     0     1  2  3     4  5  6      7  8  9
     depth    0     1  1  1     2  2  2      3  3  3       its position, counted from the root's
     parent   -     0  0  0     1  1  3      4  5  5
 
-A chain is the tree of width 1. A place that a row does not use is dead, because the row has less room, its text ended
+A chain is the tree of width 1. A node that a row does not use is dead, because the row has less room, its text ended
 or a branch was pruned. Its score is minus infinity, and nothing is accepted at it or after it.
 """
 
@@ -21,14 +22,14 @@ from sirius.decoding.host import answers_at_once
 
 @dataclass(frozen=True)
 class Tree:
-    """The guesses of every row; N places, the root's included.
+    """The guesses of every row; N nodes, the root's included.
 
     tokens   [B, N] int64    the root is the newest token of the text
-    parents  [B, N] int64    the place of each node's parent; the root's is 0
+    parents  [B, N] int64    each node's parent; the root's is 0
     depths   [B, N] int64    0 at the root
     scores   [B, N] float    cumulative log-probability under the draft model; -inf where dead
-    seen     [B, N, N] bool  the places that each node attends to: its ancestors and itself
-    levels   the first place of each level, and N
+    seen     [B, N, N] bool  the nodes that each node attends to: its ancestors and itself
+    levels   the first node of each level, and N
     """
 
     tokens: Tensor
@@ -50,19 +51,19 @@ class Tree:
     def chain(cls, tokens: Tensor) -> "Tree":
         """Return the chains of known tokens [B, N] int64, their roots first."""
         rows, count = tokens.shape
-        places = torch.arange(count, device=tokens.device).expand(rows, -1)
+        nodes = torch.arange(count, device=tokens.device).expand(rows, -1)
         seen = torch.ones(count, count, dtype=torch.bool, device=tokens.device).tril().expand(rows, -1, -1)
         scores = torch.zeros(rows, count, device=tokens.device)
-        return cls(tokens, (places - 1).clamp_min(0), places, scores, seen, tuple(range(count + 1)))
+        return cls(tokens, (nodes - 1).clamp_min(0), nodes, scores, seen, tuple(range(count + 1)))
 
     @property
     def alive(self) -> Tensor:
-        """Which places hold a guess (or the root), [B, N] bool."""
+        """Which nodes hold a guess (or the root), [B, N] bool."""
         return self.scores > -torch.inf
 
     @property
     def last(self) -> slice:
-        """The places of the deepest level."""
+        """The nodes of the deepest level."""
         return slice(self.levels[-2], self.levels[-1])
 
     def window(self, level: slice | None = None, fixed: int = 0, apart: bool = False) -> Window:

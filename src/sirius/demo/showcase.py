@@ -78,11 +78,11 @@ def _compare(
     for index in indices:
         messages, problem = few_shot(task, "test", seed, index)
         budget = min(NEW_TOKENS, engine.room(messages))
-        for place, setting in enumerate(settings):
+        for index, setting in enumerate(settings):
             options = {"sparsity": setting.sparsity, "correction": setting.correction}
             done = engine.generate(messages, max_new_tokens=budget, **options)
-            right[place] += final_answer(done.text) == problem.final
-            stats[place].append(done.stats)
+            right[index] += final_answer(done.text) == problem.final
+            stats[index].append(done.stats)
             on_problem()
     rows = zip(settings, right, stats, strict=True)
     return [_row(setting, task, hits / len(indices), len(indices), combine(each)) for setting, hits, each in rows]

@@ -1,4 +1,4 @@
-"""Stopping criteria of transformers over the rows of a batch, of which each has come to a place of its own."""
+"""Stopping criteria of transformers over the rows of a batch, each of which has a length of its own."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast

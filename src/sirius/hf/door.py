@@ -24,7 +24,7 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from sirius.batch import Batch
-from sirius.core import CorrectionConfig, Request, Round, SamplingConfig, SparsityConfig, as_config
+from sirius.core import CorrectionConfig, Request, Round, SamplingConfig, SparsityConfig, as_config, check_together
 from sirius.errors import ConfigError, RequestError
 from sirius.hf.criteria import BatchCriteria, RowEnding, ends_rows, parted
 from sirius.hf.processors import BatchProcessors
@@ -115,7 +115,7 @@ def decode(  # noqa: PLR0913 - transformers' own arguments, and ours
         raise ConfigError(f"a streamer takes one prompt at a time; got {len(input_ids)}")
     chosen = as_config(SparsityConfig, sparsity)
     corrected = None if correction is None else as_config(CorrectionConfig, correction)
-    _check_rule(corrected, generation_config)
+    check_together(SamplingConfig(float(generation_config.do_sample or 0)), corrected)
     criteria = [*stopping_criteria, *_stop_criteria(stop, tokenizer)]
     own, joint = parted(criteria, len(input_ids))
     rows = [_Row() for _ in input_ids]
@@ -141,7 +141,9 @@ def _run(batch: Batch, rows: "list[_Row]", joint: BatchCriteria | None, streamer
                 raise update.error
             if streamer is not None:
                 streamer.put(torch.tensor(update.round.tokens))
-            of[update.ticket].add(update.round, update.completion)
+            row = of[update.ticket]
+            row.rounds.append(update.round)
+            row.completion = update.completion
         if joint is not None:
             over = [row.completion is not None for row in rows]
             for index, count in list(joint.catch_up([row.tokens for row in rows], over)):
@@ -155,10 +157,6 @@ class _Row:
         self.ticket = 0
         self.rounds: list[Round] = []
         self.completion: Completion | None = None
-
-    def add(self, done: Round, completion: Completion | None) -> None:
-        self.rounds.append(done)
-        self.completion = completion
 
     def end(self, batch: Batch, count: int) -> None:
         """End the row after `count` of its tokens, be it at work or over."""
@@ -280,11 +278,6 @@ def _without_padding(row: Tensor, mask: Tensor | None, index: int) -> Tensor:
             "attention_mask where a prompt's own token was taken for padding"
         )
     return real
-
-
-def _check_rule(correction: CorrectionConfig | None, generation: GenerationConfig) -> None:
-    if generation.do_sample and correction is not None and correction.accept == "argmax":
-        raise ConfigError("accept 'argmax' is for greedy text; use accept 'lossless', or do_sample=False")
 
 
 def _check(generation: GenerationConfig, model_kwargs: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Logits processors of transformers over the rows of a batch, of which each has come to a place of its own."""
+"""Logits processors of transformers over the rows of a batch, each of which has a length of its own."""
 
 import logging
 from collections.abc import Callable, Sequence

@@ -150,36 +150,36 @@ def norm(x: Tensor, weight: Tensor, eps: float, form: NormForm) -> Tensor:
 
 def gate(x: Tensor, gate: Weight, activation: str, index: Tensor | None = None) -> Tensor:
     """See `reference.gate`; raise ConfigError where the index is not one of int64, of rows that the weight has."""
-    return _glu(x, gate, (None, None), activation, index)
+    return glu(x, gate, (None, None), activation, index)
 
 
-def glu(x: Tensor, gate: Weight, up: Weight, activation: str, index: Tensor | None = None) -> Tensor:
-    """See `reference.glu`; raise ConfigError where the index is not one of int64, of rows that the weights have."""
-    return _glu(x, gate, up, activation, index)
-
-
-def _glu(x: Tensor, gate: Weight, up: Weight | tuple[None, None], activation: str, index: Tensor | None) -> Tensor:
-    x, (weight, bias), (other, other_bias) = x.contiguous(), gate, up
-    count = _count(weight, index)
+def glu(
+    x: Tensor, gate: Weight, up: Weight | tuple[None, None], activation: str, index: Tensor | None = None
+) -> Tensor:
+    """See `reference.glu`, of up if there is one; raise ConfigError of an index as `gate` does."""
+    x, weights = x.contiguous(), [weight for weight, _ in (gate, up) if weight is not None]
+    count = _count(gate[0], index)
     y = x.new_empty(*x.shape[:-1], count)
-    sizes = DTYPES[x.dtype], ACTIVATIONS[activation], x, *_sizes(x)
-    weights = *_lying(weight), *((None, 0) if other is None else _lying(other)), len(weight), count, index
-    both = [weight] if other is None else [weight, other]
-    _call("glu", *sizes, *weights, bias, other_bias, y, rows=(both, index))
+    tokens = DTYPES[x.dtype], ACTIVATIONS[activation], x, *_sizes(x)
+    lying = *_lying(gate[0]), *((None, 0) if up[0] is None else _lying(up[0])), len(gate[0]), count, index
+    _call("glu", *tokens, *lying, gate[1], up[1], y, rows=(weights, index))
     return y
 
 
 def finish(
-    gated: Tensor, x: Tensor, up: Weight, down: Weight, index: Tensor | None = None, by_place: bool = False
+    gated: Tensor, x: Tensor, up: Weight, down: Weight, index: Tensor | None = None, gathered: bool = False
 ) -> Tensor:
-    """See `reference.finish`; raise ConfigError where the index is not one of int64, of rows that the weights have."""
+    """See `reference.finish`; raise ConfigError where the index is not one of int64, of rows that the weights have.
+
+    gathered  gated is [..., k], of the neurons at index alone
+    """
     x, gated = x.contiguous(), gated.contiguous()
     count, y = _count(up[0], index), x.new_empty(x.shape)
-    sent = count if by_place else len(up[0])
+    sent = count if gathered else len(up[0])
     assert gated.dtype == x.dtype and gated.shape == (*x.shape[:-1], sent), f"{list(gated.shape)} for {sent} neurons"
     assert up[0].shape == down[0].shape, f"up {list(up[0].shape)}, down {list(down[0].shape)}"
     weights = *_lying(up[0]), *_lying(down[0]), len(up[0]), count, index
-    tokens = DTYPES[x.dtype], x, *_sizes(x), gated, by_place
+    tokens = DTYPES[x.dtype], x, *_sizes(x), gated, gathered
     _call("finish", *tokens, *weights, up[1], down[1], y, rows=([up[0], down[0]], index))
     return y
 
@@ -238,21 +238,15 @@ def put(store: Tensor, rows: Tensor, slots: Tensor, values: Tensor) -> None:
     at = (_Size * 9)(*store.stride()[:2], *rows.stride(), *slots.stride(), *values.stride()[:3])
     sizes = (_Size * 6)(*counts, heads, size, height, width)
 
-    def complain(place: int) -> Exception:
-        row, slot = (int(each.flatten()[place]) for each in (rows, slots))
+    def complain(position: int) -> Exception:
+        row, slot = (int(each.flatten()[position]) for each in (rows, slots))
         return IndexError(f"row {row}, slot {slot} of {height} rows of {width} slots")
 
     _run(_launch("put", DTYPES[store.dtype], store, rows, slots, values, at, sizes, complaint=complain))
 
 
-def _library() -> Library:
-    found = library()
-    assert found is not None, "no compiled kernels: `fits` was not asked"
-    return found
-
-
 def _call(kernel: str, *arguments: object, rows: _Rows | None = None) -> None:
-    """Call a kernel with tensors by their addresses, and the number of threads; a recorder that runs takes it down.
+    """Call a kernel with tensors by their addresses, and the number of threads; a running capture takes it down.
 
     rows  the weights, whose rows may lie apart, and the index of some of them
     """
@@ -263,22 +257,23 @@ def _call(kernel: str, *arguments: object, rows: _Rows | None = None) -> None:
 
 
 def _run(launch: Launch) -> None:
-    """Run a launch, and add it to the tape that records, if any."""
-    if (recorder := running()) is not None:
-        recorder.add(launch)
+    """Run a launch, and add it to the capture that runs, if any."""
+    if (capture := running()) is not None:
+        capture.add(launch)
     launch()
 
 
 def _launch(kernel: str, *arguments: object, complaint: Complaint | None = None) -> Launch:
-    found = _library()
+    found = library()
+    assert found is not None, "no compiled kernels: `fits` was not asked"
     return Launch.of(found.run, found.kernels[kernel], (*arguments, torch.get_num_threads()), complaint)
 
 
-def _no_such_row(rows: _Rows, place: int) -> ConfigError:
+def _no_such_row(rows: _Rows, position: int) -> ConfigError:
     (weight, *_), index = rows
-    row = place if index is None else int(index[place])
+    row = position if index is None else int(index[position])
     return ConfigError(
-        f"neuron {row} is asked for, in place {place}, of a weight of {len(weight)} rows; "
+        f"neuron {row} is asked for, at index {position}, of a weight of {len(weight)} rows; "
         f"a sparsity method's neurons must be from 0 to {len(weight) - 1}"
     )
 

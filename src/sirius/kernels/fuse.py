@@ -100,20 +100,20 @@ def _same(one: Tensor, other: Tensor) -> bool:
 
 
 def _within(window: Sequence[Step], readers: dict[int, list[int]], at: int) -> bool:
-    """Tell whether nobody but the steps of a window, the first of them at a place, uses what all but its last make."""
+    """Tell whether nobody but the steps of a window, the first of them at an index, uses what all but its last make."""
     inside = range(at, at + len(window))
     made = [step.result for step in window[:-1] if isinstance(step, Operation)]
-    return all(place in inside for result in made for place in readers[_memory(result)])
+    return all(reader in inside for result in made for reader in readers[_memory(result)])
 
 
 def _readers(steps: Sequence[Step]) -> dict[int, list[int]]:
-    """Return the places of the steps that use a piece of memory, by its address."""
+    """Return the indices of the steps that use a piece of memory, by its address."""
     found: dict[int, list[int]] = defaultdict(list)
-    for place, step in enumerate(steps):
+    for index, step in enumerate(steps):
         used = step.kept if isinstance(step, Launch) else tree_leaves((step.args, step.kwargs))
         for each in used:
             if isinstance(each, Tensor | torch.UntypedStorage):
-                found[_memory(each)].append(place)
+                found[_memory(each)].append(index)
     return found
 
 

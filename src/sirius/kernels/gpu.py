@@ -2,13 +2,13 @@
 
 Weights are [F, H] as `reference` has them, x [..., H] is of any number of rows and tuned for one to sixteen. `index` is
 [k] int64, ascending, None for all neurons; an entry of -1 is no neuron: nothing is read for it, its product is 0.
-Nothing here waits for the device and no grid depends on what a tensor holds, so that CUDA graphs may record all of it.
+Nothing here waits for the device and no grid depends on what a tensor holds, so that CUDA graphs may capture all of it.
 """
 
 import importlib
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, wraps
 from math import prod
 from typing import Any, Concatenate, NamedTuple, ParamSpec
@@ -121,75 +121,58 @@ def operation(fake: Callable[..., Tensor]) -> Callable[[Operation[Rest]], Operat
     return register
 
 
-def _product(x: Tensor, weight: Tensor, index: Tensor | None) -> Tensor:
-    """Return a result of `linear` without its values."""
-    return x.new_empty(*x.shape[:-1], weight.shape[0] if index is None else index.shape[0])
-
-
-@operation(lambda x, weight, bias=None, index=None: _product(x, weight, index))
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, index: Tensor | None = None) -> Tensor:
     """See `reference.linear`."""
-    return _linear(x, (weight, bias), index=index)
+    return products(x, weight, [bias], index=index)
 
 
 def gate(x: Tensor, gate: Weight, activation: str, index: Tensor | None = None) -> Tensor:
     """See `reference.gate`; there is no index."""
     assert index is None, "the gate is computed in full"
-    return activated(x, *gate, activation)
-
-
-@operation(lambda x, weight, bias, activation: _product(x, weight, None))
-def activated(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
-    """Return act(x.weight), [..., F]."""
-    return _linear(x, (weight, bias), activation=activation)
+    return products(x, gate[0], gate[1:], activation=activation)
 
 
 def glu(x: Tensor, gate: Weight, up: Weight, activation: str, index: Tensor | None = None) -> Tensor:
     """See `reference.glu`; what is between the products and z stays in float32."""
-    return gated_linear(x, gate[0], up[0], gate[1], up[1], activation, index)
+    return products(x, gate[0], [gate[1], *up], index=index, activation=activation)
 
 
-@operation(lambda x, gate, up, gate_bias, up_bias, activation, index=None: _product(x, gate, index))
-def gated_linear(
-    x: Tensor,
-    gate: Tensor,
-    up: Tensor,
-    gate_bias: Tensor | None,
-    up_bias: Tensor | None,
-    activation: str,
-    index: Tensor | None = None,
-) -> Tensor:
-    """Return act(x.gate) * x.up, [..., k]; an operator of PyTorch's takes tensors one by one."""
-    return _linear(x, (gate, gate_bias), (up, up_bias), index=index, activation=activation)
-
-
-@operation(lambda gated, x, up, up_bias, index: _product(x, up, index))
 def up_rows(gated: Tensor, x: Tensor, up: Tensor, up_bias: Tensor | None, index: Tensor) -> Tensor:
     """See `reference.up_rows`."""
-    return _linear(x, (up, up_bias), gated=gated.contiguous(), index=index)
+    return products(x, up, [up_bias], gated.contiguous(), index)
 
 
-def _linear(
+def _empty(x: Tensor, weight: Tensor, index: Tensor | None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0] if index is None else index.shape[0])
+
+
+@operation(lambda x, weight, more, gated=None, index=None, activation=None: _empty(x, weight, index))
+def products(
     x: Tensor,
-    first: Weight,
-    second: Weight | tuple[None, None] = (None, None),
+    weight: Tensor,
+    more: Sequence[Tensor | None],
     gated: Tensor | None = None,
     index: Tensor | None = None,
     activation: str | None = None,
 ) -> Tensor:
+    """Return act(x.weight) [..., k], times x.second or gated [..., F] where there is one.
+
+    more  the bias of weight or None, then a second matrix with its bias
+    """
     from sirius.kernels.programs import linear_kernel
 
-    x, z = x.contiguous(), _product(x, first[0], index)
+    x, z = x.contiguous(), _empty(x, weight, index)
     if z.numel() == 0:
         return z
-    (neurons, size), rows, count = first[0].shape, _rows(x), z.shape[-1]
+    bias, second, second_bias = more if len(more) == 3 else (*more, None, None)
+    (neurons, size), rows, count = weight.shape, _rows(x), z.shape[-1]
     block = LINEAR[1 if rows == 1 else 16]
     columns = block.columns(size, x.element_size())
-    each = block.neurons if rows > 1 or second[0] is None else block.neurons // 2
+    each = block.neurons if rows > 1 or second is None else block.neurons // 2
     launch(
         linear_kernel,
         (_blocks(rows, block.rows) * _blocks(count, each),),
-        *(x, *first, *second, gated, index, z),
+        *(x, weight, bias, second, second_bias, gated, index, z),
         *(rows, count, neurons, size),
         ACTIVATION=activation,
         BLOCK_R=block.rows,

@@ -29,7 +29,7 @@ def is_plain(*tensors: Tensor | None) -> bool:
 class Kernel(NamedTuple):
     """A kernel of the library, as its table has it.
 
-    number  its place in the table
+    number  its index in the table
     kinds   a letter for each argument: what `SLOT_OF` takes for it
     """
 
@@ -81,21 +81,21 @@ class Launch:
             raise complaint(self.outside.value)
 
 
-class Recorder(Protocol):
-    """Records the launches of a thread."""
+class LaunchCapture(Protocol):
+    """Takes down the launches of a thread, to run them again."""
 
     def add(self, launch: Launch) -> None:
-        """Record a launch; its caller runs it."""
+        """Take down a launch; its caller runs it."""
 
 
-def running() -> Recorder | None:
-    """Return the recorder of this thread's launches, None where nothing is recorded."""
-    return getattr(_threads, "recorder", None)
+def running() -> LaunchCapture | None:
+    """Return the capture of this thread's launches, None where nothing is captured."""
+    return getattr(_threads, "capture", None)
 
 
-def record_to(recorder: Recorder | None) -> Recorder | None:
-    """Let a recorder have this thread's launches from now on, or none; return the one before."""
-    before, _threads.recorder = running(), recorder
+def capture_to(capture: LaunchCapture | None) -> LaunchCapture | None:
+    """Give this thread's launches to a capture from now on, or to none; return the one before."""
+    before, _threads.capture = running(), capture
     return before
 
 

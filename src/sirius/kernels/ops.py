@@ -1,7 +1,8 @@
 """The table of operations: what defines each one, the kernels that compute it faster, and when each kernel runs.
 
-`reference` defines an operation in plain PyTorch. Every function here has the reference's arguments; it runs the kernel
-that `TABLE` names for the tensors at hand, or the reference. docs/adding-a-kernel.md tells how to add an operation.
+`reference` defines an operation in plain PyTorch. Every function here has the reference's arguments and runs the kernel
+that `TABLE` names for the tensors at hand. Without a kernel it runs the reference, or returns None where its caller has
+a formula of its own. docs/adding-a-kernel.md tells how to add an operation.
 
 A weight is a matrix with its bias: `Weight`. With `invariant`, a token's result has the same bits however many tokens
 are computed together (batch-invariant) where there are kernels of ours; PyTorch's products of many tokens are not used.
@@ -171,87 +172,44 @@ def project(
 
 def gate(
     x: Tensor, gate: Weight, activation: Activation, index: Tensor | None = None, invariant: bool = False
-) -> Tensor:
-    """Return act(gate(x)) [..., F] of x [..., H], or of the neurons at index alone; see `reference.gate`."""
+) -> Tensor | None:
+    """Return act(gate(x)) [..., F] of x [..., H], or None without a kernel; see `reference.gate`."""
     run = kernel("gate", Asked([x], [gate], index, invariant, activation))
-    if run is not None:
-        return run(x, gate, activation_name(activation), index)
-    return activation(linear(x, *gate, index, invariant))
+    return run and run(x, gate, activation_name(activation), index)
 
 
 def glu(
     x: Tensor, gate: Weight, up: Weight, activation: Activation, index: Tensor | None = None, invariant: bool = False
-) -> Tensor:
-    """Return z = act(gate(x)) * up(x) [..., F] of x [..., H], of the neurons at index alone; see `reference.glu`."""
+) -> Tensor | None:
+    """Return z = act(gate(x)) * up(x) [..., F] of x [..., H], or None without a kernel; see `reference.glu`."""
     run = kernel("glu", Asked([x], [gate, up], index, invariant, activation))
-    if run is not None:
-        return run(x, gate, up, activation_name(activation), index)
-    return activation(linear(x, *gate, index, invariant)) * linear(x, *up, index, invariant)
+    return run and run(x, gate, up, activation_name(activation), index)
+
+
+def up_rows(gated: Tensor, x: Tensor, up: Tensor, up_bias: Tensor | None, index: Tensor) -> Tensor | None:
+    """Return z [..., k] of gated neurons [..., F] at index, or None without a kernel; see `reference.up_rows`."""
+    run = kernel("up_rows", Asked([x], [(up, up_bias)], index))
+    return run and run(gated, x, up, up_bias, index)
 
 
 def finish(
-    gated: Tensor,
-    x: Tensor,
-    up: Weight,
-    down: Weight,
-    index: Tensor | None = None,
-    by_place: bool = False,
-    invariant: bool = False,
-) -> Tensor:
-    """Return down(gated * up(x)) [..., H] of x [..., H]; see `reference.finish`."""
+    gated: Tensor, x: Tensor, up: Weight, down: Weight, index: Tensor | None = None, invariant: bool = False
+) -> Tensor | None:
+    """Return down(gated * up(x)) [..., H] of x [..., H], or None without a kernel; see `reference.finish`."""
     run = kernel("finish", Asked([x, gated], [up, down], index, invariant))
-    if run is not None:
-        return run(gated, x, up, down, index, by_place)
-    if index is None or by_place:
-        return project(gated * linear(x, *up, index, invariant), *down, index, invariant)
-    return project(up_rows(gated, x, *up, index), *down, index, invariant)
+    return run and run(gated, x, up, down, index)
 
 
-def up_rows(gated: Tensor, x: Tensor, up: Tensor, up_bias: Tensor | None, index: Tensor) -> Tensor:
-    """Return z [..., k] of the neurons at index, of gated = act(gate(x)) [..., F]; see `reference.up_rows`."""
-    run = kernel("up_rows", Asked([x], [(up, up_bias)], index))
-    return (run or reference.up_rows)(gated, x, up, up_bias, index)
-
-
-def gated_mlp(
-    x: Tensor,
-    weights: tuple[Weight, Weight, Weight],
-    activation: Activation,
-    index: Tensor | None = None,
-    invariant: bool = False,
-) -> Tensor:
-    """Return down(act(gate(x)) * up(x)) [..., H] of x [..., H] by weights of gate, up and down.
-
-    index  [k] int64  the neurons that are computed; None: all
-    """
-    first, up, down = weights
-    run = kernel("finish", Asked([x], weights, index, invariant))
-    if run is not None:
-        return run(gate(x, first, activation, index, invariant), x, up, down, index, True)
-    return project(glu(x, first, up, activation, index, invariant), *down, index, invariant)
-
-
-def gated_mlp_each(
-    x: Tensor,
-    weights: tuple[Weight, Weight, Weight],
-    activation: Activation,
-    index: Tensor,
-    counts: Sequence[int],
-) -> Tensor:
-    """Return the MLP of x [B, T, H], each row with neurons of its own, bit for bit as if it were the only one.
-
-    index   [sum of counts] int64  the neurons of all rows, one row after the other
-    counts  [B]                    how many each row has
-    """
+def each(
+    x: Tensor, weights: Sequence[Weight], activation: Activation, index: Tensor, counts: Sequence[int]
+) -> Tensor | None:
+    """Return the MLP of x [B, T, H] by neurons of each row's own, or None without a kernel; see `reference.each`."""
     run = kernel("each", Asked([x], weights, index, False, activation))
-    if run is not None:
-        return run(x, weights, activation_name(activation), index, counts)
-    sets = index.split(list(counts))
-    return torch.stack([gated_mlp(row, weights, activation, own) for row, own in zip(x, sets, strict=True)])
+    return run and run(x, weights, activation_name(activation), index, counts)
 
 
 def largest(values: Tensor, count: int) -> Tensor:
-    """Return the places of the `count` largest of values [..., F] at least 0, ascending; see `reference.largest`."""
+    """Return the indices of the `count` largest of values [..., F] at least 0, ascending; see `reference.largest`."""
     return (kernel("largest", Asked([values])) or reference.largest)(values, count)
 
 

@@ -31,12 +31,12 @@ def _activate(v, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def _neurons_at(index, place, count):
-    """The neurons at places of index, or of all where there is none; -1: no neuron."""
+def _neurons_at(index, position, count):
+    """The neurons at positions of an index, or of all where there is none; -1: no neuron."""
     if index is None:
-        neuron = tl.where(place < count, place, -1)
+        neuron = tl.where(position < count, position, -1)
     else:
-        neuron = tl.load(index + place, mask=place < count, other=-1)
+        neuron = tl.load(index + position, mask=position < count, other=-1)
     return neuron
 
 
@@ -90,8 +90,8 @@ def linear_kernel(
     """z = act(x.weight), times x.second or gated where they are given: BLOCK_F neurons of BLOCK_R rows."""
     blocks = tl.cdiv(rows, BLOCK_R)  # those of the same weights run side by side
     row = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
-    place = (tl.program_id(0) // blocks).to(tl.int64) * BLOCK_F + tl.arange(0, BLOCK_F)
-    neuron = _neurons_at(index, place, count)
+    position = (tl.program_id(0) // blocks).to(tl.int64) * BLOCK_F + tl.arange(0, BLOCK_F)
+    neuron = _neurons_at(index, position, count)
     read = neuron >= 0
 
     WIDTH: tl.constexpr = BLOCK_H if BLOCK_R == 1 else BLOCK_R
@@ -107,11 +107,11 @@ def linear_kernel(
     value = _activate(_finish(total, weight_bias, neuron, BLOCK_R == 1), ACTIVATION)
     if second is not None:
         value *= _finish(other, second_bias, neuron, BLOCK_R == 1)
-    inside = (row < rows)[None, :] & (place < count)[:, None]
+    inside = (row < rows)[None, :] & (position < count)[:, None]
     if gated is not None:
         value *= tl.load(gated + row[None, :] * F + neuron[:, None], mask=inside & read[:, None], other=0.0)
     value = tl.where(read[:, None], value, 0.0)
-    tl.store(z + row[None, :] * count + place[:, None], value, mask=inside)
+    tl.store(z + row[None, :] * count + position[:, None], value, mask=inside)
 
 
 @triton.jit
@@ -138,10 +138,10 @@ def project_kernel(
 
     total = tl.zeros([BLOCK_F if BLOCK_R == 1 else BLOCK_R, BLOCK_H], tl.float32)
     for start in range(0, share, BLOCK_F):
-        place = piece * share + start + tl.arange(0, BLOCK_F)
-        neuron = _neurons_at(index, place, count)
+        position = piece * share + start + tl.arange(0, BLOCK_F)
+        neuron = _neurons_at(index, position, count)
         read = neuron >= 0
-        at = z + row[:, None] * count + place[None, :]
+        at = z + row[:, None] * count + position[None, :]
         zs = tl.load(at, mask=(row < rows)[:, None] & read[None, :], other=0.0, eviction_policy="evict_last")
         weights = _tile(weight, neuron, column, H, read, "evict_first", EVEN_H)
         if BLOCK_R == 1:
@@ -169,30 +169,30 @@ def add_kernel(partial, bias, y, size, H, SLICES: tl.constexpr, BLOCK_S: tl.cons
 
 @triton.jit
 def largest_kernel(values, found, F, count, BITS: tl.constexpr, BLOCK: tl.constexpr):
-    """found [count] = the places of the largest of a line, ascending; BITS: how many of a float32 its dtype uses.
+    """found [count] = the indices of the largest of a line, ascending; BITS: how many of a float32 its dtype uses.
 
     A float's bits, with those of negative ones turned round, are ordered as the floats are. So the count-th largest is
     found bit by bit: a bit is set where enough numbers are no smaller. Of those that equal it, the first are taken.
     """
     line = tl.program_id(0).to(tl.int64)
-    place = tl.arange(0, BLOCK)
-    value = tl.load(values + line * F + place, mask=place < F, other=0.0).to(tl.float32)
+    position = tl.arange(0, BLOCK)
+    value = tl.load(values + line * F + position, mask=position < F, other=0.0).to(tl.float32)
     bits = value.to(tl.uint32, bitcast=True)
     bits = tl.where(bits == NEGATIVE, 0, bits)  # -0 equals 0
     key = tl.where(bits >= NEGATIVE, ~bits, bits | NEGATIVE)
     key = tl.where((bits & 0x7FFFFFFF) > INFINITE, 0xFFFFFFFF, key)  # NaN is before all
-    key = tl.where(place < F, key >> (32 - BITS), 0)
+    key = tl.where(position < F, key >> (32 - BITS), 0)
 
     least = tl.zeros([1], tl.uint32)
     for step in range(BITS):
         tried = least | (tl.full([1], 1, tl.uint32) << (BITS - 1 - step))
         least = tl.where(tl.sum((key >= tried).to(tl.int32)) >= count, tried, least)
 
-    above, equal = key > least, (key == least) & (place < F)
+    above, equal = key > least, (key == least) & (position < F)
     wanted = count - tl.sum(above.to(tl.int32))
     kept = above | (equal & (tl.cumsum(equal.to(tl.int32)) <= wanted))
     at = tl.cumsum(kept.to(tl.int32)) - 1
-    tl.store(found + line * count + at, place.to(tl.int64), mask=kept)
+    tl.store(found + line * count + at, position.to(tl.int64), mask=kept)
 
 
 @triton.jit
@@ -234,10 +234,10 @@ def _share(split, length, bound, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def _allowed(seen, place, places, inside):
-    """Whether queries see the slots at places [N] after what their row holds, [R, N]; seen: where a query's begin."""
-    asked = inside[:, None] & ((place >= 0) & (place < places))[None, :]
-    return (place < 0)[None, :] | (tl.load(seen[:, None] + place[None, :], mask=asked, other=0) != 0)
+def _allowed(seen, position, window, inside):
+    """Whether queries see the slots at offsets [N] after what their row holds, [R, N]; seen: where a query's begin."""
+    asked = inside[:, None] & ((position >= 0) & (position < window))[None, :]
+    return (position < 0)[None, :] | (tl.load(seen[:, None] + position[None, :], mask=asked, other=0) != 0)
 
 
 @triton.jit
@@ -255,7 +255,7 @@ def attend_kernel(
     scale,
     softcap,
     slots,
-    places,
+    window,
     tokens,
     groups,
     D: tl.constexpr,
@@ -279,7 +279,7 @@ def attend_kernel(
     values += b * value_strides[0] + head * value_strides[2]
 
     length = tl.load(held + b).to(tl.int32)
-    first, after, last = _share(split, length, tl.minimum(length + places, slots), SPLITS, BLOCK_N)
+    first, after, last = _share(split, length, tl.minimum(length + window, slots), SPLITS, BLOCK_N)
     total, weight = tl.zeros([BLOCK_R, BLOCK_D], tl.float32), tl.zeros([BLOCK_R], tl.float32)
     greatest = tl.full([BLOCK_R], float("-inf"), tl.float32)
     every = tl.full([BLOCK_N], 1, tl.int1)
@@ -288,8 +288,8 @@ def attend_kernel(
         v = _slots(values, start, value_strides[1], D, every, BLOCK_D)
         total, greatest, weight = _soften(total, greatest, weight, _scores(q, k, scale, softcap), v)
     for start in tl.range(after, last, BLOCK_N, num_stages=1):  # few
-        place = start + tl.arange(0, BLOCK_N) - length
-        allowed = _allowed(seen + (b * tokens + token) * places, place, tl.minimum(places, slots - length), inside)
+        position = start + tl.arange(0, BLOCK_N) - length
+        allowed = _allowed(seen + (b * tokens + token) * window, position, tl.minimum(window, slots - length), inside)
         used = tl.max(allowed.to(tl.int32), 0) > 0  # a slot that nobody sees may hold anything
         k = _slots(keys, start, key_strides[1], D, used, BLOCK_D)
         v = _slots(values, start, value_strides[1], D, used, BLOCK_D)

@@ -51,7 +51,7 @@ def project(z: Tensor, weight: Tensor, bias: Tensor | None = None, index: Tensor
 
 
 def largest(values: Tensor, count: int) -> Tensor:
-    """Return the places of the `count` largest of values [..., F] at least 0, [..., count] int64, ascending."""
+    """Return the indices of the `count` largest of values [..., F] at least 0, [..., count] int64, ascending."""
     return values.topk(count, dim=-1).indices.sort(dim=-1).values
 
 
@@ -79,16 +79,14 @@ def up_rows(gated: Tensor, x: Tensor, up: Tensor, up_bias: Tensor | None, index:
     return gated[..., index] * linear(x, up, up_bias, index)
 
 
-def finish(
-    gated: Tensor, x: Tensor, up: Weight, down: Weight, index: Tensor | None = None, by_place: bool = False
-) -> Tensor:
+def finish(gated: Tensor, x: Tensor, up: Weight, down: Weight, index: Tensor | None = None) -> Tensor:
     """Return what gated neurons come to, down(gated * up(x)) [..., H] of x [..., H].
 
-    gated   [..., F]   act(gate(x)) of all neurons, or where `by_place` [..., k], of those at index alone
+    gated   [..., F]   act(gate(x)) of all neurons
     up      [F, H], its bias [F]; down likewise, its bias [H]
-    index   [k] int64  the neurons that there are; all without it
+    index   [k] int64  the neurons that are computed; all without it
     """
-    gated = gated if index is None or by_place else gated[..., index]
+    gated = gated if index is None else gated[..., index]
     return project(gated * linear(x, *up, index), *down, index)
 
 
@@ -102,11 +100,8 @@ def each(
     counts   [B]                    how many each row has
     """
     first, up, down = weights
-    sets = index.split(list(counts))
-    rows = [
-        finish(gate(row, first, activation, own), row, up, down, own, True) for row, own in zip(x, sets, strict=True)
-    ]
-    return torch.stack(rows)
+    rows = zip(x, index.split(list(counts)), strict=True)
+    return torch.stack([project(glu(row, first, up, activation, own), *down, own) for row, own in rows])
 
 
 def put(store: Tensor, rows: Tensor, slots: Tensor, values: Tensor) -> None:
@@ -141,9 +136,9 @@ def attend(
     A token that sees no slot is given zeros.
     """
     (slots, kv_heads), (heads, tokens) = keys.shape[1:3], query.shape[1:3]
-    place = torch.arange(slots, device=held.device) - held[:, None]  # [B, S]; below 0 held
-    after = place.clamp(0, seen.shape[2] - 1)[:, None].expand(-1, tokens, -1)
-    allowed = (place < 0)[:, None] | (seen.gather(2, after) & ((place >= 0) & (place < seen.shape[2]))[:, None])
+    offset = torch.arange(slots, device=held.device) - held[:, None]  # [B, S]; below 0 held
+    after = offset.clamp(0, seen.shape[2] - 1)[:, None].expand(-1, tokens, -1)
+    allowed = (offset < 0)[:, None] | (seen.gather(2, after) & ((offset >= 0) & (offset < seen.shape[2]))[:, None])
     q, k, v = (each.to(torch.promote_types(each.dtype, torch.float32)) for each in (query, keys, values))
     k, v = (each.repeat_interleave(heads // kv_heads, 2).transpose(1, 2) for each in (k, v))
     scores = scale * (q @ k.mT)

@@ -1,6 +1,6 @@
-"""A pass on the CPU recorded operation by operation, to be run again without the Python between them.
+"""A pass on the CPU captured operation by operation, to be run again without the Python between them.
 
-A replay reads and writes the memory that the operations used when they were recorded; the tensors are kept for that.
+A replay reads and writes the memory that the operations used when they were captured; the tensors are kept for that.
 Views are not made again: they are of the same memory. Neighbouring kernels of ours are one call.
 """
 
@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from sirius.kernels.fuse import Operation, Step, fused
-from sirius.kernels.launch import PLAIN, Launch, record_to
+from sirius.kernels.launch import PLAIN, Launch, capture_to
 
 aten = torch.ops.aten
 EMPTY = {aten.empty.memory_format, aten.empty_like.default, aten.empty_strided.default}
@@ -45,7 +45,7 @@ class Tape(TorchDispatchMode):
 
     def __enter__(self) -> "Tape":
         assert not torch.is_inference_mode_enabled(), "operations come whole there, some of them views at times"
-        self.before = record_to(self)
+        self.before = capture_to(self)
         self.watch = _Watch(self)
         self.watch.__enter__()
         return super().__enter__()
@@ -54,13 +54,13 @@ class Tape(TorchDispatchMode):
         super().__exit__(*raised)
         self.watch.__exit__(*raised)
         del self.watch  # it holds the tape, which is to go as soon as nobody else does
-        record_to(self.before)
+        capture_to(self.before)
         steps, self.steps = self.steps, []
         if raised[0] is None and self.repeatable:
             self.calls = _calls(fused(steps))
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run an operation of PyTorch's and record it."""
+        """Run an operation of PyTorch's and capture it."""
         kwargs = kwargs or {}
         self.repeatable &= set(types) <= set(PLAIN) and _is_stateless(operation, args)  # subclasses do as they like
         result = operation(*args, **kwargs)
@@ -69,7 +69,7 @@ class Tape(TorchDispatchMode):
         return result
 
     def add(self, launch: Launch) -> None:
-        """Record kernels of ours, which PyTorch does not see."""
+        """Capture kernels of ours, which PyTorch does not see."""
         self.steps.append(launch)
 
     def replay(self) -> None:
@@ -91,7 +91,7 @@ class _Watch(TorchFunctionMode):
 
 
 def _is_stateless(operation: OpOverload, args: tuple[Any, ...]) -> bool:
-    if operation is aten.index.Tensor:  # a mask's shape depends on what it holds, that of places does not
+    if operation is aten.index.Tensor:  # a mask's shape depends on what it holds, that of an index does not
         return all(index is None or index.dtype not in (torch.bool, torch.uint8) for index in args[1])
     return not {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(operation.tags)
 

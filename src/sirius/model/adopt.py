@@ -66,7 +66,7 @@ def own_forward(module: nn.Module) -> bool:
     return "forward" in vars(module)
 
 
-def more_than_itself(module: object) -> str | None:
+def hook_obstacle(module: object) -> str | None:
     """Return what a call of a module would do besides its class's forward, None where there is nothing."""
     if not isinstance(module, nn.Module):
         return None
@@ -84,7 +84,7 @@ def obstacle(layer: nn.Module) -> str | None:
     for each in layer._parameters.values():
         if not is_plain(each):
             return f"holds a {type(each).__name__}, no plain tensor; load the model unquantised and whole"
-    return more_than_itself(layer)
+    return hook_obstacle(layer)
 
 
 @cache

@@ -1,5 +1,6 @@
 """The head of a GGUF file: what it holds, and what keeps it from being loaded, told before transformers tries."""
 
+import importlib
 import logging
 import mmap
 import struct
@@ -14,7 +15,6 @@ from typing import Any
 
 import torch
 import transformers
-from transformers.utils import logging as transformers_logging
 
 from sirius.errors import ModelError, UnsupportedModelError
 
@@ -195,16 +195,11 @@ def options() -> dict[str, Any]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep transformers' progress bars off the terminal; one of them asks no setting."""
-    import importlib
-
+    """Keep off the terminal the progress bar of transformers that follows no setting."""
     loader: Any = importlib.import_module(LOADER)
-    bar, shown = loader.tqdm, transformers_logging.is_progress_bar_enabled()
+    bar = loader.tqdm
     loader.tqdm = partial(bar, disable=True)
-    transformers_logging.disable_progress_bar()
     try:
         yield
     finally:
         loader.tqdm = bar
-        if shown:
-            transformers_logging.enable_progress_bar()

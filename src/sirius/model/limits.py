@@ -36,19 +36,20 @@ def _ropes(config: PreTrainedConfig) -> list[dict[str, Any]]:
 
 def check_length(config: PreTrainedConfig, prompt: int, new: int) -> None:
     """Raise RequestError where prompt + new tokens are more than a model can be decoded for exactly."""
-    _check_sliding(config, prompt, new)
-    _check_rope(config, prompt, new)
-
-
-def _check_sliding(config: PreTrainedConfig, prompt: int, new: int) -> None:
-    """Raise RequestError where prompt + new tokens pass a sliding-window layer, which forgets the first of them."""
-    if (found := sliding_window(config)) is None:
-        return
-    layer, window = found
-    if prompt + new > window:
+    found, length = sliding_window(config), rescaling_length(config)
+    if found is not None and prompt + new > found[1]:  # the layer forgets the first of them
+        layer, window = found
         raise RequestError(
             f"prompt {prompt} + {new} new tokens pass layer {layer}'s sliding window of {window}; "
             + (f"set max_new_tokens to at most {window - prompt}" if prompt < window else "shorten the prompt")
+        )
+    dynamic = any(rope.get("rope_type") == DYNAMIC for rope in _ropes(config))  # scaled anew at each token from there
+    if length is not None and length < prompt + new and (dynamic or prompt <= length):
+        way = "shorten the prompt" if dynamic else "lengthen the prompt by a token"
+        raise RequestError(
+            f"prompt {prompt} + {new} new tokens pass the {length} after which this model's positions are scaled anew "
+            "(longrope, dynamic), and a window cannot be on both sides; "
+            + (f"set max_new_tokens to at most {length - prompt}" if prompt < length else way)
         )
 
 
@@ -78,19 +79,3 @@ def rescaling_length(config: PreTrainedConfig) -> int | None:
         if rope.get("rope_type") == DYNAMIC:
             return text.max_position_embeddings
     return None
-
-
-def _check_rope(config: PreTrainedConfig, prompt: int, new: int) -> None:
-    """Raise RequestError where prompt + new tokens pass the length at which the model scales positions anew.
-
-    Dynamic positions are scaled anew at each token from there on, so no text goes beyond.
-    """
-    length = rescaling_length(config)
-    dynamic = any(rope.get("rope_type") == DYNAMIC for rope in _ropes(config))
-    if length is not None and length < prompt + new and (dynamic or prompt <= length):
-        way = "shorten the prompt" if dynamic else "lengthen the prompt by a token"
-        raise RequestError(
-            f"prompt {prompt} + {new} new tokens pass the {length} after which this model's positions are scaled anew "
-            "(longrope, dynamic), and a window cannot be on both sides; "
-            + (f"set max_new_tokens to at most {length - prompt}" if prompt < length else way)
-        )

@@ -29,9 +29,7 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.
 GGUF = ".gguf"
 HEADS = re.compile("For(Sequence|Token)Classification|ForQuestionAnswering|ForMaskedLM|RewardModel")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
-HARMLESS = re.compile(
-    r"(^|\.)(inv_freq|position_ids|masked_bias|attn\.bias)$"
-)  # what older versions saved besides weights
+HARMLESS = re.compile(r"(^|\.)(inv_freq|position_ids|masked_bias|attn\.bias)$")  # older versions saved these too
 BROKEN = (  # what transformers raises of a broken checkpoint
     OSError,
     ValueError,
@@ -60,7 +58,7 @@ class Source:
     gguf_file: str | None = None
 
     @property
-    def place(self) -> str:
+    def location(self) -> str:
         """The folder with a leading ~ resolved, or the hub id."""
         return str(Path(self.path).expanduser()) if self.path.startswith("~") else self.path
 
@@ -75,23 +73,23 @@ class Source:
 
         transformers would take a file of that name from the working directory before one of the folder.
         """
-        place = Path(self.place)
-        if place.suffix.lower() == GGUF and not place.is_dir():
+        path = Path(self.location)
+        if path.suffix.lower() == GGUF and not path.is_dir():
             if self.gguf_file:
                 raise ConfigError(f"{self.path} is a file itself, and gguf_file {self.gguf_file} another; give one")
-            if not place.is_file():
-                raise ModelError(f"there is no file {place}")
-            return replace(self, path=str(place.parent), gguf_file=str(place.absolute()))
+            if not path.is_file():
+                raise ModelError(f"there is no file {path}")
+            return replace(self, path=str(path.parent), gguf_file=str(path.absolute()))
         if not self.gguf_file:
             return self
-        if not place.is_dir():
-            _check_folder(self.place)  # raises of what is no hub id either
+        if not path.is_dir():
+            _check_folder(self.location)  # raises of what is no hub id either
             fetch = partial(cached_file, filename=self.gguf_file, revision=self.revision)
             file = Path(_attempt(replace(self, gguf_file=None), self.gguf_file, fetch))
             return replace(self, path=str(file.parent), gguf_file=str(file))
-        if not (file := place / self.gguf_file).is_file():
+        if not (file := path / self.gguf_file).is_file():
             raise ModelError(f"{self.path} holds no file {self.gguf_file}")
-        return replace(self, path=str(place), gguf_file=str(file.absolute()))
+        return replace(self, path=str(path), gguf_file=str(file.absolute()))
 
     @property
     def name(self) -> str:
@@ -106,12 +104,12 @@ def load_model(source: Source, dtype: str | torch.dtype = "auto", device: str = 
     broken, incomplete or pickled, UnsupportedModelError where it is no causal language model that can be rolled back.
     """
     wanted = dtype if dtype == "auto" else find_dtype(dtype, auto=True)
-    place = find_device(device)
+    target = find_device(device)
     source = source.found()
     if source.gguf_file:
-        return _moved(_load_gguf(source, torch.bfloat16 if isinstance(wanted, str) else wanted), place).eval()
-    _check_folder(source.place)
-    return _moved(_load(source, wanted, use_safetensors=True), place).eval()
+        return _moved(_load_gguf(source, torch.bfloat16 if isinstance(wanted, str) else wanted), target).eval()
+    _check_folder(source.location)
+    return _moved(_load(source, wanted, use_safetensors=True), target).eval()
 
 
 def _load_gguf(source: Source, dtype: torch.dtype) -> PreTrainedModel:
@@ -148,7 +146,6 @@ def _load(source: Source, dtype: str | torch.dtype, **options: Any) -> PreTraine
         **source.options,
     )
     _check_complete(source, report)
-    _check_depth(source, report)
     _tell_left_out(source, report)
     return model
 
@@ -156,7 +153,7 @@ def _load(source: Source, dtype: str | torch.dtype, **options: Any) -> PreTraine
 def load_tokenizer(source: Source) -> PreTrainedTokenizerBase | None:
     """Load the tokenizer, or return None of a folder or file that has none: such a model takes token ids."""
     source = source.found()
-    folder = Path(source.place)
+    folder = Path(source.location)
     if source.gguf_file:
         if not gguf.read_head(Path(source.gguf_file)).has_tokenizer:
             return None
@@ -228,12 +225,12 @@ def _attempt(source: Source, what: str, load: Any, **options: Any) -> Any:
     """Call one of transformers' loaders, quietly, and turn what it raises of a bad checkpoint into one line."""
     try:
         with quiet():
-            return load(source.place, **options)
+            return load(source.location, **options)
     except Exception as error:
         if not isinstance(error, BROKEN) and type(error) is not Exception:  # so the tokenizers' library raises
             raise
         said = f"cannot load the {what} of {source.name}: {_first_line(error)}"
-        way = "" if source.gguf_file or Path(source.place).exists() else _way_out(error)
+        way = "" if source.gguf_file or Path(source.location).exists() else _way_out(error)
         raise ModelError(said.rstrip(".") + "; " + way if way else said) from error
 
 
@@ -276,17 +273,13 @@ def quiet() -> Iterator[None]:
 
 
 def _check_complete(source: Source, report: dict[str, Any]) -> None:
-    """Refuse what transformers would fill with random numbers."""
+    """Refuse weights that transformers would fill with random numbers, and blocks that the configuration leaves out."""
     for problem in ("missing_keys", "mismatched_keys", "error_msgs"):
         if found := sorted(_named(key) for key in report.get(problem) or ()):
             raise ModelError(
                 f"the weights of {source.name} do not fit its config.json: {len(found)} {problem.replace('_', ' ')}, "
                 f"first {found[0]}"
             )
-
-
-def _check_depth(source: Source, report: dict[str, Any]) -> None:
-    """Refuse a checkpoint with blocks that its configuration leaves out: it would run as a shorter model."""
     if left := sorted(key for key in report.get("unexpected_keys") or () if ".layers." in key):
         raise ModelError(f"config.json of {source.name} has no place for {len(left)} of its weights, first {left[0]}")
 

@@ -18,7 +18,7 @@ from sirius.kernels.activations import Activation
 class Matrix(Protocol):
     """The weights of a linear layer [F, H], and its bias; row j belongs to neuron j, or to output j.
 
-    replayable  whether a recorded pass may run its products again without calling its methods
+    replayable  whether a captured pass may run its products again without calling its methods
     index       [k] int64  the rows that are asked for; None: all
     invariant   a token's result must have the same bits however many tokens there are
     """
@@ -63,30 +63,24 @@ class Dense(NamedTuple):
 
     @property
     def replayable(self) -> bool:
-        """Yes: weights stay where they are while texts are open."""
-        return True
+        return True  # weights stay where they are while texts are open
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Rows F and their length H."""
         rows, length = self.weight.shape[-2:]
         return rows, length
 
     @property
     def nbytes(self) -> int:
-        """The bytes that a product with all rows reads, the bias left out."""
         return self.weight.numel() * self.weight.element_size()
 
     def part(self, begin: int, end: int) -> "Dense":
-        """Return the rows from `begin` to `end`, which are not copied."""
         return Dense(self.weight[begin:end], None if self.bias is None else self.bias[begin:end])
 
     def linear(self, x: Tensor, index: Tensor | None = None, invariant: bool = False) -> Tensor:
-        """Return the products of x [..., H] with the rows, [..., F] or [..., k]."""
         return ops.linear(x, self.weight, self.bias, index, invariant)
 
     def project(self, z: Tensor, index: Tensor | None = None, invariant: bool = False) -> Tensor:
-        """Return the sum of the rows weighed by z [..., F] or [..., k], [..., H]."""
         return ops.project(z, self.weight, self.bias, index, invariant)
 
 
@@ -133,27 +127,33 @@ class Neurons(NamedTuple):
         self, x: Tensor, activation: Activation, index: Tensor | None = None, invariant: bool = False
     ) -> Tensor:
         """Return act(gate(x)) [..., F] of x [..., H], or [..., k] of the neurons at index [k] int64 alone."""
-        if isinstance(self.gate, Dense):
-            return ops.gate(x, self.gate, activation, index, invariant)
-        return activation(self.gate.linear(x, index, invariant))
+        gate = self.gate
+        found = ops.gate(x, gate, activation, index, invariant) if isinstance(gate, Dense) else None
+        return activation(gate.linear(x, index, invariant)) if found is None else found
 
-    def sent(self, x: Tensor, activation: Activation, invariant: bool = False) -> Tensor:
-        """Return z = act(gate(x)) * up(x) [..., F] of x [..., H], what each neuron sends on to down."""
-        if (known := self._dense()) is not None:
-            return ops.glu(x, *known[:2], activation, None, invariant)
-        return activation(self.gate.linear(x, None, invariant)) * self.up.linear(x, None, invariant)
+    def sent(self, x: Tensor, activation: Activation, index: Tensor | None = None, invariant: bool = False) -> Tensor:
+        """Return z = act(gate(x)) * up(x) [..., F] or [..., k] of x [..., H], what each neuron sends on to down."""
+        weights = self._dense()
+        if weights and (found := ops.glu(x, *weights[:2], activation, index, invariant)) is not None:
+            return found
+        return activation(self.gate.linear(x, index, invariant)) * self.up.linear(x, index, invariant)
 
     def mlp(self, x: Tensor, activation: Activation, index: Tensor | None = None, invariant: bool = False) -> Tensor:
         """Return the MLP of x [..., H], with the neurons at index [k] int64 alone or with all."""
-        if (known := self._dense()) is not None:
-            return ops.gated_mlp(x, known, activation, index, invariant)
-        gated = self.activated(x, activation, index, invariant)
-        return self.down.project(gated * self.up.linear(x, index, invariant), index, invariant)
+        weights = self._dense()
+        if weights and (run := ops.kernel("finish", ops.Asked([x], weights, index, invariant))):
+            return run(self.activated(x, activation, index, invariant), x, *weights[1:], index, True)
+        return self.down.project(self.sent(x, activation, index, invariant), index, invariant)
 
     def mlp_each(self, x: Tensor, activation: Activation, index: Tensor, counts: Sequence[int]) -> Tensor:
-        """Return the MLP of x [B, T, H], each row with neurons of its own; see `ops.gated_mlp_each`."""
-        if (known := self._dense()) is not None:
-            return ops.gated_mlp_each(x, known, activation, index, counts)
+        """Return the MLP of x [B, T, H], each row with neurons of its own, bit for bit as if it were the only one.
+
+        index   [sum of counts] int64  the neurons of all rows, one row after the other
+        counts  [B]                    how many each row has
+        """
+        weights = self._dense()
+        if weights and (found := ops.each(x, weights, activation, index, counts)) is not None:
+            return found
         sets = index.split(list(counts))
         return torch.stack([self.mlp(row, activation, own, True) for row, own in zip(x, sets, strict=True)])
 
@@ -162,26 +162,30 @@ class Neurons(NamedTuple):
 
         Only the neurons' rows of up and down are read.
         """
-        if (known := self._dense()) is not None:
-            return ops.finish(gated, x, *known[1:], index, False, invariant)
-        return self.down.project(gated[..., index] * self.up.linear(x, index, invariant), index, invariant)
+        weights, z = self._dense(), None
+        if weights:
+            if (found := ops.finish(gated, x, *weights[1:], index, invariant)) is not None:
+                return found
+            z = ops.up_rows(gated, x, *weights[1], index)
+        z = gated[..., index] * self.up.linear(x, index, invariant) if z is None else z
+        return self.down.project(z, index, invariant)
 
     def index_of(self, kept: Tensor, x: Tensor) -> Tensor:
         """Return where kept [F] bool is True, as the index that these weights take for x; see `ops.index_of`."""
-        return kept.nonzero()[:, 0] if (known := self._dense()) is None else ops.index_of(kept, x, known[1].weight)
+        return ops.index_of(kept, x, weights[1].weight) if (weights := self._dense()) else kept.nonzero()[:, 0]
 
     @property
     def copied(self) -> bool:
         """Whether some of the neurons are read faster from a copy of them than where they lie."""
-        return (known := self._dense()) is not None and not ops.reads_rows(known[0].weight)
+        return (weights := self._dense()) is not None and not ops.reads_rows(weights[0].weight)
 
     def rows(self, sets: Sequence[Tensor]) -> "Neurons":
         """Return a copy of dense neurons: of one set [k] int64, or of several of one size as a stack [B, k, H]."""
-        known = self._dense()
-        assert known is not None, "only dense weights are copied"
+        weights = self._dense()
+        assert weights is not None, "only dense weights are copied"
         index = sets[0] if len(sets) == 1 else torch.stack(list(sets))
-        gate, up = (_rows(each, index) for each in known[:2])
-        return Neurons(gate, up, Dense(known[2].weight[index], known[2].bias))
+        gate, up = (_rows(each, index) for each in weights[:2])
+        return Neurons(gate, up, Dense(weights[2].weight[index], weights[2].bias))
 
     def _dense(self) -> tuple[Dense, Dense, Dense] | None:
         """Return the weights where all of them are dense: several operations at once have kernels then."""

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from sirius.errors import UnsupportedModelError
 from sirius.kernels.ops import best_side_by_side
-from sirius.model.adopt import Part, adopt, give_back, more_than_itself, obstacle, own_forward
+from sirius.model.adopt import Part, adopt, give_back, hook_obstacle, obstacle, own_forward
 from sirius.model.matrix import Neurons
 from sirius.model.memory import moved, side_by_side
 from sirius.model.prepared import Prepared
@@ -33,7 +33,7 @@ class SparseMLP(Part):
     twice.
 
     roles   which child is what
-    number  its place among the model's gated MLPs
+    number  its index among the model's gated MLPs
     """
 
     roles: Roles
@@ -103,7 +103,8 @@ class SparseMLP(Part):
         """
         if not self._is_plain():
             return
-        up, down = self._up(), self._linear("down").weight
+        up = self._linear("up").weight if "up" in self.roles.layers else None
+        down = self._linear("down").weight
         if down.device.type == "cpu" and down.is_shared():  # the other process would not learn of it
             return
         with torch.inference_mode(False):  # the weights stay trainable, wherever they are prepared
@@ -126,16 +127,8 @@ class SparseMLP(Part):
             weight = self._linear(role).weight
             weight.data = weight.data.contiguous()
 
-    def _up(self) -> Tensor | None:
-        """Return the weight of a separate up layer."""
-        return self._linear("up").weight if "up" in self.roles.layers else None
-
     def _is_plain(self) -> bool:
-        return not any(reason for _, reason in self.obstacles(""))
-
-    def obstacles(self, path: str) -> list[tuple[str, str | None]]:
-        """Return what speaks against computing the MLP of the model's `path` without calling its children."""
-        return _obstacles(path, self, self.roles)
+        return not any(reason for _, reason in _obstacles("", self, self.roles))
 
     def _linear(self, role: str) -> nn.Linear:
         return cast("nn.Linear", getattr(self, self.roles.layers[role]))
@@ -160,14 +153,15 @@ def adopt_mlp(module: nn.Module, roles: Roles, number: int, prepared: Prepared) 
 
 def check_layers(path: str, mlp: nn.Module, roles: Roles) -> None:
     """Raise UnsupportedModelError where a gated MLP, the model's `path`, is more than its weights and its formula."""
-    for place, reason in _obstacles(path, mlp, roles):
+    for layer, reason in _obstacles(path, mlp, roles):
         if reason is not None:
-            raise UnsupportedModelError(f"{place} {reason}")
+            raise UnsupportedModelError(f"{layer} {reason}")
 
 
 def _obstacles(path: str, mlp: nn.Module, roles: Roles) -> list[tuple[str, str | None]]:
+    """Return why an MLP may not be computed without a call of its children: each one's path, and a reason or None."""
     found = [(f"{path}.{name} ({role})", obstacle(getattr(mlp, name))) for role, name in roles.layers.items()]
-    found.append((f"{path}.{roles.act} (activation)", more_than_itself(getattr(mlp, roles.act))))
+    found.append((f"{path}.{roles.act} (activation)", hook_obstacle(getattr(mlp, roles.act))))
     if own_forward(mlp):
         found.append((path, "has a forward of its own, which may go past the chosen neurons; take it off"))
     return found
@@ -177,12 +171,6 @@ def _beside(up: Tensor, down: Tensor) -> bool:
     """Tell whether the rows of down each follow their neuron's of up."""
     apart = up.shape[1] * up.element_size()
     return down.data_ptr() - up.data_ptr() == apart and up.stride(0) == down.stride(0)
-
-
-def example(layer: nn.Linear) -> Tensor:
-    """Return two random tokens [2, H] for an MLP whose gate, or gate and up, are a layer."""
-    weight = layer.weight
-    return torch.randn(2, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight)
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from sirius.model.find import check_config, check_finite, check_head, check_kind
 from sirius.model.inputs import check_preparing
 from sirius.model.linear import MatrixLinear, adopt_linears
 from sirius.model.matrix import MakeMatrix, check_matrix, dense
-from sirius.model.mlp import Roles, SparseMLP, adopt_mlp, agrees, check_layers, example
+from sirius.model.mlp import Roles, SparseMLP, adopt_mlp, agrees, check_layers
 from sirius.model.norm import adopt_norms
 from sirius.model.prepared import Prepared, prepared_of
 from sirius.stats import Parameters
@@ -43,7 +43,6 @@ def prepare(model: PreTrainedModel, *, matrix: MakeMatrix | None = None) -> list
             check_matrix(matrix, first)
             check_matrix(matrix, last)
             kept.matrix = matrix
-        kept.version += 1
         return mlps
 
 
@@ -97,7 +96,6 @@ def restore(model: PreTrainedModel) -> None:
         _give_back_all(model)
         kept.idle.clear()
         kept.matrix, kept.own_attention = dense, False
-        kept.version += 1
 
 
 def sparse_mlps(model: nn.Module) -> list[SparseMLP]:
@@ -130,7 +128,8 @@ def count_parameters(model: PreTrainedModel) -> Parameters:
 @torch.autocast("cuda", enabled=False)
 def _adopt(path: str, module: nn.Module, roles: Roles, number: int, kept: Prepared, undo: ExitStack) -> SparseMLP:
     """Make a gated MLP a `SparseMLP`, which `undo` undoes, and check that it computes what it did."""
-    x = example(getattr(module, roles.layers.get("gate") or roles.layers["gate_up"]))
+    gate = getattr(module, roles.layers.get("gate") or roles.layers["gate_up"]).weight
+    x = torch.randn(2, gate.shape[1], generator=torch.Generator().manual_seed(0)).to(gate)
     try:
         want = module.forward(x)  # past its hooks, which are not to see this
     except (TypeError, RuntimeError) as error:

@@ -17,13 +17,13 @@ class Slots(NamedTuple):
     """Where a pass writes keys and values.
 
     rows     [B, 1] int64  the cache's rows, on the model's device
-    places   [B, T] int64  the slots of those rows, there too
+    written  [B, T] int64  the slots of those rows, there too
     first    the number of the first row
     visible  how many slots of each row attention is handed
     """
 
     rows: Tensor
-    places: Tensor
+    written: Tensor
     first: int
     visible: int
 
@@ -56,14 +56,13 @@ class Prepared:
 
     matrix         makes the weights of a linear layer
     own_attention  the model's attention cannot be replaced by a kernel of ours, as a pass has shown
-    version        counts how often the model was prepared or restored
     idle           workspaces of earlier sessions, for later ones
-    learnt         what passes cost and how often guesses stood, for later sessions
+    learnt         what passes cost and how often guesses accepted, for later sessions
     """
 
     def __init__(self) -> None:
         self.matrix: MakeMatrix = dense
-        self.own_attention, self.version = False, 0
+        self.own_attention = False
         self.lock = RLock()
         self.idle: dict[Hashable, Any] = {}
         self.learnt: dict[Hashable, Any] = {}

@@ -35,7 +35,7 @@ MEANINGS = (
      "model's. Up to rounding: passes of several tokens may round otherwise than those of one. Lossy: the text may be "
      "another one."),
     ("threshold above 0.5", "No other token than the full model's own choice can have such a probability, so a greedy "
-     "text is lossless, and all thresholds above 0.5 are one setting."),
+     "text is lossless."),
     ("chosen", "The best one of several settings on validation items, which are not tested."),
     ("chance level", "What guessing scores on average."),
     ("a dash", "There is no result for this entry, or the figure does not exist for this setting."),

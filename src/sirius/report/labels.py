@@ -30,10 +30,8 @@ def option_name(name: str) -> str:
     return NAMES.get(name, name.replace("_", " ").capitalize())
 
 
-def value_shown(name: str, value: Any) -> str:
-    """Return the value of an option; a threshold that only the full model's own choice can pass is written as null."""
-    if name == "threshold" and value is None:
-        return "above 0.5"
+def value_shown(value: Any) -> str:
+    """Return the value of an option."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, int | float):
@@ -53,7 +51,7 @@ def pieces(setting: Mapping[str, Any], leave_out: Iterable[str] = (), seldom: It
     bar = setting.get("sparsity_threshold")
     found = [str(setting["sparsity"])]
     if bar is None and "keep" not in hidden:
-        found[0] += f" {value_shown('keep', setting.get('keep'))}"
+        found[0] += f" {value_shown(setting.get('keep'))}"
     elif bar is not None and "sparsity_threshold" not in hidden:
         found[0] += f" |a|>{bar:g}"
     if not setting.get("correct"):
@@ -63,7 +61,7 @@ def pieces(setting: Mapping[str, Any], leave_out: Iterable[str] = (), seldom: It
         found += [f"{short} {setting.get(name)}" for name, short in SHORT.items() if name not in hidden]
     for name in seldom:
         if name in setting and name not in hidden:
-            found.append(f"{name.replace('_', ' ')} {value_shown(name, setting[name])}")
+            found.append(f"{name.replace('_', ' ')} {value_shown(setting[name])}")
     return found + [f"no {part}" for part in setting.get("ablate") or () if "ablate" not in hidden]
 
 
@@ -75,7 +73,7 @@ def _rule(setting: Mapping[str, Any], hidden: set[str]) -> list[str]:
         return [f"{rule} rule"]
     if bar is None and rule != "threshold":
         return [rule]
-    return [f"{rule} {value_shown('threshold', bar)}"]
+    return [f"{rule} {value_shown(bar)}"]
 
 
 def differing(cells: Sequence[Cell]) -> list[str]:

@@ -48,7 +48,7 @@ def _table(cells: ModelCells, lines: Sequence[Line], caption: str) -> Table:
     name = lines[0].name
     sections = [Rows(_references(cells, [line.cells[0] for line in lines], name))]
     for line, setting in zip(lines, _settings(lines), strict=True):
-        rows = [[labels.value_shown(name, cell.setting[name]), *measured(cells, cell)] for cell in line.cells]
+        rows = [[labels.value_shown(cell.setting[name]), *measured(cells, cell)] for cell in line.cells]
         sections.append(Rows(rows, ", ".join(setting)))
     first = Column(labels.SHORT.get(name, name.replace("_", " ")), text=True)
     return Table(caption, [first, *MEASURES], [each for each in sections if each.rows])
@@ -65,7 +65,7 @@ def _references(cells: ModelCells, firsts: Sequence[Cell], name: str = "") -> li
 def _figure(cells: ModelCells, lines: Sequence[Line], task: str) -> Figure:
     """Return the plot of an option whose values stand at even distances."""
     name, values = lines[0].name, in_order(value for line in lines for value in line.values)
-    ticks = [labels.value_shown(name, value) for value in values]
+    ticks = [labels.value_shown(value) for value in values]
     curves, advances, levels = [], [], _full_level(cells, lines[0].cells[0])
     named, common = labels.told_apart(_settings(lines))
     share = name == "period"
@@ -200,7 +200,7 @@ def _replaced(cell: Cell) -> float:
 
 
 def _oracle_row(cells: ModelCells, cell: Cell) -> list[str]:
-    name = labels.value_shown("threshold", cell.setting["threshold"])
+    name = labels.value_shown(cell.setting["threshold"])
     return [name, f"{_replaced(cell):.2f}%", labels.score(cell.score), labels.gain(cells.difference(cell))]
 
 

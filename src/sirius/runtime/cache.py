@@ -3,7 +3,7 @@
     row 0   [0 ............ length[0])  held      [length[0] ....... slots)  free, may be written at any time
     row 1   [0 ...... length[1])  held      [length[1] ............. slots)  free
 
-`place` checks which slots the tokens of a pass go to, and the pass carries them. In it transformers' attention layers
+`locate` checks which slots the tokens of a pass go to, and the pass carries them. In it transformers' attention layers
 write those slots (`update`) and are handed every slot below `visible`; the mask says which of them each token sees. A
 pass takes a run of neighbouring rows, so that attention is handed a view and no copy.
 """
@@ -43,7 +43,7 @@ class SlotLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         slots, seen = self.table.slots_now(), []
         for store, states in zip(self.stores, (key_states, value_states), strict=True):
-            ops.put(store, slots.rows, slots.places, states.transpose(1, 2))
+            ops.put(store, slots.rows, slots.written, states.transpose(1, 2))
             seen.append(store[slots.first : slots.first + len(states), : slots.visible].transpose(1, 2))
         return seen[0], seen[1]
 
@@ -67,7 +67,7 @@ class SlotLayer(CacheLayerMixin):
 
     def shrink(self, rows: int, slots: int) -> None:
         """Give back what is beyond so many rows and slots, where memory lets it."""
-        with suppress(*SHORTAGE):  # what is held stays as it is then
+        with suppress(*SHORTAGE):  # the store stays as it is then
             for name in ("keys", "values"):
                 if (store := getattr(self, name)) is not None and store.shape[:2] != (rows, slots):
                     setattr(self, name, store[:rows, :slots].clone())
@@ -119,7 +119,7 @@ class SlotCache(Cache):
         return self.table.lengths
 
     def reserve(self, rows: int, slots: int) -> None:
-        """Make room for at least that many rows and slots; what is held stays."""
+        """Make room for at least that many rows and slots; keys and values that are held remain."""
         table = self.table
         if rows <= table.rows and slots <= table.slots:
             return
@@ -135,7 +135,7 @@ class SlotCache(Cache):
         table.rows, table.slots = rows, slots
         table.every_row = torch.arange(rows, device=table.device)[:, None]
 
-    def place(self, slots: Tensor, first: int = 0) -> Slots:
+    def locate(self, slots: Tensor, first: int = 0) -> Slots:
         """Return the slots [b, T] int64 of rows first .. first + b for a pass to write; lengths stay as they are.
 
         Raises ValueError where there are no such rows or slots.
@@ -164,25 +164,25 @@ class SlotCache(Cache):
     def keep(self, path: Tensor, counts: Tensor) -> None:
         """Gather scattered slots: row b holds, after what it holds, those length[b] + path[b, :counts[b]] away.
 
-        path    [b, n] int64  places after the row's length; those from counts[b] on are passed over
+        path    [b, n] int64  offsets after the row's length; those from counts[b] on are passed over
         counts  [b] int64
 
         A tree's winning branch stands in slots of its own; after this it stands where a chain's tokens would.
         """
         table, (rows, most) = self.table, path.shape
         lengths = table.lengths[:rows]
-        places = torch.arange(most).expand(rows, most)
-        kept = places < counts[:, None]
+        targets = torch.arange(most).expand(rows, most)
+        kept = targets < counts[:, None]
         first = torch.where(kept[:, :1], path[:, :1], 0)
-        path, places = torch.where(kept, path, first), torch.where(kept, places, 0)  # the rest repeats the first
+        path, targets = torch.where(kept, path, first), torch.where(kept, targets, 0)  # the rest repeats the first
         if rows > table.rows or bool((path < 0).any() | (counts > most).any() | (counts < 0).any()):
             raise ValueError(
                 f"a path of {list(path.shape)}, {counts.tolist()} long, fits no cache of {table.rows} rows"
             )
         if most and int((lengths + path.max(1).values).max()) >= table.slots:
-            raise ValueError(f"places up to {int(path.max())} after {lengths.tolist()} pass {table.slots} slots")
-        if not torch.equal(path, places):
-            taken, given = ((lengths[:, None] + at).to(table.device, non_blocking=True) for at in (path, places))
+            raise ValueError(f"offsets up to {int(path.max())} after {lengths.tolist()} pass {table.slots} slots")
+        if not torch.equal(path, targets):
+            taken, given = ((lengths[:, None] + at).to(table.device, non_blocking=True) for at in (path, targets))
             index = torch.arange(rows, device=table.device)[:, None]
             for layer in self.slot_layers:
                 for store in layer.stores:
@@ -206,26 +206,14 @@ class SlotCache(Cache):
 
     def copy(self, slots: Slots, count: int) -> list[Tensor]:
         """Return a copy of the first `count` slots of each row of a pass, of every layer's keys and values."""
-        at = slots.rows, slots.places[:, :count]
+        at = slots.rows, slots.written[:, :count]
         return [store[at].clone() for layer in self.slot_layers for store in layer.stores]
 
     def paste(self, slots: Slots, count: int, copies: list[Tensor]) -> None:
         """Write back what `copy` returned."""
         stores = (store for layer in self.slot_layers for store in layer.stores)
         for store, copied in zip(stores, copies, strict=True):
-            store[slots.rows, slots.places[:, :count]] = copied
-
-    def check_integrity(self) -> None:
-        """Raise AssertionError where the book-keeping and the stored tensors disagree."""
-        table = self.table
-        assert table.lengths.shape == (table.rows,), f"{list(table.lengths.shape)} lengths for {table.rows} rows"
-        assert bool(((table.lengths >= 0) & (table.lengths <= table.slots)).all()), f"lengths {table.lengths.tolist()}"
-        for index, layer in enumerate(self.slot_layers):
-            for store in layer.stores:
-                room = store.shape[0] >= table.rows and store.shape[1] >= table.slots
-                assert room, f"layer {index} holds {list(store.shape)}"
-                for row, length in enumerate(table.lengths.tolist()):
-                    assert bool(store[row, :length].isfinite().all()), f"layer {index}, row {row} holds no numbers"
+            store[slots.rows, slots.written[:, :count]] = copied
 
     def _set(self, row: int, length: int, at_least: int, at_most: int) -> None:
         if not at_least <= length <= at_most:

@@ -22,7 +22,7 @@ class Observe:
 
     def __call__(self, mlp: SparseMLP, x: Tensor, now: Pass) -> Tensor:
         neurons = mlp.neurons
-        z = neurons.sent(x, mlp.activation, now.invariant)
+        z = neurons.sent(x, mlp.activation, None, now.invariant)
         self.see(z)
         return neurons.down.project(z, None, now.invariant)
 

@@ -23,16 +23,16 @@ from sirius.model.matrix import dense
 from sirius.model.mlp import SparseMLP, check_layers
 from sirius.model.prepared import Pass, Prepared, Slots, prepared_of
 from sirius.runtime.cache import SlotCache
+from sirius.runtime.capture import compile_model
 from sirius.runtime.mask import chain_mask, tree_mask
 from sirius.runtime.neurons import Chosen, Observe, Route, fixed_routes
-from sirius.runtime.recorded import compile_model
 from sirius.runtime.workspace import borrow, drop_idle, keep_attention
 from sirius.shortage import ran_out
 from sirius.sparsity.base import PromptSparsity, Sparsity, TokenSparsity
 from sirius.stats import DENSE, Touched
 
 DEVICES = "cpu", "cuda"
-WIDTH = 64  # masks are as wide as a multiple of so many slots, so that the levels of a draft share a recorded pass
+WIDTH = 64  # masks are as wide as a multiple of so many slots, so that the levels of a draft share a captured pass
 Forward = Callable[..., Any]
 MakeMethod = Callable[[], Sparsity | None]
 
@@ -57,22 +57,21 @@ class Session:
     A method per prompt is made for each row; one per token serves all rows. Whoever calls a session holds the model's
     lock and is within `ordinary()`, as `Batch` does at each step. The model must not be altered while rows are open.
 
-    records  whether passes are recorded where they can be
+    captures  whether passes are captured where they can be
     """
 
-    records = True
+    captures = True
 
     def __init__(
         self, model: PreTrainedModel, mlps: list[SparseMLP], make: MakeMethod = lambda: None, compiled: bool = False
     ) -> None:
         """Open an empty session; `make` gives a method for a prompt, or None to draft with every neuron.
 
-        compiled  passes that are recorded are compiled first
+        compiled  passes that are captured are compiled first
         """
         self.model, self.mlps, self.make = model, mlps, make
         self.prepared = prepared_of(model)
-        self.version = self.prepared.version
-        self.place = model.dtype, model.device  # of its weights, of the cache and of recorded passes
+        self.dtype_device = model.dtype, model.device  # of its weights, of the cache and of captured passes
         self.forward = compile_model(model) if compiled else model
         self.cache_argument = cache_argument(model)
         self.shared = make()
@@ -80,8 +79,9 @@ class Session:
         eager = model.config._attn_implementation == "eager"
         self.mask_dtype = model.dtype if eager else None
         self.dense: list[Route | None] = [None] * len(mlps)
+        self.drafts: list[Route | None] | None
         self.methods: list[Sparsity | None] = []  # one for each row
-        self.drafts = self._routes_per_token()
+        self._rows_changed()
 
     @property
     def cache(self) -> SlotCache:
@@ -112,11 +112,11 @@ class Session:
         return wide or (ours and is_plain(*self.model.parameters()))
 
     def reserve(self, rows: int, slots: int) -> None:
-        """Make room for rows and slots to come, between passes; what is held stays, and is moved where it grows."""
+        """Make room for rows and slots to come, between passes; keys and values that are held move with it."""
         self.space.reserve(rows, slots)
 
     def release(self) -> None:
-        """Free memory: idle workspaces, recorded passes, and the cache where no row is open."""
+        """Free memory: idle workspaces, captured passes, and the cache where no row is open."""
         drop_idle(self.model)
         if self.methods:
             self.space.passes.forget()
@@ -135,13 +135,13 @@ class Session:
         self._check_beside(row, length)
         self.space.look_at(self.model)
         self.space.reserve(row + 1, slots)
-        method = self._method_of_row()
-        at = self.cache.place(torch.arange(length)[None], first=row)
-        mask = chain_mask(at.places, length, self.mask_dtype)
+        method = self.make() if isinstance(self.shared, PromptSparsity) else self.shared
+        at = self.cache.locate(torch.arange(length)[None], first=row)
+        mask = chain_mask(at.written, length, self.mask_dtype)
         held = torch.zeros(1, dtype=torch.int64, device=self.device)
         likely = torch.ones(1, length, device=self.device)
         now = Pass(self._observing(method), at, mask, held, likely, attends=False, invariant=False)
-        inputs = {"input_ids": prompt[None].to(self.device), "position_ids": at.places}
+        inputs = {"input_ids": prompt[None].to(self.device), "position_ids": at.written}
         scores = _scores(self.model, self.prepared, self._cache_arguments(), now, inputs, last=1)
         self.cache.advance(row, length)
         self.methods.append(method)
@@ -149,15 +149,15 @@ class Session:
         return scores[0, 0]
 
     def read(self, tokens: Tensor, mode: Mode, window: Window) -> Tensor:
-        """Feed tokens [B, T] int64, a line for each row, to the places of a window; return scores [B, T, V].
+        """Feed tokens [B, T] int64, a line for each row, to the nodes of a window; return scores [B, T, V].
 
         Scores are float32, or float64 of a float64 model; a later pass may write over them. What the rows hold stays as
         it is.
         """
-        self._check_place()
+        self._check_unmoved()
         rows, count = tokens.shape
         lengths = self.cache.lengths[:rows]
-        slots = self.cache.place(lengths[:, None] + window.first + torch.arange(count))
+        slots = self.cache.locate(lengths[:, None] + window.first + torch.arange(count))
         before = self.cache.copy(slots, window.fixed) if window.fixed else []
         try:
             return self._try(tokens, mode, slots, window)
@@ -166,13 +166,13 @@ class Session:
                 self.cache.paste(slots, window.fixed, before)
 
     def _run(self, tokens: Tensor, mode: Mode, slots: Slots, window: Window) -> Tensor:
-        """Run a pass, or replay it where it was recorded."""
+        """Run a pass, or replay it where it was captured."""
         now = self._pass(mode, slots, window)
         inputs = {"input_ids": tokens.to(self.device), "position_ids": now.held[:, None] + window.depths}
-        tensors = {"places": now.slots.places, "mask": now.mask, "held": now.held, "branches": now.branches}
+        tensors = {"written": now.slots.written, "mask": now.mask, "held": now.held, "branches": now.branches}
         cache = self._cache_arguments()
         model, compiled = (partial(_read, each, self.prepared, cache, now) for each in (self.model, self.forward))
-        if not self.records:
+        if not self.captures:
             return model(**inputs, **tensors)
         apart = window.apart and isinstance(self.shared, TokenSparsity)
         key = mode, now.mask.shape, apart, torch.get_num_threads()
@@ -180,9 +180,9 @@ class Session:
         return self.space.passes.run(key, calls, {**inputs, **tensors}, alive=now.routes)
 
     def _pass(self, mode: Mode, slots: Slots, window: Window) -> Pass:
-        """Return what a pass does whose tokens stand at the places of a window."""
+        """Return what a pass does whose tokens are the nodes of a window."""
         table, attends = self.cache.table, self.space.attends
-        held = table.lengths[: len(slots.places)].to(table.device, non_blocking=True)
+        held = table.lengths[: len(slots.written)].to(table.device, non_blocking=True)
         if attends:
             mask, slots = pad(window.seen, (0, -window.seen.shape[2] % WIDTH)), slots._replace(visible=table.slots)
         else:
@@ -207,7 +207,7 @@ class Session:
             scores = self._run(tokens, mode, slots, window)
             keep_attention(self.model)
             self.space.passes.forget()
-            self.space.passes.record = None
+            self.space.passes.capture = None
         self.space.tried = True
         return scores
 
@@ -216,17 +216,17 @@ class Session:
 
         It must have no dropout, and its MLPs' layers and activations must be no more than their weights and formula.
         """
-        self._check_place()
+        self._check_unmoved()
         check_mode(dropouts(self.model))
         for path, mlp in parts_of(self.model, SparseMLP):
             check_layers(path, mlp, mlp.roles)
 
-    def _check_place(self) -> None:
+    def _check_unmoved(self) -> None:
         """Raise UnsupportedModelError where the model was restored, converted or moved in the midst of a text."""
-        if self.version != self.prepared.version and not all(isinstance(mlp, SparseMLP) for mlp in self.mlps):
+        if not isinstance(self.mlps[0], SparseMLP):
             raise UnsupportedModelError("the model was restored in the midst of a text; begin the text anew")
-        if (now := (self.model.dtype, self.model.device)) != self.place:
-            before, after = (f"{dtype} on {device}" for dtype, device in (self.place, now))
+        if (now := (self.model.dtype, self.model.device)) != self.dtype_device:
+            before, after = (f"{dtype} on {device}" for dtype, device in (self.dtype_device, now))
             raise UnsupportedModelError(
                 f"the model was {before} when the text began and is {after} in the midst of it; begin the text anew"
             )
@@ -241,11 +241,11 @@ class Session:
             )
 
     def keep(self, path: Tensor, counts: Tensor) -> None:
-        """Let each row hold the first counts[b] [B] of the places path[b] [B, n] int64 after what it holds already."""
+        """Let each row hold the first counts[b] [B] of the nodes path[b] [B, n] int64 after what it holds already."""
         self.cache.keep(path, counts)
 
     def rewind(self, count: int) -> None:
-        """Let each row hold `count` tokens less, which stand at places 0 .. count - 1 then, for `keep` to take back."""
+        """Let each row hold `count` tokens less, which are nodes 0 .. count - 1 then, for `keep` to take back."""
         for row, length in enumerate(self.cache.lengths[: len(self.methods)].tolist()):
             self.cache.truncate(row, length - count)
 
@@ -275,9 +275,6 @@ class Session:
             return method.touched(share), method.kept(shares)
         return (method.touched(), method.kept()) if isinstance(method, PromptSparsity) else (DENSE, ())
 
-    def _method_of_row(self) -> Sparsity | None:
-        return self.make() if isinstance(self.shared, PromptSparsity) else self.shared
-
     def _observing(self, method: Sparsity | None) -> list[Route | None]:
         """Return the routes of a prompt's pass: dense, with a prompt method looking on."""
         if not isinstance(method, PromptSparsity):
@@ -300,22 +297,17 @@ class Session:
         return self.drafts
 
     def _rows_changed(self) -> None:
-        """Have the draft's neurons chosen anew at its next pass, where the rows have a say in them."""
-        self.drafts = self._routes_per_token()
-
-    def _routes_per_token(self) -> list[Route | None] | None:
-        """Return the draft's routes where no prompt decides them, else None: they are yet to be chosen."""
-        if isinstance(self.shared, PromptSparsity):
-            return None
-        token = self.shared
-        if not isinstance(token, TokenSparsity):
-            return self.dense
-        return [Chosen(token, layer, self.space.tally) for layer in range(len(self.mlps))]
+        """Set the draft's routes; None, where prompts decide them: they are chosen at the draft's next pass."""
+        method, self.drafts = self.shared, self.dense
+        if isinstance(method, PromptSparsity):
+            self.drafts = None
+        elif isinstance(method, TokenSparsity):
+            self.drafts = [Chosen(method, layer, self.space.tally) for layer in range(len(self.mlps))]
 
 
 def _read(forward: Forward, prepared: Prepared, cache: dict[str, Any], now: Pass, **tensors: Tensor) -> Tensor:
-    """Return the scores of a pass whose tensors are these; it knows no session, so that a recorded one keeps none."""
-    slots = now.slots._replace(places=tensors.pop("places"))
+    """Return the scores of a pass whose tensors are these; it knows no session, so that a captured one keeps none."""
+    slots = now.slots._replace(written=tensors.pop("written"))
     own = {name: tensors.pop(name) for name in ("mask", "held", "branches")}
     return _scores(forward, prepared, cache, replace(now, slots=slots, **own), tensors)
 

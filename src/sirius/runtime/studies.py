@@ -14,10 +14,10 @@ from sirius.sparsity.base import PromptSparsity
 class RefreshingSession(Session):
     """A session whose methods per prompt also learn from checked windows, see `SparsityConfig.refresh`.
 
-    Its passes are not recorded, as a method looks at the activations of each check.
+    Its passes are not captured, as a method looks at the activations of each check.
     """
 
-    records = False
+    captures = False
 
     def __init__(self, *args: Any, **options: Any) -> None:
         """Open an empty session; the arguments are those of `Session`."""
@@ -26,14 +26,14 @@ class RefreshingSession(Session):
         self.rewound = False  # until tokens that were taken back are kept again
 
     def keep(self, path: Tensor, counts: Tensor) -> None:
-        """Let each row hold places of a window, see `Session.keep`, and show the kept tokens to its method."""
+        """Let each row hold nodes of a window, see `Session.keep`, and show the kept tokens to its method."""
         super().keep(path, counts)
         if self.rewound:  # the statistic has these tokens already
             self.rewound, self.seen = False, {}
         if not self.seen:
             return
-        for row, (method, places) in enumerate(zip(self.methods, path, strict=True)):
-            kept = places[: int(counts[row])]
+        for row, (method, nodes) in enumerate(zip(self.methods, path, strict=True)):
+            kept = nodes[: int(counts[row])]
             if isinstance(method, PromptSparsity) and len(kept):
                 for layer, z in self.seen.items():
                     method.refresh(layer, z[row, kept.to(z.device)])

@@ -1,4 +1,4 @@
-"""What the sessions of a model use one after the other: the slots of the cache, routes, and recorded passes."""
+"""What the sessions of a model use one after the other: the slots of the cache, routes, and captured passes."""
 
 import logging
 import weakref
@@ -15,22 +15,22 @@ from sirius.model.attention import SlotAttention
 from sirius.model.mlp import SparseMLP
 from sirius.model.prepared import Prepared, prepared_of
 from sirius.runtime.cache import SlotCache
+from sirius.runtime.capture import CapturedPasses, capture_of, state_of
 from sirius.runtime.neurons import Route, Tally, overwrite
-from sirius.runtime.recorded import RecordedPasses, recorder, state_of
 
-STEP = 1024  # slots are reserved in such steps where recorded passes outlive a session, as each growth drops them
+STEP = 1024  # slots are reserved in such steps where captured passes outlive a session, as each growth drops them
 IDLE = 4  # workspaces kept of a model; each has memory for keys and values
-GRAPHS, TAPES = 32, 6  # most recorded passes: a graph keeps the scores of its shape, a tape all that a pass computes
+GRAPHS, TAPES = 32, 6  # most captured passes: a graph keeps the scores of its shape, a tape all that a pass computes
 
 
 class Workspace:
     """The tensors of one session at a time, which stay where they are, so that passes over them can be replayed.
 
-    attends  whether attention reads the slots by a kernel of ours; only then are passes recorded
+    attends  whether attention reads the slots by a kernel of ours; only then are passes captured
     tried    whether a pass with that kernel has succeeded
-    reused   whether its recorded passes outlive a session
-    state    the model's, of which passes are recorded
-    drafts   the routes of the draft with fixed neurons, by the number of rows, as passes are recorded
+    reused   whether its captured passes outlive a session
+    state    the model's, of which passes are captured
+    drafts   the routes of the draft with fixed neurons, by the number of rows, as passes are captured
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -39,17 +39,17 @@ class Workspace:
         self.prepared = prepared_of(model)
         self.attends, self.tried = attends_to(model), False
         self.reused = self.attends and reused_on(model.device)
-        self.passes = RecordedPasses(GRAPHS if self.reused else TAPES)
+        self.passes = CapturedPasses(GRAPHS if self.reused else TAPES)
         self.state: list[object] = []
         self.look_at(model)
         self.release()
 
     def look_at(self, model: PreTrainedModel) -> None:
-        """Forget the recorded passes where the model has been altered since they were."""
+        """Forget the captured passes where the model has been altered since they were."""
         if (now := state_of(model)) != self.state:
             self.state = now
             self.passes.forget()
-            self.passes.record = recorder(model) if self.attends else None
+            self.passes.capture = capture_of(model) if self.attends else None
 
     def release(self) -> None:
         """Let go of all memory."""
@@ -65,7 +65,7 @@ class Workspace:
         self.passes.begin()
 
     def reserve(self, rows: int, slots: int) -> None:
-        """Make room for at least so many rows and slots; what is held stays."""
+        """Make room for at least so many rows and slots; keys and values that are held remain."""
         table = self.cache.table
         if rows <= table.rows and slots <= table.slots:
             return
@@ -103,12 +103,12 @@ def attends_to(model: PreTrainedModel) -> bool:
 
 
 def reused_on(device: torch.device) -> bool:
-    """Tell whether recorded passes are kept for the next session: on a GPU, where they take long to make."""
+    """Tell whether captured passes are kept for the next session: on a GPU, where they take long to make."""
     return gpu.runs_on(device)
 
 
 def check_compiles(model: PreTrainedModel) -> None:
-    """Raise ConfigError where no pass of a model is recorded, and so none would be compiled."""
+    """Raise ConfigError where no pass of a model is captured, and so none would be compiled."""
     if model.device.type != "cuda" or not attends_to(model):
         raise ConfigError(
             f"passes are compiled on a GPU with Triton, in a dtype of up to 32 bits, of plain attention; this "

@@ -1,4 +1,4 @@
-"""Passes of fixed shapes that are recorded once and replayed.
+"""Passes of fixed shapes that are captured once and replayed.
 
 On a GPU a replay is one launch in place of a thousand; on the CPU it is the kernels without the Python between them.
 """
@@ -21,24 +21,24 @@ from sirius.model.linear import MatrixLinear
 from sirius.model.prepared import prepared_of
 from sirius.shortage import SHORTAGE, ran_out
 
-WARM = 2  # passes of a shape in one session before the next is recorded; a text's last window comes once
-TAPED = 16  # most tokens of a pass that is recorded on a tape; more are bound by arithmetic
-PATIENCE = 64  # passes without a use of a recorded one, before another takes its place
+WARM = 2  # passes of a shape in one session before the next is captured; a text's last window comes once
+TAPED = 16  # most tokens of a pass that is captured on a tape; more are bound by arithmetic
+PATIENCE = 64  # passes without a use of a captured one, before another takes its place
 COMPILER = "inductor"
 SHAPES = 64  # shapes that are compiled: a draft step, and checks of each size, for batches of each size
 
 Call = Callable[..., Tensor]
 Inputs = Mapping[str, Tensor]
 Replay = Callable[[], Tensor]
-Record = Callable[[Call, Inputs], tuple[Tensor, Replay | None]]  # the scores; None: it cannot be replayed
+Capture = Callable[[Call, Inputs], tuple[Tensor, Replay | None]]  # the scores; None: it cannot be replayed
 
 
-class NotRecorded(RuntimeError):
-    """A pass cannot be recorded in the way that was tried."""
+class NotCaptured(RuntimeError):
+    """A pass cannot be captured in the way that was tried."""
 
 
-class _Recorded(NamedTuple):
-    """A recorded pass.
+class _Captured(NamedTuple):
+    """A captured pass.
 
     buffers  the tensors that it reads its inputs from, by name
     replay   runs it again and returns the scores
@@ -52,63 +52,63 @@ class _Recorded(NamedTuple):
     used: int
 
 
-class RecordedPasses:
-    """The recorded passes by key: all that decides which kernels a pass launches, and at which addresses.
+class CapturedPasses:
+    """The captured passes by key: all that decides which kernels a pass launches, and at which addresses.
 
     Inputs are copied into buffers that stay where they are. A result may be written over by the next pass of any key.
 
-    record  what records a pass; None: each is run as it comes
+    capture  captures a pass; None: each pass is run as it comes
     """
 
     def __init__(self, most: int) -> None:
-        """Keep up to `most` recorded passes."""
-        self.record: Record | None = None
+        """Keep up to `most` captured passes."""
+        self.capture: Capture | None = None
         self.most = most
         self.counts: Counter[Hashable] = Counter()
-        self.recorded: dict[Hashable, _Recorded] = {}
+        self.captured: dict[Hashable, _Captured] = {}
         self.once: set[Hashable] = set()  # keys of passes that cannot be replayed
         self.now = 0  # passes so far
 
     def run(self, key: Hashable, calls: tuple[Call, Call], inputs: Inputs, alive: object = None) -> Tensor:
-        """Return a pass over inputs, replayed where one of that key was recorded.
+        """Return a pass over inputs, replayed where one of that key was captured.
 
-        calls  the pass, and the same compiled, which is what is recorded where that is possible
+        calls  the pass, and the same compiled, which is what is captured where that is possible
         alive  what the pass reads besides
         """
         self.now += 1
-        if key in self.recorded:
-            record = self.recorded[key] = self.recorded.pop(key)._replace(used=self.now)  # the last to be dropped
-            for name, buffer in record.buffers.items():
+        if key in self.captured:
+            found = self.captured[key] = self.captured.pop(key)._replace(used=self.now)  # the last to be dropped
+            for name, buffer in found.buffers.items():
                 buffer.copy_(inputs[name])
-            return record.replay()
+            return found.replay()
         self.counts[key] += 1
-        if self.record is None or self.counts[key] <= WARM or key in self.once or self._busy():
+        if self.capture is None or self.counts[key] <= WARM or key in self.once or self._busy():
             return calls[0](**inputs)
         return self._first(key, calls, inputs, alive)
 
     def begin(self) -> None:
-        """Begin a session, which may use the recorded passes of earlier ones."""
+        """Begin a session, which may use the captured passes of earlier ones."""
         self.counts.clear()
         self.once.clear()
 
     def forget(self) -> None:
-        """Drop all recorded passes, as tensors that they read have moved."""
-        self.recorded.clear()
+        """Drop all captured passes, as tensors that they read have moved."""
+        self.captured.clear()
 
     def _busy(self) -> bool:
         """Tell whether there is no room for a further one, as all that there are were used lately."""
-        oldest = next(iter(self.recorded.values()), None)
-        return oldest is not None and len(self.recorded) >= self.most and self.now - oldest.used < PATIENCE
+        oldest = next(iter(self.captured.values()), None)
+        return oldest is not None and len(self.captured) >= self.most and self.now - oldest.used < PATIENCE
 
     def _first(self, key: Hashable, calls: tuple[Call, Call], inputs: Inputs, alive: object) -> Tensor:
-        """Record a pass, compiled if that works, and return its result."""
+        """Capture a pass, compiled if that works, and return its result."""
         for call in dict.fromkeys(reversed(calls)):
             buffers = {name: each.clone() for name, each in inputs.items()}
             try:
-                assert self.record is not None
-                scores, replay = self.record(call, buffers)
-            except NotRecorded as error:
-                what = "recorded" if call is calls[0] else "compiled"
+                assert self.capture is not None
+                scores, replay = self.capture(call, buffers)
+            except NotCaptured as error:
+                what = "captured" if call is calls[0] else "compiled"
                 logging.getLogger("sirius").warning("this model's passes cannot be %s and run slower: %s", what, error)
                 continue
             except SHORTAGE as error:
@@ -119,34 +119,34 @@ class RecordedPasses:
             if replay is None:
                 self.once.add(key)
                 return scores
-            if len(self.recorded) >= self.most:
-                self.recorded.pop(next(iter(self.recorded)))
-            self.recorded[key] = _Recorded(buffers, replay, alive, self.now)
+            if len(self.captured) >= self.most:
+                self.captured.pop(next(iter(self.captured)))
+            self.captured[key] = _Captured(buffers, replay, alive, self.now)
             return scores
-        self.record = None
+        self.capture = None
         return calls[0](**inputs)
 
 
-class GraphRecorder:
-    """Records passes as CUDA graphs that share one pool of memory."""
+class GraphCapture:
+    """Captures passes as CUDA graphs that share one pool of memory."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, call: Call, buffers: Inputs) -> tuple[Tensor, Replay]:
-        """Run a pass once, which also compiles and tunes what it launches, then record it.
+        """Run a pass once, which also compiles and tunes what it launches, then capture it.
 
-        Raises NotRecorded of a pass that asks the device something, or allocates in another way than through PyTorch.
+        Raises NotCaptured of a pass that asks the device something, or allocates in another way than through PyTorch.
         """
         try:
-            return self._recorded(call, buffers)
+            return self._captured(call, buffers)
         except RuntimeError as error:
             if ran_out(error):
                 raise
-            raise NotRecorded(str(error)) from error
+            raise NotCaptured(str(error)) from error
 
-    def _recorded(self, call: Call, buffers: Inputs) -> tuple[Tensor, Replay]:
+    def _captured(self, call: Call, buffers: Inputs) -> tuple[Tensor, Replay]:
         graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
         aside = torch.cuda.Stream(self.device)
         aside.wait_stream(current)
@@ -166,8 +166,8 @@ class GraphRecorder:
         return first, replay
 
 
-def record_tape(call: Call, buffers: Inputs) -> tuple[Tensor, Replay | None]:
-    """Run a pass on the CPU and record it, which makes a replay call no module.
+def capture_tape(call: Call, buffers: Inputs) -> tuple[Tensor, Replay | None]:
+    """Run a pass on the CPU and capture it, which makes a replay call no module.
 
     There is nothing to replay where the pass has many tokens, or depends on more than its inputs' addresses.
     """
@@ -190,7 +190,7 @@ def hooked(model: nn.Module) -> bool:
 
 
 def state_of(model: nn.Module) -> list[object]:
-    """Return what the recorded passes of a model depend on: its modules, their forwards, and where weights lie.
+    """Return what the captured passes of a model depend on: its modules, their forwards, and where weights lie.
 
     The list holds on to no module.
     """
@@ -201,26 +201,26 @@ def state_of(model: nn.Module) -> list[object]:
         prepared_of(model).matrix,
         hooked(model),
         kinds,
-        [(_place(each), each.dtype) for each in held if each is not None],
+        [(_identity(each), each.dtype) for each in held if each is not None],
     ]
 
 
-def _place(weight: Tensor) -> int:
+def _identity(weight: Tensor) -> int:
     """Return where a weight lies, or which object it is where it is no plain tensor and has no address."""
     return weight.data_ptr() if is_plain(weight) else id(weight)
 
 
-def recorder(model: PreTrainedModel) -> Record | None:
-    """Return what records a model's passes where it is, None where nothing does."""
+def capture_of(model: PreTrainedModel) -> Capture | None:
+    """Return the way to capture a model's passes on its device, None where there is none."""
     if not all(layer.matrix.replayable for _, layer in parts_of(model, MatrixLinear)):
         return None
     on_gpu = model.device.type == "cuda"
     if not on_gpu and (gpu.runs_on(model.device) or not cpu.runs_on(model.device, model.dtype)):
         return None
     if hooked(model):
-        logging.getLogger("sirius").warning("this model has hooks, so that its passes are not recorded and run slower")
+        logging.getLogger("sirius").warning("this model has hooks, so that its passes are not captured and run slower")
         return None
-    return GraphRecorder(model.device) if on_gpu else record_tape
+    return GraphCapture(model.device) if on_gpu else capture_tape
 
 
 def compile_model(model: PreTrainedModel) -> Callable[..., Any]:
