@@ -184,7 +184,8 @@ def find_device(name: str) -> torch.device:
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"device {name!r} cannot be used here: {_first_line(error)}; 'cpu' always can") from error
+        why = _first_line(error).split(". ")[0].split(" with arguments")[0]  # a list of all devices may follow
+        raise ConfigError(f"device {name!r} cannot be used here: {why}; 'cpu' always can") from error
     return device
 
 
