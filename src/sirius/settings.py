@@ -58,12 +58,16 @@ class Setting:
             return "full"
         bar = self.sparsity.threshold
         kept = f"{self.sparsity.keep:g}" if bar is None else f"|a|>{bar:g}"
-        name = f"{self.sparsity.method} {kept}"
+        own = self.sparsity
+        extras = [f"refresh {own.refresh:g}"] * bool(own.refresh) + ["a set per branch"] * own.per_branch
+        name = ", ".join([f"{own.method} {kept}", *extras])
         if self.correction is None:
             return name
         rule = self.correction
         passing = rule.accept if rule.accept in OWN else f"{rule.accept} {rule.least:g}"
         parts = [name, passing, f"K {rule.period}", f"w {rule.tree_width}"]
+        parts += [f"prune {rule.prune:g}"] * bool(rule.prune)
+        parts += [f"at temperature {rule.accept_temperature:g}"] * (rule.accept_temperature != 0.6)
         return ", ".join([*parts, *(f"no {part}" for part in rule.ablate)])
 
 

@@ -8,7 +8,7 @@ import torch
 
 from sirius import Engine
 from sirius.demo.embedded import FOLDER
-from sirius.evaluation import sweep
+from sirius.evaluation import completions, sweep
 from sirius.evaluation.grid import Grid
 from sirius.evaluation.suite import OWN, task_manager
 
@@ -45,5 +45,5 @@ def results(folder: Path) -> dict[str, dict]:
 
 
 if __name__ == "__main__":
-    sweep.PATIENCE = 3.0  # the samples here take less
+    completions.PATIENCE, completions.BEAT, sweep.POLL = 3.0, 0.2, 0.1
     run(Path(sys.argv[1]))

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from conftest import SHARED
 from sirius import cli
 
 pytest.importorskip("lm_eval")
@@ -48,13 +49,19 @@ def test_lm_evals_options_are_passed_through_and_our_figures_stored(sirius, tmp_
         (("--tasks", "demo_reasoning", "--sparsity", "none", "--keep", "0.3"), "--keep would change nothing"),
         (("--tasks", "demo_reasoning", "--limt", "3"), "unrecognized arguments: --limt"),
         (("--tasks", "demo_reasoning", "--model_args", "keep=1"), "--model_args would undo"),
+        (("--tasks", "demo_reasoning", "-t", "gsm8k"), "-t would undo"),
+        (("--tasks", "csqa_cot", "--num_fewshot", "300", "--data", "{shared}"), "5 worked examples; got 300"),
+        (("--tasks", "arc_easy", "--data", "{shared}"), "has no local form"),
         (("--tasks", "demo_reasoning", "--log_samples"), "lm-eval refuses the options: Specify --output_path"),
         (("--tasks", "gsm8k", "--data", "nowhere"), "is a folder of local files"),
         (("--tasks", "demo_reasoning", "--sparsity", "finer"), "finer"),
     ],
 )
 def test_what_does_not_fit_is_told_in_one_line_before_a_model_is_loaded(sirius, arguments, said):
-    code, _, err = sirius("eval", *arguments, "--model", "a/folder/that/is/none")
+    if "{shared}" in arguments and not (SHARED / "data").is_dir():
+        pytest.skip("the evaluation data is not on this machine")
+    given = [each.format(shared=SHARED / "data") for each in arguments]
+    code, _, err = sirius("eval", *given, "--model", "a/folder/that/is/none")
     assert code == 2
     assert said in err
     assert "Traceback" not in err

@@ -98,6 +98,7 @@ def test_two_processes_share_the_work_and_come_to_the_results_of_one(undisturbed
         (("period", "--data", "{folder}"), "gsm8k needs"),
         (("period", "--data", "{folder}/none"), "is a folder"),
         (("period", "--limit", "0"), "limit is a whole number"),
+        (("period", "--tasks", "demo_reasoning"), "give --chat"),
         (("table2", "--tasks", "humaneval", "--data", "{shared}"), "--confirm-run-unsafe-code"),
     ],
 )

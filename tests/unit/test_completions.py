@@ -3,6 +3,7 @@
 import pytest
 
 from sirius.errors import FileError
+from sirius.evaluation import completions
 from sirius.evaluation.completions import Completions, key_of
 
 
@@ -27,7 +28,7 @@ def test_a_line_that_a_killed_process_left_unfinished_is_dropped(tmp_path):
 
 def test_a_file_of_something_else_is_refused(tmp_path):
     (tmp_path / "rank0.jsonl").write_text("hello\n")
-    with pytest.raises(FileError, match="line 1 is no sample"):
+    with pytest.raises(FileError, match="is no sample"):
         Completions(tmp_path)
 
 
@@ -46,3 +47,23 @@ def test_prompts_options_and_settings_have_keys_of_their_own():
         key_of((1, 2), options, {"keep": 0.4}),
     }
     assert len(keys) == 4
+
+
+def test_samples_of_other_weights_under_one_name_are_refused(tmp_path):
+    Completions(tmp_path).check_model("mine", "one")
+    Completions(tmp_path).check_model("mine", "one")
+    Completions(tmp_path).check_model("another", "two")
+    with pytest.raises(FileError, match="other weights of mine"):
+        Completions(tmp_path).check_model("mine", "two")
+
+
+def test_a_process_is_seen_by_others_while_it_is_at_work(tmp_path, monkeypatch):
+    first, second = Completions(tmp_path, 0), Completions(tmp_path, 1)
+    assert not second.others_alive()
+    with first.alive():
+        assert second.others_alive() and not first.others_alive()
+    assert not second.others_alive()
+    (tmp_path / "rank0.alive").touch()  # as a killed one leaves it
+    assert second.others_alive()
+    monkeypatch.setattr(completions, "PATIENCE", 0.0)
+    assert not second.others_alive()

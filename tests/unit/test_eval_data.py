@@ -6,7 +6,7 @@ import json
 import pytest
 
 from conftest import SHARED
-from sirius.errors import FileError
+from sirius.errors import ConfigError, FileError
 from sirius.evaluation import data
 from sirius.evaluation.catalogue import TASKS
 
@@ -33,6 +33,14 @@ def test_records_of_the_hub_and_of_the_authors_come_to_the_same(tmp_path):
         "csqa_cot": (
             {"question": "Where?", "choices": {"label": ["A", "B"], "text": ["here", "there"]}, "answerKey": "B"},
             {"question": "Where?", "choices": ["here", "there"], "answer": "B"},
+        ),
+        "sports_cot": (
+            {
+                "inputs": "Determine whether the following statement or statements are plausible or implausible:\n"
+                "Statement: Ada took a corner kick\nPlausible/implausible?",
+                "targets": ["plausible"],
+            },
+            {"input": "Ada took a corner kick", "target": "plausible"},
         ),
         "date_cot": (
             {"inputs": "Q: What is the date?\nA:", "targets": ["05/01/2021"]},
@@ -66,6 +74,18 @@ def test_our_own_worked_examples_stand_in_where_a_folder_has_none(task, tmp_path
     found = data.worked_examples(task, tmp_path)
     assert len(found) == (4 if task == "aqua_rat_cot" else 5)
     assert all("So the answer is" in each["worked"] for each in found)
+
+
+def test_a_task_without_a_local_form_is_refused_beside_local_data(tmp_path):
+    with pytest.raises(ConfigError, match="has no local form"):
+        data.check_files("arc_easy", tmp_path)
+
+
+def test_the_examples_of_gsm8k_are_needed_too(tmp_path):
+    put(tmp_path, "gsm8k_test", {"question": "How many?", "answer": "#### 2"})
+    with pytest.raises(FileError, match="gsm8k_train"):
+        data.check_files("gsm8k", tmp_path)
+    data.check_files("gsm8k_cot", tmp_path)
 
 
 def test_a_missing_file_names_the_file_and_the_way_out(tmp_path):

@@ -34,6 +34,16 @@ def test_the_papers_preset_is_that_of_the_task_and_what_stands_beside_it_wins():
     assert found.fixed("csqa_cot")[0].label() == "coarse 0.4, threshold 0.05, K 8, w 8"
 
 
+def test_the_papers_preset_without_correction_keeps_the_neurons_of_the_task():
+    found = Grid(("gsm8k", "csqa_cot"), ({"sparsity": "coarse", "preset": "paper", "correct": False},))
+    assert [found.fixed(task)[0].label() for task in found.tasks] == ["coarse 0.5", "coarse 0.4"]
+
+
+def test_the_papers_preset_beside_a_lossless_rule_has_no_threshold():
+    found = Grid(("gsm8k",), ({"sparsity": "coarse", "preset": "paper", "accept": "argmax"},))
+    assert found.fixed("gsm8k")[0].label() == "coarse 0.5, argmax, K 16, w 8"
+
+
 def test_values_to_choose_among_are_no_settings_of_their_own():
     found = grid(
         {"sparsity": ["coarse", "fine"], "preset": "paper", "tree_width": {"choose": [1, 4]}}, limit=5, validation=5
@@ -66,6 +76,8 @@ def test_every_study_of_ours_is_a_grid_of_tasks_that_there_are():
         ("tasks: [gsm8k]\ngrids: [{sparsity: none}]\nlimits: 3", "has limits"),
         ("tasks: [gsm8k]\ngrids: [{sparsity: none}]\nlimit: 0", "limit is a whole number"),
         ("- 1", "must be a mapping"),
+        ("tasks: [gsm8k]\ngrids: [{accept: threshold}]", "depends on the speed of the machine"),
+        ("tasks: [gsm8k]\ngrids: [{shared_set: true}]", "depend on those decoded beside it"),
     ],
 )
 def test_a_bad_grid_is_told_in_one_line(tmp_path, text, said):

@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,7 +15,17 @@ from sirius.cli.sweep import check_lm_eval
 from sirius.cli.terminal import Threads, quieten, uncollected, use_threads
 from sirius.errors import ConfigError
 
-OURS = ("--model_args", "-a", "--include_path", "--config", "-C")  # what this command gives lm-eval itself
+OURS = (
+    "--model_args",
+    "-a",
+    "--include_path",
+    "--config",
+    "-C",
+    "--tasks",
+    "-t",
+    "--model",
+    "-M",
+)  # lm-eval gets its own
 OTHERS = {"input": "", "temperature": 0.0, "json": True, "output": Path(), "logprobs": False, "force": False}
 UNSAFE = "--confirm_run_unsafe_code"
 
@@ -55,7 +66,9 @@ def evaluate(
 
     The texts are decoded our way. Log-probabilities, which multiple choice goes by, are the full model's.
     """
-    if own := sorted({each.split("=")[0] for each in context.args} & {*OURS}):
+    options = [UNSAFE if each == UNSAFE.replace("_", "-") else each for each in context.args]
+    given_names = {each.split("=")[0] for each in options if each.startswith("-")}
+    if own := sorted(name for name in given_names if any(each.startswith(name) for each in OURS)):
         raise ConfigError(f"{', '.join(own)} would undo what sirius eval gives lm-eval; use lm_eval --model sirius")
     asked = Asked.of(context, **OTHERS)
     check_effect(asked)
@@ -65,7 +78,7 @@ def evaluate(
     given = {name: value for name, value in load.items() if value not in (None, False)}
     given |= {"pretrained": model or "embedded", **setting_of(asked)}
     names = [each.strip() for each in tasks.split(",") if each.strip()]
-    own = ["--device", device, "--batch_size", str(batch_size), *context.args]
+    own = ["--device", device, "--batch_size", str(batch_size), *options]
     use_threads(threads)
     run(names, data, given, own)
 
@@ -84,25 +97,33 @@ def run(tasks: Sequence[str], data: Path | None, model_args: dict[str, Any], opt
         from lm_eval._cli.harness import HarnessCLI
         from lm_eval.config.evaluate_config import EvaluatorConfig
 
-        from sirius.evaluation import lm
-        from sirius.evaluation.suite import check_tasks, load_tasks, suite_folder, task_manager
+        import_module("sirius.evaluation.lm")  # which registers the model with lm-eval
+        from sirius.evaluation.catalogue import setting_for
+        from sirius.evaluation.suite import check_shots, check_tasks, load_tasks, suite_folder, task_manager
+        from sirius.settings import NAMES
 
     with suite_folder(data) as folder:
         manager = task_manager(folder, tasks)
         check_tasks(tasks, data, manager)
-        unsafe = [name for name, task in load_tasks(tasks, manager).items() if getattr(task, "UNSAFE_CODE", False)]
+        loaded = load_tasks(tasks, manager)
+        unsafe = [name for name, task in loaded.items() if getattr(task, "UNSAFE_CODE", False)]
         if unsafe and UNSAFE not in options:
             raise ConfigError(f"{', '.join(unsafe)} runs code that the model writes; give {UNSAFE} to allow it")
-        lm.check_setting(model_args)
+        setting = {name: value for name, value in model_args.items() if name in NAMES}
+        for name in tasks:
+            setting_for(name, setting)
         asked = ["--model", "sirius", "--model_args", json.dumps(model_args), "--tasks", ",".join(tasks)]
         before, sys.argv = sys.argv, ["lm_eval", "run", *asked, "--include_path", str(folder), *options]
         try:
             harness = HarnessCLI()
             parsed = harness.parse_args()
             try:
-                EvaluatorConfig.from_cli(parsed)
+                shots = EvaluatorConfig.from_cli(parsed).num_fewshot
             except ValueError as error:
                 raise ConfigError(f"lm-eval refuses the options: {error}") from error
+            if shots is not None:
+                for name, task in loaded.items():
+                    check_shots(name, task, shots)
             harness.execute(parsed)
         finally:
             sys.argv = before

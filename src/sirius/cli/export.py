@@ -45,9 +45,9 @@ def export(
         from sirius.settings import make_setting
 
     setting = make_setting(setting_of(asked))
+    source = None if model is None else Source(model, revision, trust_remote_code, None).found()
     write(folder, setting)
-    if model is not None:
-        source = Source(model, revision, trust_remote_code, None).found()
+    if source is not None:
         with err.status("writing the checkpoint"):
             load_model(source, dtype, "cpu").save_pretrained(folder)
             if (tokenizer := load_tokenizer(source)) is not None:

@@ -92,8 +92,8 @@ def _run(
     engine = terminal.load(model, threads, **{**load, "device": ranks.device(load["device"])})
     command = shlex.join(["sirius", *sys.argv[1:]])
     options: dict[str, Any] = {"batch_size": batch_size, "allowed": allowed, "command": command, "ranks": ranks}
-    work = Sweep(grid, engine, parts, output, model or "embedded", **options)
-    left = work.missing()
+    work = Sweep(grid, engine, parts, output, model or "embedded", load["revision"], **options)
+    left = -(-work.missing() // ranks.size)  # this process's share
     with saved_as_it_goes(), terminal.progress("decoding", left, shown=ranks.rank == 0) as advance:
         work.on_sample = advance
         found = work.run()

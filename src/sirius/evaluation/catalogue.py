@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from sirius.core import PAPER
+from sirius.core import OWN, PAPER
 from sirius.decoding import check_rule
-from sirius.settings import Setting, make_setting
+from sirius.settings import NONE, Setting, make_setting
 from sirius.sparsity import find
 
 Kind = Literal["understanding", "reasoning"]
@@ -27,7 +27,8 @@ class PaperTask:
     threshold  the least probability of an accepted token
     widths   the tree's width of each sparsity method
     stock    lm-eval's own task of that name, where it is one
-    chat     whether its examples are turns of a conversation
+    shown    the split of its worked examples, where they are in a file
+    chat     whether it is a conversation, which needs the chat template
     """
 
     kind: Kind
@@ -38,7 +39,13 @@ class PaperTask:
     threshold: float = 0.1
     widths: Mapping[str, int] = field(default_factory=lambda: {"coarse": 8, "fine": 4})
     stock: bool = False
+    shown: str | None = None
     chat: bool = False
+
+    @property
+    def needed(self) -> set[str]:
+        """The splits that the task cannot do without."""
+        return {*list(self.files)[:1], *([self.shown] if self.shown else [])}
 
     def preset(self, sparsity: str) -> dict[str, Any]:
         """Return the paper's setting of the task for a sparsity method, as the options of `make_setting`."""
@@ -56,7 +63,7 @@ GSM8K = {"test": "gsm8k_test", "train": "gsm8k_train"}
 EXEMPLARS = "cot_prompts"  # a local file of worked examples, for the tasks that have them
 
 TASKS: dict[str, PaperTask] = {
-    "gsm8k": PaperTask("reasoning", "exact_match,strict-match", GSM8K, stock=True),
+    "gsm8k": PaperTask("reasoning", "exact_match,strict-match", GSM8K, stock=True, shown="train"),
     "gsm8k_cot": PaperTask("reasoning", "exact_match,flexible-extract", GSM8K, threshold=0.05, stock=True),
     "aqua_rat_cot": PaperTask(
         "reasoning", "exact_match,none", {"test": "aqua_test", "validation": "aqua_dev"}, chance=0.2
@@ -99,11 +106,19 @@ def task_of(name: str) -> PaperTask | None:
 def setting_for(name: str, values: Mapping[str, Any]) -> Setting:
     """Return the setting of a task; preset "paper" is the paper's own of that task, and what stands beside it wins.
 
+    With correct: false that preset says which share of the neurons is kept.
+
     Raises ConfigError as `make_setting` does, and of a method or rule that is none.
     """
     known = task_of(name)
-    if known is not None and values.get("preset") == PAPER and values.get("correct", True):
-        values = {**known.preset(str(values.get("sparsity", "coarse"))), **values}
+    if values.get("preset") == PAPER and values.get("sparsity") != NONE:
+        own = {} if known is None else known.preset(str(values.get("sparsity", "coarse")))
+        if values.get("accept") in OWN:
+            own.pop("threshold", None)
+        if not values.get("correct", True):  # the same neurons, alone
+            own = {key: own[key] for key in own if key == "keep"}
+            values = {key: values[key] for key in values if key != "preset"}
+        values = {**own, **values}
     setting = make_setting(values)
     find(setting.sparsity.method)
     if setting.correction is not None:

@@ -1,13 +1,19 @@
-"""Finished samples in a file, one line each: saved as they finish, found again by what was asked."""
+"""Finished samples in files, one line each: saved as they finish, found again by what was asked."""
 
 import json
 import os
+import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
+from threading import Event, Thread
 from typing import Any
 
 from sirius.errors import FileError
+
+BEAT = 2.0  # seconds between two signs of life of a process
+PATIENCE = 30.0  # seconds without a sign of life, after which another process counts as dead
 
 
 def key_of(prompt: tuple[int, ...], options: Mapping[str, Any], setting: Mapping[str, Any]) -> str:
@@ -19,37 +25,76 @@ def key_of(prompt: tuple[int, ...], options: Mapping[str, Any], setting: Mapping
 class Completions:
     """Finished samples by their keys: those of every process are read, and this one's are added to a file of its own.
 
-    A line that a killed process left unfinished is passed over.
+    A line that a killed process left unfinished is passed over. Where two processes saved one sample, the one of lower
+    rank counts.
     """
 
     def __init__(self, folder: Path, rank: int = 0) -> None:
         """Open or make a folder of samples; raise FileError where it cannot be written or holds something else."""
         self.folder, self.path = folder, folder / f"rank{rank}.jsonl"
         self.found: dict[str, dict[str, Any]] = {}
-        try:
+        self._read: dict[Path, int] = {}  # bytes of each file that are known
+        with self._writing(self.path):
             folder.mkdir(parents=True, exist_ok=True)
             self._cut_off_unfinished()
             self.path.touch()
-        except OSError as error:
-            raise FileError(f"cannot write {self.path}: {error.strerror or error}") from error
         self.read()
 
     def read(self) -> None:
-        """Take up what the processes of all ranks have finished so far."""
+        """Take up what the processes of all ranks have finished since the last call."""
         for path in sorted(self.folder.glob("rank*.jsonl")):
-            self.found |= {line["key"]: line for line in _lines(path)}
+            with path.open("rb") as file:
+                file.seek(self._read.get(path, 0))
+                new = file.read()
+            whole = new[: new.rfind(b"\n") + 1]
+            self._read[path] = self._read.get(path, 0) + len(whole)
+            for line in _lines(path, whole):
+                self.found.setdefault(line["key"], line)
 
     def add(self, key: str, sample: Mapping[str, Any]) -> None:
         """Save a sample and see it to the disk; raise FileError where that fails."""
         line = {"key": key, **sample}
+        with self._writing(self.path), self.path.open("ab") as file:
+            file.write(json.dumps(line).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self.found.setdefault(key, json.loads(json.dumps(line)))
+
+    def check_model(self, name: str, fingerprint: str) -> None:
+        """Raise FileError where samples of a model of this name came from other weights."""
+        path = self.folder / "models.json"
+        with self._writing(path):
+            known = json.loads(path.read_text()) if path.exists() else {}
+            if known.setdefault(name, fingerprint) != fingerprint:
+                raise FileError(f"{self.folder} holds samples of other weights of {name}; choose another folder")
+            own = path.with_name(f"{path.name}.{os.getpid()}")
+            own.write_text(json.dumps(known))
+            os.replace(own, path)
+
+    @contextmanager
+    def alive(self) -> Iterator[None]:
+        """Show other processes for the length of the block that this one is at work."""
+        sign, over = self.path.with_suffix(".alive"), Event()
+
+        def beat() -> None:
+            while not over.wait(BEAT):
+                sign.touch()
+
+        sign.touch()
+        beating = Thread(target=beat, daemon=True)
+        beating.start()
         try:
-            with self.path.open("ab") as file:
-                file.write(json.dumps(line).encode() + b"\n")
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise FileError(f"cannot write {self.path}: {error.strerror or error}") from error
-        self.found[key] = json.loads(json.dumps(line))
+            yield
+        finally:
+            over.set()
+            beating.join()
+            sign.unlink(missing_ok=True)
+
+    def others_alive(self) -> bool:
+        """Tell whether another process is at work here, by the signs of life of the last `PATIENCE` seconds."""
+        now = time.time()
+        signs = [path for path in self.folder.glob("rank*.alive") if path != self.path.with_suffix(".alive")]
+        return any(path.exists() and now - path.stat().st_mtime < PATIENCE for path in signs)
 
     def _cut_off_unfinished(self) -> None:
         there = self.path.read_bytes() if self.path.exists() else b""
@@ -57,10 +102,20 @@ class Completions:
         if whole < len(there):
             os.truncate(self.path, whole)
 
-
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+    @contextmanager
+    def _writing(self, path: Path) -> Iterator[None]:
         try:
-            yield dict(json.loads(line)) | {"key": json.loads(line)["key"]}
+            yield
+        except FileError:
+            raise
+        except OSError as error:
+            raise FileError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def _lines(path: Path, text: bytes) -> Iterator[dict[str, Any]]:
+    for line in text.split(b"\n")[:-1]:
+        try:
+            found = json.loads(line)
+            yield {**found, "key": found["key"]}
         except (ValueError, KeyError, TypeError) as error:
-            raise FileError(f"{path} line {number} is no sample of sirius; choose another folder") from error
+            raise FileError(f"{path} has a line that is no sample of sirius; choose another folder") from error

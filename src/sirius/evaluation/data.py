@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from sirius.demo.problems import make_problem
-from sirius.errors import FileError
-from sirius.evaluation.catalogue import EXEMPLARS, SUBJECTS, task_of
+from sirius.errors import ConfigError, FileError
+from sirius.evaluation.catalogue import EXEMPLARS, SUBJECTS, TASKS, task_of
 
 Doc = dict[str, Any]
 ENDINGS = (".jsonl", ".jsonl.gz")
@@ -57,7 +57,7 @@ def load(*, sirius_task: str, sirius_folder: str | None = None, **_: Any) -> dic
 
 
 def local_splits(task: str, folder: Path) -> dict[str, list[Doc]]:
-    """Return the splits of a task that lie in a folder; only the first one must be there."""
+    """Return the splits of a task that lie in a folder; raise FileError where a needed one is missing."""
     known = task_of(task)
     assert known is not None, f"{task} is no task of the paper"
     convert = CONVERT.get(SUBJECTS if task.startswith(SUBJECTS) else task, dict)
@@ -65,7 +65,7 @@ def local_splits(task: str, folder: Path) -> dict[str, list[Doc]]:
     splits = {}
     for split, name in known.files.items():
         path = find_file(folder, name)
-        if path is None and split == next(iter(known.files)):
+        if path is None and split in known.needed:
             raise _missing(task, folder, name)
         if path is not None:
             kept = (each for each in read_records(path) if subject == task or each.get("subject") == subject)
@@ -74,10 +74,12 @@ def local_splits(task: str, folder: Path) -> dict[str, list[Doc]]:
 
 
 def check_files(task: str, folder: Path) -> None:
-    """Raise FileError where a folder has no file of a task's questions."""
+    """Raise FileError where a folder lacks a file of a task, ConfigError of a task that is not the paper's."""
     known = task_of(task)
-    for name in () if known is None else list(known.files.values())[:1]:
-        if find_file(folder, name) is None:
+    if known is None:
+        raise ConfigError(f"{task} has no local form; leave out --data, or name tasks of the paper: {', '.join(TASKS)}")
+    for split, name in known.files.items():
+        if split in known.needed and find_file(folder, name) is None:
             raise _missing(task, folder, name)
 
 
@@ -175,9 +177,13 @@ def _strategyqa(record: Doc) -> Doc:
 
 def _bigbench(record: Doc) -> tuple[str, str]:
     """Return input and right answer of a record of BIG-bench, by the hub's names or the authors'."""
-    if "inputs" in record:
-        return str(record["inputs"]).split("\n\n")[-1].removeprefix("Q: ").split("\n")[0], record["targets"][0]
-    return record["input"], record["target"]
+    if "inputs" not in record:
+        return record["input"], record["target"]
+    lines = [line.strip() for line in str(record["inputs"]).split("\n")]
+    for mark in ("Statement: ", "Q: "):
+        if marked := [line.removeprefix(mark) for line in lines if line.startswith(mark)]:
+            return marked[-1], record["targets"][0]
+    raise ValueError("inputs has no line that begins with Statement: or Q:")
 
 
 def _date(record: Doc) -> Doc:

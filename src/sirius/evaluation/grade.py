@@ -7,21 +7,21 @@ from collections.abc import Callable, Sequence
 from statistics import mean
 from typing import Any
 
-PHRASE = re.compile(r"answer is:?[ \t]*", re.IGNORECASE)
-LETTER = re.compile(r"\(?([A-H])\)?(?![A-Za-z])", re.IGNORECASE)
+PHRASES = [re.compile(rf"{words}:?[ \t]*", re.IGNORECASE) for words in ("so the answer is", "answer is")]
+LETTER = re.compile(r"\(([A-Ha-h])\)|([A-H])(?![A-Za-z])|([a-h])(?=[.,:;)]|\s*$)")  # not the article "a"
 WORD = re.compile(r"\W*(yes|no)\b", re.IGNORECASE)
 DATE = re.compile(r"\W*(\d{1,2})/(\d{1,2})/(\d{4})")
 
 
 def answer_after(text: str) -> str | None:
-    """Return what follows the first "answer is", to the end of its line; None where the phrase is missing."""
-    found = PHRASE.search(text)
+    """Return what follows the first "so the answer is" or else "answer is", to the end of its line; None of neither."""
+    found = next((match for phrase in PHRASES if (match := phrase.search(text))), None)
     return None if found is None else text[found.end() :].split("\n")[0]
 
 
 def _letter(text: str) -> str | None:
     found = LETTER.match(text.lstrip(" \t*\"'"))
-    return found and found[1].upper()
+    return found and (found[1] or found[2] or found[3]).upper()
 
 
 def _word(text: str) -> str | None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from sirius.core import AUTO
 from sirius.errors import ConfigError, FileError
 from sirius.evaluation.catalogue import setting_for
 from sirius.settings import NAMES, NONE, Setting
@@ -57,9 +58,9 @@ class Grid:
                 "values are chosen on items that are not tested: set limit (those tested) and validation (those after)"
             )
         for task in self.tasks:  # every setting is made once, so that a bad one is told at the beginning
-            self.fixed(task)
-            for _, options in self.choices(task):
-                assert options
+            settings = [*self.fixed(task), *(each for _, options in self.choices(task) for each in options)]
+            for each in settings:
+                _check_repeatable(each)
 
     def fixed(self, task: str) -> list[Setting]:
         """Return the settings of a task that are tested as they are, each once."""
@@ -76,7 +77,8 @@ class Grid:
             for base in _products({name: value for name, value in each.items() if name not in names}):
                 options = [setting_for(task, {**base, **own}) for own in _products(open_values)]
                 said = ", ".join(f"{name} {value}" for name, value in base.items())
-                groups.append((f"{said}; best of {', '.join(names)}", list(dict.fromkeys(options))))
+                among = ", ".join(f"{name} {'/'.join(map(str, own))}" for name, own in open_values.items())
+                groups.append((f"{said}; best of {among}", list(dict.fromkeys(options))))
         return groups
 
 
@@ -108,6 +110,16 @@ def read_grid(name: str, changes: Mapping[str, Any]) -> Grid:
 def study_names() -> list[str]:
     """Return the names of our own studies."""
     return sorted(path.stem for path in STUDIES.glob("*.yaml"))
+
+
+def _check_repeatable(setting: Setting) -> None:
+    """Raise ConfigError of a setting whose texts are not the same in another run."""
+    if setting.sparsity.shared_set:
+        raise ConfigError("shared_set makes a text depend on those decoded beside it, so that a sweep cannot resume")
+    if setting.correction is not None and setting.correction.period == AUTO and not setting.lossless:
+        raise ConfigError(
+            f"{setting.label()}: a lossy text of period auto depends on the speed of the machine; give a period"
+        )
 
 
 def _chosen(grid: Mapping[str, Any]) -> list[str]:

@@ -3,10 +3,12 @@
 `lm_eval --model sirius` finds it where lm-eval loads plug-ins; otherwise import this module first.
 """
 
+import json
 import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,6 +20,7 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, po
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
 from sirius.core import SamplingConfig
 from sirius.demo.embedded import FOLDER, check_embedded
@@ -26,12 +29,11 @@ from sirius.errors import ConfigError, SiriusError
 from sirius.evaluation.catalogue import setting_for
 from sirius.evaluation.completions import Completions, key_of
 from sirius.evaluation.ranks import Ranks
-from sirius.settings import NAMES, Setting, make_setting
+from sirius.settings import Setting, make_setting
 from sirius.stats import Stats, combine
 
 EMBEDDED = "embedded"
 NO_LIMIT = 2**20  # tokens of a context that has none
-ROLLING = 4096  # tokens that a window of a long text has at most
 NEW_TOKENS = 256  # of a task that does not say, as in lm-eval's own models
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed")
 PASSED_OVER = {"do_sample", "until", "max_gen_toks", "num_beams", "use_cache"}
@@ -102,6 +104,8 @@ class SiriusLM(TemplateLM):
             completions = Completions(Path(completions), self._rank)
         self.completions = completions
         self.identity = {"model": self.name, "revision": revision, "dtype": str(self.engine.model.dtype)}
+        if completions is not None:
+            completions.check_model(json.dumps(self.identity), fingerprint(self.engine.model))
         self.stats: dict[str, list[Mapping[str, Any]]] = {}  # by task, on rank 0
 
     # --- lm-eval's questions about the model
@@ -239,7 +243,11 @@ class SiriusLM(TemplateLM):
     def known(self, asked: Sequence[Asked], setting: Setting) -> list[dict[str, Any] | None]:
         """Return what `completions` holds of each prompt, None of those that are not decoded."""
         assert self.completions is not None
-        return [self.completions.found.get(key) for key in self._texts(asked, setting)[1]]
+        return [self.completions.found.get(key) for key in self.keys(asked, setting)]
+
+    def keys(self, asked: Sequence[Asked], setting: Setting) -> list[str]:
+        """Return the key of each prompt's sample."""
+        return self._texts(asked, setting)[1]
 
     def _texts(self, asked: Sequence[Asked], setting: Setting) -> tuple[list[Wanted], list[str]]:
         """Return the tokens of each prompt with the options of its text, and the keys of their samples.
@@ -280,8 +288,8 @@ class SiriusLM(TemplateLM):
         return [self._rolling(*each.args) for each in requests]
 
     def _rolling(self, text: str) -> float:
-        window = min(self.max_length, ROLLING)
-        windows = get_rolling_token_windows(self.tok_encode(text), self.prefix_token_id, window, context_len=1)
+        tokens, first = self.tok_encode(text), self.prefix_token_id
+        windows = get_rolling_token_windows(tokens, first, self.max_length, context_len=1)
         pairs = [make_disjoint_window(each) for each in windows]
         return sum(each.total for each in self.engine.score(pairs, batch_size=self.batch_size))
 
@@ -289,22 +297,27 @@ class SiriusLM(TemplateLM):
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **kwargs: Any
     ) -> list[tuple[float, bool]]:
         pairs = [(before, after) for _, before, after in requests]
-        cut = [(before[max(0, len(before) + len(after) - self.max_length) :], after) for before, after in pairs]
+        cut = [(before[max(0, len(before) + len(after) - 1 - self.max_length) :], after) for before, after in pairs]
         return [(each.total, all(each.greedy)) for each in self.engine.score(cut, batch_size=self.batch_size)]
 
 
 register_model("sirius")(SiriusLM)
 
 
-def check_setting(arguments: Mapping[str, Any]) -> None:
-    """Raise ConfigError where the arguments of `SiriusLM` hold a setting that does not fit."""
-    make_setting({name: value for name, value in arguments.items() if name in NAMES})
+def fingerprint(model: PreTrainedModel) -> str:
+    """Return a digest of the first numbers of every weight, which another checkpoint has not."""
+    digest = sha256()
+    for name, weight in model.named_parameters():
+        first = weight[(0,) * (weight.ndim - 1)][:64].detach().float().cpu()
+        digest.update(f"{name} {list(weight.shape)} {first.tolist()}".encode())
+    return digest.hexdigest()[:16]
 
 
 def figures(stats: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return the figures of several texts together, from those of each."""
-    tuples = [{**each, "acceptance_histogram": tuple(each["acceptance_histogram"])} for each in stats]
-    return asdict(combine([Stats(**each) for each in tuples]))
+    lossless = all(each["lossless"] for each in stats)  # texts of several devices may differ in it
+    common = [{**each, "acceptance_histogram": tuple(each["acceptance_histogram"])} for each in stats]
+    return asdict(combine([Stats(**{**each, "lossless": lossless}) for each in common]))
 
 
 def _sampling_of(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -331,8 +344,8 @@ def _engine(pretrained: str | Engine, options: Mapping[str, Any]) -> Engine:
 
 
 def _device(device: str | None) -> str:
-    """Return the device; lm-eval's own default is a GPU, there or not."""
-    return "auto" if device is None or (device.startswith("cuda") and not torch.cuda.is_available()) else device
+    """Return the device; lm-eval's own default is the first GPU, there or not."""
+    return "auto" if device in (None, "cuda:0") else device
 
 
 def _batch_size(given: int | str) -> int:

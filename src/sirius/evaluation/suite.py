@@ -1,5 +1,6 @@
 """The paper's tasks as lm-eval loads them: our own files, and lm-eval's with local data under them."""
 
+import json
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -45,8 +46,9 @@ def suite_folder(data: Path | None) -> Iterator[Path]:
         return
     with TemporaryDirectory(prefix="sirius-tasks-") as made:
         for name, include in _includes():
-            folder = data.resolve() if TASKS.get(name, TASKS[SUBJECTS]).files else "null"
-            (Path(made) / f"{name}.yaml").write_text(LOCAL.format(include=include, task=name, folder=folder))
+            folder = json.dumps(str(data.resolve()) if TASKS.get(name, TASKS[SUBJECTS]).files else None)
+            text = LOCAL.format(include=json.dumps(str(include)), task=name, folder=folder)
+            (Path(made) / f"{name}.yaml").write_text(text)
         yield Path(made)
 
 
@@ -96,3 +98,12 @@ def load_tasks(names: Sequence[str], manager: TaskManager) -> dict[str, Task]:
             f"the data of {', '.join(names)} cannot be loaded ({type(error).__name__}: {error}); give a folder of "
             "local files by --data"
         ) from error
+
+
+def check_shots(name: str, task: Task, shots: int) -> None:
+    """Raise ConfigError where a task cannot show so many worked examples, or shows none whatever is asked."""
+    if task.config.num_fewshot == 0 and shots:
+        raise ConfigError(f"{name} shows no worked examples, so {shots} would change nothing")
+    count = len(list(task.fewshot_docs())) if shots else 0
+    if shots > count:
+        raise ConfigError(f"{name} has {count} worked examples; got {shots}")

@@ -5,6 +5,7 @@ there. So a process that dies costs its unfinished samples alone, and the result
 """
 
 import json
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -21,7 +22,6 @@ from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager
 
 from sirius.benchmark.facts import facts
-from sirius.benchmark.record import save
 from sirius.engine import Engine
 from sirius.errors import ConfigError, FileError
 from sirius.evaluation.catalogue import task_of
@@ -29,12 +29,12 @@ from sirius.evaluation.completions import Completions
 from sirius.evaluation.grid import Grid
 from sirius.evaluation.lm import Asked, SiriusLM, figures
 from sirius.evaluation.ranks import Ranks
-from sirius.evaluation.suite import load_tasks
+from sirius.evaluation.suite import check_shots, load_tasks
 from sirius.settings import Setting
 
 SEED = 1234  # of the choice of worked examples, lm-eval's own
-PATIENCE = 60.0  # seconds without a new sample, after which another process counts as dead
 TEST, VALIDATION = "test", "validation"
+POLL = 1.0  # seconds between two looks at what other processes have finished
 
 
 @dataclass(frozen=True)
@@ -51,11 +51,10 @@ class Cell:
     items: range | None
     choice: str | None = None
 
-    def asked(self, grid: Grid, model: Mapping[str, Any]) -> dict[str, Any]:
-        """Return everything that the result depends on, as JSON holds it."""
-        items = None if self.items is None else [self.items.start, self.items.stop]
-        shown = {"task": self.task, "setting": self.setting.flat(), "split": self.split, "items": items}
-        return {**shown, "choice": self.choice, "shots": grid.shots, "chat": grid.chat, "model": dict(model)}
+    def of(self, task: Task) -> list[int]:
+        """Return the numbers of the items of one part, which may have fewer."""
+        count = len(task.eval_docs)
+        return list(range(count)) if self.items is None else [item for item in self.items if item < count]
 
 
 @dataclass
@@ -73,6 +72,7 @@ class Sweep:
     parts: Mapping[str, Mapping[str, Task]]
     folder: Path
     name: str
+    revision: str | None = None
     batch_size: int = 8
     allowed: bool = False
     command: str = ""
@@ -87,16 +87,19 @@ class Sweep:
             raise FileError(f"cannot write {self.folder}: {error.strerror or error}") from error
         one = Ranks()  # lm-eval grades in each process what all of them decoded
         options: dict[str, Any] = {"batch_size": self.batch_size, "ranks": one, "quiet": True, "name": self.name}
+        options["revision"] = self.revision
         self.lm = SiriusLM(self.engine, completions=self.completions, **options)
         self.model = {**self.lm.identity, "parameters": self.engine.model.num_parameters()}
         self.requests: dict[tuple[str, range | None], list[Instance]] = {}
+        self.paths: dict[Cell, Path] = {}
 
     def run(self) -> list[Path]:
         """Decode and grade everything, and return the files of the tested cells."""
         firsts, groups = self.cells()
-        self._finish([*firsts, *(cell for group in groups for cell in group)])
-        best = [self._best(group) for group in groups]
-        self._finish(best)
+        with self.completions.alive():
+            self._finish([*firsts, *(cell for group in groups for cell in group)])
+            best = [self._best(group) for group in groups]
+            self._finish(best)
         return [self._path(cell) for cell in dict.fromkeys([*firsts, *best])]
 
     def cells(self) -> tuple[list[Cell], list[list[Cell]]]:
@@ -125,10 +128,12 @@ class Sweep:
             self._decode(cell, (self.ranks.rank, self.ranks.size))
             if self.ranks.size == 1:
                 self._grade(cell)
-        for cell in todo if self.ranks.size > 1 else ():
+        begin = self.ranks.rank if self.ranks.size > 1 else len(todo)  # each begins to grade with another cell
+        for cell in [*todo[begin:], *todo[:begin]] if self.ranks.size > 1 else ():
             self._wait_for_others(cell)
-            self._decode(cell, (0, 1))
-            self._grade(cell)
+            if not self._path(cell).exists():
+                self._decode(cell, (0, 1))
+                self._grade(cell)
 
     def _decode(self, cell: Cell, share: tuple[int, int]) -> None:
         asked = [cast("Asked", each.args) for each in self._requests(cell)]
@@ -141,15 +146,12 @@ class Sweep:
         return [request for request, sample in zip(requests, known, strict=True) if sample is None]
 
     def _wait_for_others(self, cell: Cell) -> None:
-        """Wait until a cell is whole, or no process has finished a sample for a while."""
-        began, count = time.monotonic(), -1
-        while self._unfinished(cell):
-            if len(self.completions.found) != count:
-                began, count = time.monotonic(), len(self.completions.found)
-            if time.monotonic() - began > PATIENCE:
-                return
-            time.sleep(min(1.0, PATIENCE / 10))
+        """Wait until a cell is whole, or no other process is at work."""
+        keys = self._keys(cell)
+        while not self.completions.found.keys() >= keys and self.completions.others_alive():
+            time.sleep(POLL)
             self.completions.read()
+        self.completions.read()
 
     def _requests(self, cell: Cell) -> list[Instance]:
         """Return lm-eval's requests of a cell, all of its parts together."""
@@ -159,7 +161,7 @@ class Sweep:
         for task in self.parts[cell.task].values():
             task.set_fewshot_seed(SEED)  # its draws go on from call to call
             task.build_all_requests(
-                samples=None if cell.items is None else list(cell.items),
+                samples=cell.of(task),
                 rank=0,
                 world_size=1,
                 apply_chat_template=self.grid.chat,
@@ -181,7 +183,7 @@ class Sweep:
         parts = self.parts[cell.task]
         for task in parts.values():
             task.set_fewshot_seed(SEED)
-        items = None if cell.items is None else {name: list(cell.items) for name in parts}
+        items = {name: cell.of(task) for name, task in parts.items()}
         results = evaluate(
             self.lm,
             {"tasks": dict(parts)},
@@ -193,14 +195,15 @@ class Sweep:
             confirm_run_unsafe_code=self.allowed,
         )
         assert results is not None
-        save(self._path(cell), self._result(cell, cast("Mapping[str, Any]", results)["samples"]))
+        self._save(self._path(cell), self._result(cell, cast("Mapping[str, Any]", results)["samples"]))
 
     def _result(self, cell: Cell, graded: Mapping[str, list[dict[str, Any]]]) -> dict[str, Any]:
         known, whole = task_of(cell.task), {}
         for part, rows in graded.items():
             for row in rows:
                 name = row["doc_id"] if len(graded) == 1 else f"{part}:{row['doc_id']}"
-                scores = {f"{metric},{row['filter']}": float(row[metric]) for metric in row["metrics"]}
+                means = set(row["metrics"]) & _means(self.parts[cell.task][part])
+                scores = {f"{metric},{row['filter']}": float(row[metric]) for metric in sorted(means)}
                 whole.setdefault(name, {"id": name, "scores": {}})["scores"] |= scores
         samples = list(whole.values())
         names = list(samples[0]["scores"])
@@ -231,23 +234,44 @@ class Sweep:
         Of equal ones the one that reads fewest bytes per token is taken.
         """
 
+        task = next(iter(self.parts[group[0].task].values()))
+
         def merit(cell: Cell) -> tuple[float, float]:
             result = json.loads(self._path(cell).read_text())
-            return result["metrics"][result["metric"]]["value"], -result["stats"]["bytes_per_token"]
+            sign = 1 if (task.higher_is_better() or {}).get(result["metric"].split(",")[0], True) else -1
+            return sign * result["metrics"][result["metric"]]["value"], -result["stats"]["bytes_per_token"]
 
         best = max(group, key=merit)
         return replace(best, split=TEST, items=self._items(best.task)[0])
 
     def _items(self, name: str) -> tuple[range | None, range]:
         """Return the items of a task that are tested, and those held out for choices."""
-        limit, held_out = self.grid.limit, self.grid.validation
-        count = min(len(task.eval_docs) for task in self.parts[name].values())
+        limit = self.grid.limit
+        count = max(len(task.eval_docs) for task in self.parts[name].values())
         tested = None if limit is None else range(min(limit, count))
-        return tested, range(limit or 0, (limit or 0) + held_out)
+        return tested, range(limit or 0, (limit or 0) + self.grid.validation)
+
+    def _keys(self, cell: Cell) -> set[str]:
+        """Return the keys of a cell's samples."""
+        return set(self.lm.keys([cast("Asked", each.args) for each in self._requests(cell)], cell.setting))
 
     def _path(self, cell: Cell) -> Path:
-        asked = json.dumps(cell.asked(self.grid, self.model), sort_keys=True)
-        return self.folder / "cells" / f"{cell.task}-{sha256(asked.encode()).hexdigest()[:12]}.json"
+        """Return the file of a cell's result, whose name holds all that the result depends on."""
+        if (known := self.paths.get(cell)) is None:
+            versions = [str(task.VERSION) for task in self.parts[cell.task].values()]
+            asked = [sorted(self._keys(cell)), cell.split, cell.choice, version("lm_eval"), *versions]
+            digest = sha256(json.dumps(asked).encode()).hexdigest()[:12]
+            known = self.paths[cell] = self.folder / "cells" / f"{cell.task}-{digest}.json"
+        return known
+
+    def _save(self, path: Path, result: Mapping[str, Any]) -> None:
+        """Put a result in its place at once, whatever other processes do; raise FileError where that fails."""
+        own = path.with_name(f"{path.name}.{self.ranks.rank}.{os.getpid()}")
+        try:
+            own.write_text(json.dumps(result) + "\n", encoding="utf-8")
+            os.replace(own, path)
+        except OSError as error:
+            raise FileError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def load_parts(grid: Grid, manager: TaskManager, allowed: bool) -> dict[str, dict[str, Task]]:
@@ -262,6 +286,9 @@ def load_parts(grid: Grid, manager: TaskManager, allowed: bool) -> dict[str, dic
 
 def _parts(name: str, grid: Grid, manager: TaskManager, allowed: bool) -> dict[str, Task]:
     parts = load_tasks([name], manager)
+    known = task_of(name)
+    if known is not None and known.chat and not grid.chat:
+        raise ConfigError(f"{name} is a conversation; give --chat, or set chat: true in the grid")
     for part, task in parts.items():
         if task.OUTPUT_TYPE != "generate_until":
             raise ConfigError(
@@ -270,7 +297,10 @@ def _parts(name: str, grid: Grid, manager: TaskManager, allowed: bool) -> dict[s
             )
         if getattr(task, "UNSAFE_CODE", False) and not allowed:
             raise ConfigError(f"{part} runs code that the model writes; give --confirm-run-unsafe-code to allow it")
-        if grid.shots is not None and task.config.num_fewshot != 0:
+        if not _means(task):
+            raise ConfigError(f"{part} has no metric that is a mean over its items, and a sweep reports no other")
+        if grid.shots is not None:
+            check_shots(part, task, grid.shots)
             task.set_config("num_fewshot", grid.shots)
         elif task.config.num_fewshot is None:
             task.set_config("num_fewshot", 0)
@@ -280,6 +310,13 @@ def _parts(name: str, grid: Grid, manager: TaskManager, allowed: bool) -> dict[s
                 f"{part} has {count} items, and limit {grid.limit} and validation {grid.validation} need {asked}"
             )
     return parts
+
+
+def _means(task: Task) -> set[str]:
+    """Return the metrics of a task that are means over its items."""
+    return {
+        name for name, function in (task.aggregation() or {}).items() if getattr(function, "__name__", "") == "mean"
+    }
 
 
 def _summary(scores: Sequence[float]) -> dict[str, float]:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from sirius.core import OWN
 from sirius.errors import FileError
 from sirius.hf.door import bind
 from sirius.settings import NAMES, Setting, make_setting
@@ -54,6 +55,8 @@ def generate_with(values: Mapping[str, Any], model: Any, *args: Any, **kwargs: A
     values  as `make_setting` takes them
     """
     own = {name: kwargs.pop(name) for name in NAMES if name in kwargs}
+    if own.get("accept") in OWN and "threshold" not in own:
+        values = {name: value for name, value in values.items() if name != "threshold"}
     setting = make_setting({**values, **own})
     for name in ("custom_generate", "trust_remote_code"):
         kwargs.pop(name, None)
