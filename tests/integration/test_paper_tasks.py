@@ -78,3 +78,32 @@ def test_a_task_runs_from_its_data_to_its_score(task, engine, data):
     assert len(samples) == (1 if task in ("coqa", "cnn_dailymail") else 2)
     assert all(each["resps"][0][0] is not None for each in samples.values())
     assert found["config"]["sirius_tasks"][task]["threshold"] == known.threshold
+
+
+@pytest.mark.parametrize(
+    ("task", "shots"),
+    [("aqua_rat_cot", 4), ("csqa_cot", 5), ("strategyqa_cot", 5), ("date_cot", 5), ("sports_cot", 5)],
+)
+def test_a_worked_task_shows_its_examples_and_grades_the_right_answer_as_right(task, shots, data):
+    with suite_folder(data) as folder:
+        found = task_manager(folder, [task]).load([task])["tasks"][task]
+    found.set_fewshot_seed(1234)
+    found.build_all_requests(limit=1, rank=0, world_size=1)
+    (request,) = found.instances
+    prompt, options = request.args
+    assert prompt.count("So the answer is") == shots == prompt.count("\nA: ")
+    assert prompt.endswith(f"Q: {request.doc['question']}\nA:")
+    assert options["until"] == ["Q:"]
+    answer = request.doc["answer"]
+    for said, score in ((f" Thus. So the answer is ({answer}).", 1.0), (" So the answer is (none).", 0.0), ("", 0.0)):
+        assert found.process_results(request.doc, [said])["exact_match"] == score
+
+
+def test_stock_tasks_show_the_numbers_of_examples_of_the_paper(data):
+    for task, shots in (("gsm8k", 5), ("gsm8k_cot", 8), (SUBJECT, 4)):
+        with suite_folder(data) as folder:
+            found = task_manager(folder, [task]).load([task])["tasks"][task]
+        found.set_fewshot_seed(1234)
+        found.build_all_requests(limit=1, rank=0, world_size=1)
+        prompt, _ = found.instances[0].args
+        assert prompt.count("\nQuestion: " if task == "gsm8k" else "\nQ: ") == shots
