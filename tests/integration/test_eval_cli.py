@@ -51,7 +51,6 @@ def test_lm_evals_options_are_passed_through_and_our_figures_stored(sirius, tmp_
         (("--tasks", "demo_reasoning", "--model_args", "keep=1"), "--model_args would undo"),
         (("--tasks", "demo_reasoning", "-t", "gsm8k"), "-t would undo"),
         (("--tasks", "csqa_cot", "--num_fewshot", "300", "--data", "{shared}"), "5 worked examples; got 300"),
-        (("--tasks", "arc_easy", "--data", "{shared}"), "has no local form"),
         (("--tasks", "demo_reasoning", "--log_samples"), "lm-eval refuses the options: Specify --output_path"),
         (("--tasks", "gsm8k", "--data", "nowhere"), "is a folder of local files"),
         (("--tasks", "demo_reasoning", "--sparsity", "finer"), "finer"),

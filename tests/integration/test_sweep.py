@@ -22,14 +22,14 @@ def start(folder: Path, rank: int = 0, size: int = 1) -> subprocess.Popen:
     return subprocess.Popen([sys.executable, sweeping.__file__, str(folder)], env={**os.environ, **names})
 
 
-def saved(folder: Path) -> int:
-    """Return how many samples all processes have saved."""
-    return sum(path.read_bytes().count(b"\n") for path in folder.glob("completions/*.jsonl"))
+def saved(folder: Path, rank: int | str = "*") -> int:
+    """Return how many samples all processes, or one of them, have saved."""
+    return sum(path.read_bytes().count(b"\n") for path in folder.glob(f"completions/rank{rank}.jsonl"))
 
 
-def kill_after(process: subprocess.Popen, folder: Path, samples: int) -> None:
-    """Kill a process as soon as so many samples are saved."""
-    while saved(folder) < samples:
+def kill_after(process: subprocess.Popen, folder: Path, samples: int, rank: int = 0) -> None:
+    """Kill process `rank` as soon as it has saved so many samples."""
+    while saved(folder, rank) < samples:
         assert process.poll() is None, "it ended before it could be killed"
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
@@ -74,12 +74,12 @@ def test_a_sweep_killed_half_way_comes_to_the_results_of_an_undisturbed_one(undi
 
 def test_two_processes_come_to_the_results_of_one_though_one_of_them_is_killed(undisturbed, tmp_path):
     first, second = start(tmp_path, 0, 2), start(tmp_path, 1, 2)
-    kill_after(second, tmp_path, 6)
+    kill_after(second, tmp_path, 3, rank=1)
     assert first.wait(timeout=300) == 0
     assert sweeping.results(tmp_path) == sweeping.results(undisturbed)
-    shares = [path.read_bytes().count(b"\n") for path in sorted(tmp_path.glob("completions/*.jsonl"))]
-    assert min(shares) > 0, "each decodes a share"
-    assert sum(shares) <= saved(undisturbed) + 2  # at most what the killed one had at work is decoded twice
+    assert (
+        saved(tmp_path, 0) < saved(undisturbed) <= saved(tmp_path)
+    )  # what the killed one had saved was not decoded again
 
 
 @pytest.mark.slow
@@ -93,7 +93,6 @@ def test_two_processes_share_the_work_and_come_to_the_results_of_one(undisturbed
     ("arguments", "said"),
     [
         (("table9",), "there is no grid"),
-        (("period", "--tasks", "gsm9k"), "there is no task 'gsm9k'"),
         (("period", "--tasks", "mmlu_abstract_algebra"), "cannot be loaded"),
         (("period", "--data", "{folder}"), "gsm8k needs"),
         (("period", "--data", "{folder}/none"), "is a folder"),
