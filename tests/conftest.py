@@ -5,6 +5,7 @@ import importlib.util
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("SIRIUS_TEST_GPU", "")  # none: one device for both sides
@@ -103,11 +104,11 @@ def shape(tmp_path) -> str:
 
 
 @pytest.fixture
-def bench(monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
-    """Run `sirius bench` with these arguments; gives the exit code and what was printed, out and err."""
+def sirius_command(monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
+    """Run `sirius` with these arguments; gives the exit code and what was printed, out and err."""
 
     def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["sirius", "bench", *map(str, arguments)])
+        monkeypatch.setattr(sys, "argv", ["sirius", *map(str, arguments)])
         try:
             cli.main()
             code = 0
@@ -117,6 +118,12 @@ def bench(monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
         return code, printed.out, printed.err
 
     return run
+
+
+@pytest.fixture
+def bench(sirius_command) -> Callable[..., tuple[int, str, str]]:
+    """Run `sirius bench` with these arguments."""
+    return partial(sirius_command, "bench")
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 from conftest import greedy, tiny_model
 from sirius import Engine, prepare, sparsity
 from sirius.cli import app
+from sirius.decoding import accept
 from sirius.sparsity import base
 
 pytestmark = pytest.mark.integration
@@ -31,6 +32,7 @@ def test_the_method_of_the_guide_runs(monkeypatch):
     from sirius.demo.embedded import FOLDER
 
     monkeypatch.setattr(base, "_METHODS", dict(base._METHODS))
+    monkeypatch.setattr(accept, "_RULES", dict(accept._RULES))
     exec(compile(blocks("docs/adding-a-method.md", "python"), "adding-a-method.md", "exec"), {"__name__": "guide"})
     assert "mean-magnitude" in sparsity.known()
     done = Engine.load(str(FOLDER)).generate([1, 2, 30, 3], max_new_tokens=20, sparsity="mean-magnitude")

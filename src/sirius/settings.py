@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from sirius.core import AUTO, OWN, PAPER, CorrectionConfig, SparsityConfig
+from sirius.core import OWN, PAPER, CorrectionConfig, SparsityConfig
 from sirius.errors import ConfigError
 
 NONE = "none"  # the sparsity method that keeps every neuron: the full model
@@ -83,19 +83,25 @@ def make_setting(values: Mapping[str, Any]) -> Setting:
         if idle := sorted(given - {"sparsity", "correct"}) + ["correct"] * bool(values.get("correct")):
             raise ConfigError(f"{', '.join(idle)} would change nothing with sparsity none, which drafts nothing")
         return Setting(SparsityConfig(NONE), None)
-    sparsity = SparsityConfig(**{RENAMED.get(name, name): values[name] for name in SPARSE if name in values})
-    correct, preset = values.get("correct", True), values.get("preset")
+    correct = values.get("correct", True)
     if not isinstance(correct, bool):
         raise ConfigError(f"correct is true or false; got {correct!r}")
+    if not correct and (idle := sorted(given & {"preset", "refresh", *CORRECTING})):
+        raise ConfigError(f"{', '.join(idle)} would change nothing without correction; leave out correct: false")
+    return Setting(make_sparsity(values), make_correction(values) if correct else None)
+
+
+def make_sparsity(values: Mapping[str, Any]) -> SparsityConfig:
+    """Return the sparsity of a setting's names and values; raise ConfigError of values that are out of range."""
+    return SparsityConfig(**{RENAMED.get(name, name): values[name] for name in SPARSE if name in values})
+
+
+def make_correction(values: Mapping[str, Any]) -> CorrectionConfig:
+    """Return the correction of a setting's names and values; raise ConfigError of values that are out of range."""
+    preset = values.get("preset")
     if preset not in (None, PAPER):
         raise ConfigError(f"preset is {PAPER!r}; got {preset!r}")
     rules = {name: values[name] for name in CORRECTING if name in values}
-    if not correct:
-        if idle := sorted(given & {"preset", "refresh", *CORRECTING}):
-            raise ConfigError(f"{', '.join(idle)} would change nothing without correction; leave out correct: false")
-        return Setting(sparsity, None)
-    if rules.get("period", AUTO) != AUTO and isinstance(rules["period"], str) and rules["period"].isdigit():
-        rules["period"] = int(rules["period"])
     ablate = rules.get("ablate", ())
     rules["ablate"] = tuple(filter(None, ablate.split("+"))) if isinstance(ablate, str) else ablate
-    return Setting(sparsity, (CorrectionConfig if preset is None else CorrectionConfig.paper)(**rules))
+    return (CorrectionConfig if preset is None else CorrectionConfig.paper)(**rules)

@@ -8,7 +8,7 @@ from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
-from sirius import ConfigError
+from sirius import ConfigError, Engine
 from sirius.demo.embedded import FOLDER
 from sirius.evaluation.completions import Completions
 from sirius.evaluation.lm import SiriusLM
@@ -44,8 +44,19 @@ def test_texts_are_those_of_lm_evals_own_model(ours, theirs):
         assert not any(stop in text for stop in until for text in got)
 
 
+def test_texts_end_where_the_tokenizer_says_though_the_model_does_not(ours, theirs):
+    engine = Engine(ours.engine.model, ours.engine.tokenizer)
+    engine.ends = frozenset()
+    chat = ours.apply_chat_template([{"role": "user", "content": PROMPTS[0]}])
+    asked = [(chat, {"until": [], "do_sample": False, "max_gen_toks": 60})]
+    got = SiriusLM(engine, quiet=True).generate_until(requests("generate_until", asked), disable_tqdm=True)
+    assert got == theirs.generate_until(requests("generate_until", asked), disable_tqdm=True)
+    assert engine.ends == frozenset()
+
+
 def test_log_probabilities_are_those_of_lm_evals_own_model(ours, theirs):
     pairs = [(PROMPTS[0], " 22"), (PROMPTS[0], " 38 coins"), ("", "Tina"), (f"{PROMPTS[2]} ", "He sells 2.")]
+    pairs.append((" ".join(PROMPTS * 20), " He has 4 bags."))  # longer than the context
     got = ours.loglikelihood(requests("loglikelihood", pairs), disable_tqdm=True)
     want = theirs.loglikelihood(requests("loglikelihood", pairs), disable_tqdm=True)
     assert [each[0] for each in got] == pytest.approx([each[0] for each in want], abs=1e-3)

@@ -3,30 +3,19 @@
 import json
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 
 from made_cells import oracle, record, studies, write
-from sirius import cli
 
 pytestmark = pytest.mark.integration
 
 
 @pytest.fixture
-def report(monkeypatch, capsys):
-    """Run `sirius report` with these arguments; gives the exit code and what was printed, out and err."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["sirius", "report", *map(str, arguments)])
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as end:
-            code = int(end.code or 0)
-        printed = capsys.readouterr()
-        return code, printed.out, printed.err
-
-    return run
+def report(sirius_command):
+    """Run `sirius report` with these arguments."""
+    return partial(sirius_command, "report")
 
 
 def test_markdown_is_printed_where_no_file_is_asked_for(report, tmp_path):

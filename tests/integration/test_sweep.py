@@ -13,7 +13,7 @@ pytest.importorskip("lm_eval")
 
 import sweeping
 
-from sirius import cli
+from conftest import SHARED
 
 
 def start(folder: Path, rank: int = 0, size: int = 1) -> subprocess.Popen:
@@ -56,6 +56,7 @@ def test_a_sweep_saves_every_sample_and_chooses_on_items_that_it_does_not_test(u
         best = max(other["metrics"][other["metric"]]["value"] for other in mine)
         used = next(other for other in mine if other["setting"] == each["setting"])
         assert used["metrics"][used["metric"]]["value"] == best
+    assert next(each for each in chosen if each["task"] == "demo_reasoning")["setting"]["keep"] == 0.9
 
 
 def test_a_sweep_that_is_done_decodes_nothing_again(undisturbed):
@@ -101,18 +102,11 @@ def test_two_processes_share_the_work_and_come_to_the_results_of_one(undisturbed
         (("table2", "--tasks", "humaneval", "--data", "{shared}"), "--confirm-run-unsafe-code"),
     ],
 )
-def test_what_cannot_be_swept_is_told_in_one_line_before_a_model_is_loaded(
-    arguments, said, monkeypatch, capsys, tmp_path
-):
-    from conftest import SHARED
-
+def test_what_cannot_be_swept_is_told_in_one_line_before_a_model_is_loaded(arguments, said, sirius_command, tmp_path):
     if "{shared}" in arguments and not (SHARED / "data").is_dir():
         pytest.skip("the evaluation data is not on this machine")
     given = [each.format(folder=tmp_path, shared=SHARED / "data") for each in arguments]
-    monkeypatch.setattr(sys, "argv", ["sirius", "sweep", *given, "--output", str(tmp_path / "out"), "--model", "none"])
-    with pytest.raises(SystemExit) as end:
-        cli.main()
-    printed = capsys.readouterr().err
-    assert end.value.code == 2
-    assert said in " ".join(printed.split())
-    assert "Traceback" not in printed
+    code, _, err = sirius_command("sweep", *given, "--output", tmp_path / "out", "--model", "none")
+    assert code == 2
+    assert said in " ".join(err.split())
+    assert "Traceback" not in err

@@ -41,6 +41,11 @@ def test_a_setting_comes_back_from_a_file_as_it_was(sparsity, correction):
     assert again.label() == setting.label()
 
 
+def test_a_file_says_the_threshold_that_counts():
+    assert make_setting({"accept": "threshold", "period": 4}).flat()["threshold"] == 0.1
+    assert make_setting({"accept": "argmax", "period": 4}).flat()["threshold"] is None
+
+
 def test_the_full_model_is_one_setting():
     assert make_setting({"sparsity": "none"}) == make_setting({"sparsity": "none", "correct": False, "keep": 0.5})
     assert make_setting({"sparsity": "none"}).label() == "full"

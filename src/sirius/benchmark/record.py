@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from socket import gethostname
 from typing import Any
 
 from sirius.errors import FileError
@@ -44,7 +45,7 @@ def begun(path: Path, record: Mapping[str, Any]) -> dict[str, Any]:
 
 def save(path: Path, record: Mapping[str, Any]) -> None:
     """Put a record in the place of what a file holds, at once; raise FileError where that cannot be written."""
-    unfinished = path.with_name(path.name + ".unfinished")
+    unfinished = path.with_name(f"{path.name}.{gethostname()}.{os.getpid()}.unfinished")  # others may write it too
     try:
         unfinished.write_text(to_line(record), encoding="utf-8")
         os.replace(unfinished, path)

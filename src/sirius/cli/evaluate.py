@@ -73,6 +73,8 @@ def evaluate(
     asked = Asked.of(context, **OTHERS)
     check_effect(asked)
     check_lm_eval()
+    from sirius.model.loading import find_device
+
     load = {"dtype": dtype, "revision": revision, "max_context": max_context, "trust_remote_code": trust_remote_code}
     load["completions"] = None if completions is None else str(completions)
     given = {name: value for name, value in load.items() if value not in (None, False)}
@@ -80,6 +82,7 @@ def evaluate(
     names = [each.strip() for each in tasks.split(",") if each.strip()]
     own = ["--device", device, "--batch_size", str(batch_size), *options]
     use_threads(threads)
+    find_device(device)  # lm-eval's own default, cuda:0, means any device there
     run(names, data, given, own)
 
 

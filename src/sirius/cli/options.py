@@ -127,7 +127,7 @@ def setting_of(asked: Asked) -> dict[str, Any]:
     check_method(asked, find(asked["sparsity"]))
     check_rule(asked["accept"])
     found = {name: asked[name] for name in NAMES if name in asked.given}
-    return found | ({"ablate": "+".join(found["ablate"])} if "ablate" in found else {})
+    return found | ({"period": _period(found["period"])} if "period" in found else {})
 
 
 def check_method(asked: Asked, factory: "Factory | None") -> None:
@@ -158,31 +158,21 @@ def check_hot(asked: Asked, any_hot: bool) -> None:
 
 def make_options(asked: Asked) -> dict[str, Any]:
     """Return the options of `Engine.generate`; raise ConfigError where they are out of range or contradict."""
-    from sirius.core import CorrectionConfig, Request, SamplingConfig, SparsityConfig, check_together
-    from sirius.decoding import check_rule
-    from sirius.sparsity import find
+    from sirius.core import Request, SamplingConfig, check_together
+    from sirius.settings import make_correction, make_sparsity
 
-    check_method(asked, find(asked["sparsity"]))  # a wrong name is told before a large model is loaded
+    setting = setting_of(asked)  # what is wrong is told before a large model is loaded
     stop, budget = tuple(asked["stop"]) if asked["stop"] else None, asked["max_new_tokens"]
-    Request((0,), 1 if budget is None else budget, stop or ())  # so are these
-    threshold = asked["sparsity_threshold"]
-    sparse = (asked[name] for name in ("per_branch", "shared_set", "refresh"))
-    correction = None
-    if asked["correct"]:
-        rules = {name: asked[name] for name in CORRECTING if asked["preset"] is None or name in asked.given}
-        changed = {"period": _period, "ablate": lambda parts: tuple(parts or ())}
-        rules = {name: changed[name](value) if name in changed else value for name, value in rules.items()}
-        correction = (CorrectionConfig if asked["preset"] is None else CorrectionConfig.paper)(**rules)
+    Request((0,), 1 if budget is None else budget, stop or ())
+    correction = make_correction(setting) if asked["correct"] else None
     sampling = SamplingConfig(
         **{name: asked[name] for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed")}
     )
     check_together(sampling, correction)
-    if correction is not None:
-        check_rule(correction.accept)
     return {
         "max_new_tokens": budget,
         "stop": stop,
-        "sparsity": SparsityConfig(asked["sparsity"], asked["keep"], threshold, *sparse),
+        "sparsity": make_sparsity(setting),
         "correction": correction,
         "sampling": sampling,
     }

@@ -10,6 +10,7 @@ from pathlib import Path
 from threading import Event, Thread
 from typing import Any
 
+from sirius.benchmark.record import save
 from sirius.errors import FileError
 
 BEAT = 2.0  # seconds between two signs of life of a process
@@ -67,9 +68,7 @@ class Completions:
             known = json.loads(path.read_text()) if path.exists() else {}
             if known.setdefault(name, fingerprint) != fingerprint:
                 raise FileError(f"{self.folder} holds samples of other weights of {name}; choose another folder")
-            own = path.with_name(f"{path.name}.{os.getpid()}")
-            own.write_text(json.dumps(known))
-            os.replace(own, path)
+            save(path, known)
 
     @contextmanager
     def alive(self) -> Iterator[None]:

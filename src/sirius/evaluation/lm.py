@@ -39,6 +39,7 @@ SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "see
 PASSED_OVER = {"do_sample", "until", "max_gen_toks", "num_beams", "use_cache"}
 Asked = tuple[str, dict[str, Any]]  # a prompt, and lm-eval's options for what follows it
 Wanted = tuple[tuple[int, ...], dict[str, Any]]  # a prompt's tokens, and our options
+TOGETHER = 16  # batches of given texts that are sorted by their length, between two looks at the clock
 log = logging.getLogger(__name__)
 
 
@@ -94,7 +95,6 @@ class SiriusLM(TemplateLM):
         if self.engine.tokenizer is None:
             raise ConfigError("lm-eval's tasks are texts, and this model has no tokenizer")
         self.tokenizer: Any = self.engine.tokenizer
-        self.engine.ends |= {self.eot_token_id}  # lm-eval's own models end there too
         place = pretrained if isinstance(pretrained, str) else self.engine.model.config.name_or_path
         self.name = str(place if name is None else name)
         self._rank, self._world_size = self.ranks.rank, self.ranks.size
@@ -106,6 +106,7 @@ class SiriusLM(TemplateLM):
         self.identity = {"model": self.name, "revision": revision, "dtype": str(self.engine.model.dtype)}
         if completions is not None:
             completions.check_model(json.dumps(self.identity), fingerprint(self.engine.model))
+        self.tokens: dict[str, list[int]] = {}  # of prompts
         self.stats: dict[str, list[Mapping[str, Any]]] = {}  # by task, on rank 0
 
     # --- lm-eval's questions about the model
@@ -240,11 +241,6 @@ class SiriusLM(TemplateLM):
             on_sample()
         return [{**found, **own}.get(key) for key in keys]
 
-    def known(self, asked: Sequence[Asked], setting: Setting) -> list[dict[str, Any] | None]:
-        """Return what `completions` holds of each prompt, None of those that are not decoded."""
-        assert self.completions is not None
-        return [self.completions.found.get(key) for key in self.keys(asked, setting)]
-
     def keys(self, asked: Sequence[Asked], setting: Setting) -> list[str]:
         """Return the key of each prompt's sample."""
         return self._texts(asked, setting)[1]
@@ -256,15 +252,15 @@ class SiriusLM(TemplateLM):
         """
         seen: Counter[str] = Counter()
         texts: list[Wanted] = []
-        cut = 0
+        cut, eos = 0, self.tokenizer.decode([self.eot_token_id])
         for prompt, options in asked:
             given: dict[str, Any] = dict(normalize_gen_kwargs(options, self.max_gen_toks))
             budget, room = int(given["max_gen_toks"]), self.max_length - int(given["max_gen_toks"])
             if room < 1:
                 raise ConfigError(f"max_gen_toks {budget} leaves no room in the model's context of {self.max_length}")
-            tokens = self.tok_encode(prompt)
+            if (tokens := self.tokens.get(prompt)) is None:
+                tokens = self.tokens[prompt] = self.tok_encode(prompt)  # every setting asks the same prompts
             cut = max(cut, len(tokens) - room)
-            eos = self.tokenizer.decode([self.eot_token_id])
             stop = [each for each in handle_stop_sequences(list(given["until"]), eos) if each]
             sampling = _sampling_of(given)
             if sampling["temperature"] > 0 and sampling.get("seed") is None:
@@ -285,7 +281,11 @@ class SiriusLM(TemplateLM):
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Return the log-probability of each text, every token with as much before it as the context holds."""
-        return [self._rolling(*each.args) for each in requests]
+        found = []
+        for request in tqdm(requests, desc="log-probabilities", disable=disable_tqdm or self.quiet):
+            found.append(self._rolling(*request.args))
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, found[-1])
+        return found
 
     def _rolling(self, text: str) -> float:
         tokens, first = self.tok_encode(text), self.prefix_token_id
@@ -298,7 +298,15 @@ class SiriusLM(TemplateLM):
     ) -> list[tuple[float, bool]]:
         pairs = [(before, after) for _, before, after in requests]
         cut = [(before[max(0, len(before) + len(after) - 1 - self.max_length) :], after) for before, after in pairs]
-        return [(each.total, all(each.greedy)) for each in self.engine.score(cut, batch_size=self.batch_size)]
+        found: list[tuple[float, bool]] = []
+        begins = range(0, len(cut), TOGETHER * self.batch_size)
+        for begin in tqdm(begins, desc="log-probabilities", disable=bool(kwargs.get("disable_tqdm")) or self.quiet):
+            end = begin + TOGETHER * self.batch_size
+            scored = self.engine.score(cut[begin:end], batch_size=self.batch_size)
+            found += [(each.total, all(each.greedy)) for each in scored]
+            for (texts, _, _), answer in zip(requests[begin:end], found[begin:end], strict=True):
+                self.cache_hook.add_partial("loglikelihood", texts, answer)
+        return found
 
 
 register_model("sirius")(SiriusLM)

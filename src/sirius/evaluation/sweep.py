@@ -5,14 +5,12 @@ there. So a process that dies costs its unfinished samples alone, and the result
 """
 
 import json
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any, cast
 
 import torch
@@ -22,6 +20,7 @@ from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager
 
 from sirius.benchmark.facts import facts
+from sirius.benchmark.record import save
 from sirius.engine import Engine
 from sirius.errors import ConfigError, FileError
 from sirius.evaluation.catalogue import task_of
@@ -30,6 +29,7 @@ from sirius.evaluation.grid import Grid
 from sirius.evaluation.lm import Asked, SiriusLM, figures
 from sirius.evaluation.ranks import Ranks
 from sirius.evaluation.suite import check_shots, load_tasks
+from sirius.report.estimate import average
 from sirius.settings import Setting
 
 SEED = 1234  # of the choice of worked examples, lm-eval's own
@@ -124,12 +124,12 @@ class Sweep:
     def _finish(self, cells: Sequence[Cell]) -> None:
         """Decode and grade cells: this process's share first, then what others leave undone."""
         todo = [cell for cell in cells if not self._path(cell).exists()]
+        rank, size = self.ranks.rank, self.ranks.size
         for cell in todo:
-            self._decode(cell, (self.ranks.rank, self.ranks.size))
-            if self.ranks.size == 1:
+            self._decode(cell, (rank, size))
+            if size == 1:
                 self._grade(cell)
-        begin = self.ranks.rank if self.ranks.size > 1 else len(todo)  # each begins to grade with another cell
-        for cell in [*todo[begin:], *todo[:begin]] if self.ranks.size > 1 else ():
+        for cell in [*todo[rank:], *todo[:rank]] if size > 1 else []:  # each process begins to grade with another cell
             self._wait_for_others(cell)
             if not self._path(cell).exists():
                 self._decode(cell, (0, 1))
@@ -139,16 +139,13 @@ class Sweep:
         asked = [cast("Asked", each.args) for each in self._requests(cell)]
         self.lm.samples(asked, cell.setting, share=share, on_sample=self.on_sample)
 
-    def _unfinished(self, cell: Cell) -> list[Instance]:
-        requests = self._requests(cell)
-        asked = [cast("Asked", each.args) for each in requests]
-        known = self.lm.known(asked, cell.setting)
-        return [request for request, sample in zip(requests, known, strict=True) if sample is None]
+    def _unfinished(self, cell: Cell) -> set[str]:
+        """Return the keys of a cell's samples that no process has saved."""
+        return self._keys(cell) - self.completions.found.keys()
 
     def _wait_for_others(self, cell: Cell) -> None:
         """Wait until a cell is whole, or no other process is at work."""
-        keys = self._keys(cell)
-        while not self.completions.found.keys() >= keys and self.completions.others_alive():
+        while self._unfinished(cell) and self.completions.others_alive():
             time.sleep(POLL)
             self.completions.read()
         self.completions.read()
@@ -177,8 +174,6 @@ class Sweep:
 
     def _grade(self, cell: Cell) -> None:
         """Let lm-eval grade a cell that is whole, and save the result."""
-        if self._path(cell).exists():
-            return
         self.lm.values, self.lm.stats = cell.setting.flat(), {}
         parts = self.parts[cell.task]
         for task in parts.values():
@@ -195,7 +190,7 @@ class Sweep:
             confirm_run_unsafe_code=self.allowed,
         )
         assert results is not None
-        self._save(self._path(cell), self._result(cell, cast("Mapping[str, Any]", results)["samples"]))
+        save(self._path(cell), self._result(cell, cast("Mapping[str, Any]", results)["samples"]))
 
     def _result(self, cell: Cell, graded: Mapping[str, list[dict[str, Any]]]) -> dict[str, Any]:
         known, whole = task_of(cell.task), {}
@@ -216,7 +211,7 @@ class Sweep:
             "choice": cell.choice,
             "split": cell.split,
             "metric": known.metric if known is not None and known.metric in names else names[0],
-            "metrics": {name: _summary([each["scores"][name] for each in samples]) for name in names},
+            "metrics": {name: asdict(average([each["scores"][name] for each in samples])) for name in names},
             "samples": samples,
             "stats": figures(decoded),
             "chance": known.chance if known is not None else None,
@@ -233,7 +228,6 @@ class Sweep:
 
         Of equal ones the one that reads fewest bytes per token is taken.
         """
-
         task = next(iter(self.parts[group[0].task].values()))
 
         def merit(cell: Cell) -> tuple[float, float]:
@@ -259,19 +253,11 @@ class Sweep:
         """Return the file of a cell's result, whose name holds all that the result depends on."""
         if (known := self.paths.get(cell)) is None:
             versions = [str(task.VERSION) for task in self.parts[cell.task].values()]
-            asked = [sorted(self._keys(cell)), cell.split, cell.choice, version("lm_eval"), *versions]
-            digest = sha256(json.dumps(asked).encode()).hexdigest()[:12]
+            docs = [each.doc for each in self._requests(cell)]  # their answers too
+            asked = [sorted(self._keys(cell)), docs, cell.split, cell.choice, version("lm_eval"), *versions]
+            digest = sha256(json.dumps(asked, default=str).encode()).hexdigest()[:12]
             known = self.paths[cell] = self.folder / "cells" / f"{cell.task}-{digest}.json"
         return known
-
-    def _save(self, path: Path, result: Mapping[str, Any]) -> None:
-        """Put a result in its place at once, whatever other processes do; raise FileError where that fails."""
-        own = path.with_name(f"{path.name}.{self.ranks.rank}.{os.getpid()}")
-        try:
-            own.write_text(json.dumps(result) + "\n", encoding="utf-8")
-            os.replace(own, path)
-        except OSError as error:
-            raise FileError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def load_parts(grid: Grid, manager: TaskManager, allowed: bool) -> dict[str, dict[str, Task]]:
@@ -317,8 +303,3 @@ def _means(task: Task) -> set[str]:
     return {
         name for name, function in (task.aggregation() or {}).items() if getattr(function, "__name__", "") == "mean"
     }
-
-
-def _summary(scores: Sequence[float]) -> dict[str, float]:
-    """Return the mean of scores, and its standard error."""
-    return {"value": mean(scores), "stderr": stdev(scores) / len(scores) ** 0.5 if len(scores) > 1 else 0.0}
