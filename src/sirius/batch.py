@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from sirius import sparsity
 from sirius.core import AUTO, SEEDS, CorrectionConfig, Round, SparsityConfig, check_together
 from sirius.decoding.accept import Rule, accept_own
+from sirius.decoding.lookup import NGrams
 from sirius.decoding.loop import Row, first_round, next_round, start
 from sirius.decoding.period import AutoPeriod, Learnt, Period
 from sirius.decoding.plan import make_plan
@@ -24,6 +25,7 @@ from sirius.decoding.stateless import Watch, is_stateless
 from sirius.errors import ConfigError, OutOfMemoryError, RequestError, SiriusError
 from sirius.model.prepare import count_parameters, prepare
 from sirius.model.prepared import prepared_of
+from sirius.model.quantized import twin_of
 from sirius.processors import look_at_lines
 from sirius.runtime.session import Session, ordinary
 from sirius.runtime.studies import RefreshingSession
@@ -102,10 +104,12 @@ class Batch:
             mlps = prepare(model)
             neurons = tuple(mlp.size for mlp in mlps)
             make = RefreshingSession if chosen.refresh else Session
-            self.session = make(model, mlps, lambda: sparsity.create(chosen, neurons), compiled)
+            draft = twin_of(model, chosen.draft_bits) if chosen.draft_bits else None
+            self.session = make(model, mlps, lambda: sparsity.create(chosen, neurons), compiled, draft)
+            self.draft = draft and count_parameters(model, draft)
         self.asked = correction
         self.correction = correction
-        if self.session.shared is None:  # a draft with every neuron would save nothing
+        if self.session.shared is None and draft is None:  # a draft with every weight would save nothing
             self.correction, rule, period = PLAIN, None, None
         self.plan = make_plan(self.correction, period or self._period(compiled), ends, rule)
         self.ruled = rule not in (None, accept_own)  # so that nobody knows whether texts are lossless
@@ -132,6 +136,7 @@ class Batch:
         most = len(request.prompt) + request.max_new_tokens + self.window
         slots = most if self.compiled else self._first_slots(request.prompt, most)  # growing would compile anew
         row = Row(list(request.prompt), request.max_new_tokens, slots, text.process, noise, text.keep_scores)
+        row.grams = NGrams(self.correction.draft_ngram) if self.correction and self.correction.draft_ngram else None
         row.stateless, watch = self._try_processor(text)
         self.tickets += 1
         self.waiting.append(_Entry(self.tickets, text, text.make_ending(), row, most, watch))
@@ -324,7 +329,7 @@ class Batch:
         rounds, ending = entry.rounds, entry.ending
         touched, kept = self.session.touched(self.active.index(entry))
         sampled = entry.text.request.sampling.temperature > 0
-        basis = Basis(count_parameters(self.model), touched, self.correction, self._lossless(sampled), kept)
+        basis = Basis(count_parameters(self.model), touched, self.correction, self._lossless(sampled), kept, self.draft)
         return Completion(
             ending.text,
             tuple(token for r in rounds for token in r.tokens),
@@ -344,14 +349,15 @@ class Batch:
         key = *self.session.dtype_device, torch.get_num_threads(), compiled
         learnt = prepared_of(self.model).learnt.setdefault((self.sparsity, self.correction, key), Learnt())
         parameters = count_parameters(self.model)
-        floor, probe_share = (density(parameters, each, "streamed") for each in self.session.least_touched())
+        touched = self.session.least_touched()
+        floor, probe_share = (density(parameters, each, "streamed", self.draft) for each in touched)
         return AutoPeriod(floor, learnt, probe_share=probe_share, width=self.correction.tree_width)
 
     def _lossless(self, sampled: bool) -> bool:
         plain = self.correction is not None and self.correction.period == 1
         if not self.session.invariant and not (plain and self.rows == 1):
             return False
-        whole = self.sparsity.keep == 1 and self.sparsity.threshold is None
+        whole = self.sparsity.keep == 1 and self.sparsity.threshold is None and not self.sparsity.draft_bits
         if self.correction is None:
             return whole
         chain = self.correction.tree_width == 1  # the likeliest branch of a whole draft need not be the greedy one

@@ -29,6 +29,7 @@ THRESHOLD = 0.1  # of the other rules, where none is given
 LONGEST = 32  # the longest window that period "auto" chooses
 MOST_GUESSES = 1024  # of a check: it reads all of them in one pass, and each looks at every other one before it
 COLDEST = 1e-5  # the lowest temperature above 0: scores divided by less overflow
+BITS = (0, 4, 8)  # of the weights that a draft reads; 0: the model's own
 SEEDS = 2**32  # as many as torch's generator on the CPU tells apart
 
 
@@ -50,6 +51,7 @@ class SparsityConfig:
     shared_set  methods per prompt: one set for all rows of a batch, by their mean score, instead of one for each row.
                 Fewer weights are read, and a lossy text depends on what is decoded beside it
     refresh     methods per prompt: the share that a checked window gets in the prompt's statistic, 0 (off) to 1
+    draft_bits  bits of the weights that the draft reads: 4 or 8, rounded from the model's own; 0: the model's own
     """
 
     method: str = "coarse"
@@ -58,6 +60,7 @@ class SparsityConfig:
     per_branch: bool = False
     shared_set: bool = False
     refresh: float = 0.0
+    draft_bits: int = 0
 
     def __post_init__(self) -> None:
         _check_kinds(self, method=str, keep=float, threshold=float | None, refresh=float)
@@ -66,6 +69,9 @@ class SparsityConfig:
             raise ConfigError(f"keep is the fraction of neurons kept, above 0 and at most 1; got {self.keep}")
         if self.threshold is not None and not self.threshold >= 0:
             raise ConfigError(f"the sparsity threshold bounds an absolute value, so at least 0; got {self.threshold}")
+        _check_kinds(self, draft_bits=int)
+        if self.draft_bits not in BITS:
+            raise ConfigError(f"draft_bits are 4, 8, or 0 for the model's own weights; got {self.draft_bits}")
         if not 0 <= self.refresh <= 1:
             raise ConfigError(f"refresh is a share, from 0 (off) to 1; got {self.refresh}")
 
@@ -87,6 +93,10 @@ class CorrectionConfig:
     threshold           see `accept`; None is 0.1. Refused beside a lossless rule, which has none
     accept_temperature  the temperature of those probabilities, and of the scores by which branches are ranked
     tree_width          w, branches drafted side by side
+    draft_confidence    a chain ends after a guess to which the draft gives less probability, 0 to 1; 0 is off. On a GPU
+                        it has no effect, as the host would have to wait for the answer
+    draft_ngram         prompt lookup: guesses are the tokens that followed the text's last ones, at most so many, where
+                        those stood before; used as long as that is faster. 0 is off
     prune               drop branches less likely than this share of the best one's probability; 0 keeps all
     ablate              for studies, all of them lossy: "rewrite" (keep the draft's K/V), "interleave" (no token of the
                         full model after a window that was accepted whole), "rollback" (keep every guess)
@@ -97,6 +107,8 @@ class CorrectionConfig:
     threshold: float | None = None
     accept_temperature: float = 0.6
     tree_width: int = 1
+    draft_confidence: float = 0.0
+    draft_ngram: int = 0
     prune: float = 0.0
     ablate: tuple[Ablation, ...] = ()
 
@@ -123,11 +135,31 @@ class CorrectionConfig:
                 f"tree_width {self.tree_width} with a period of up to {self.longest} makes {guesses} guesses, and a "
                 f"check reads at most {MOST_GUESSES} in its one pass; lower tree_width or period"
             )
+        _check_kinds(self, draft_confidence=float, draft_ngram=int)
+        self._check_drafts()
         if not 0 <= self.prune <= 1:
             raise ConfigError(f"prune is a share of the best branch's probability, from 0 to 1; got {self.prune}")
         if not isinstance(self.ablate, tuple | list) or any(part not in get_args(Ablation) for part in self.ablate):
             raise ConfigError(f"ablate takes some of {', '.join(get_args(Ablation))}; got {self.ablate!r}")
         object.__setattr__(self, "ablate", tuple(self.ablate))
+
+    def _check_drafts(self) -> None:
+        if not 0 <= self.draft_confidence < 1:
+            raise ConfigError(
+                f"draft_confidence is a probability, from 0 (off) to below 1; got {self.draft_confidence}"
+            )
+        if self.draft_confidence and self.tree_width > 1:
+            raise ConfigError(
+                f"draft_confidence {self.draft_confidence} ends chains, and tree_width is {self.tree_width}; use prune"
+            )
+        if self.draft_ngram < 0 or self.draft_ngram == 1:
+            raise ConfigError(
+                f"draft_ngram is the length of the longest match, at least 2, or 0 (off); got {self.draft_ngram}"
+            )
+        if self.draft_ngram and self.ablate:
+            raise ConfigError(
+                "draft_ngram takes guesses from the text, and ablate studies a draft's; leave one of them out"
+            )
 
     @classmethod
     def paper(cls, **changes: Any) -> "CorrectionConfig":
@@ -197,6 +229,8 @@ class SamplingConfig:
         if self.seed is not None and not 0 <= self.seed < SEEDS:
             raise ConfigError(f"seed is a whole number from 0 to {SEEDS - 1}; got {self.seed}")
 
+
+DRAFT = SparsityConfig("none", draft_bits=4)  # where nothing else is said: all neurons, at four bits
 
 FORMS: dict[type, tuple[Any, str]] = {  # what stands for a configuration by itself, and how to say it
     SparsityConfig: (str, "sparsity is a method's name, SparsityConfig(method='coarse', keep=0.3), or {'keep': 0.3}"),
@@ -307,7 +341,8 @@ class Round:
     guessed   the natural log of the full model's probability of each token of `draft`, after those before it; at
               temperature 1 before any processor
     accepted  how many guesses are in `tokens`
-    steps     passes of the draft model
+    steps     how many guesses deep the draft was
+    passes    passes of the draft model: `steps` of them, none where the guesses were looked up in the text
     period    K of this round
     cut       whether a stop ended the text inside this round
     scores    what the tokens were chosen by [len(tokens), V], where they were asked for: after processors
@@ -320,6 +355,7 @@ class Round:
     draft: tuple[int, ...] = ()
     accepted: int = 0
     steps: int = 0
+    passes: int = 0
     period: int = 1
     cut: bool = False
     scores: Tensor | None = None

@@ -4,12 +4,13 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from sirius.core import OWN, PAPER, CorrectionConfig, SparsityConfig
+from sirius.core import DRAFT, OWN, PAPER, CorrectionConfig, SparsityConfig
 from sirius.errors import ConfigError
 
 NONE = "none"  # the sparsity method that keeps every neuron: the full model
 RENAMED = {"sparsity": "method", "sparsity_threshold": "threshold"}  # fields of SparsityConfig by another name here
-SPARSE = ("sparsity", "keep", "sparsity_threshold", "per_branch", "shared_set", "refresh")
+SPARSE = ("sparsity", "keep", "sparsity_threshold", "per_branch", "shared_set", "refresh", "draft_bits")
+OFF = {"draft_bits": 0, "draft_ngram": 0, "draft_confidence": 0.0}  # named only where they are on
 CORRECTING = tuple(each.name for each in fields(CorrectionConfig))
 _OF_SPARSITY = {each.name: each.default for each in fields(SparsityConfig)}
 DEFAULTS = {
@@ -32,7 +33,8 @@ class Setting:
     @property
     def full(self) -> bool:
         """Whether the full model alone writes the text."""
-        return self.sparsity.method == NONE
+        guessed = self.sparsity.draft_bits or (self.correction is not None and self.correction.draft_ngram)
+        return self.sparsity.method == NONE and not guessed
 
     @property
     def lossless(self) -> bool:
@@ -45,12 +47,14 @@ class Setting:
         flat = {name: chosen[RENAMED.get(name, name)] for name in SPARSE}
         if self.full:
             return {"sparsity": NONE, "correct": False}
+        if self.sparsity.method == NONE:
+            flat = {"sparsity": NONE, "draft_bits": self.sparsity.draft_bits}
         if self.correction is None:
-            return {**flat, "correct": False}
+            return _without_off({**flat, "correct": False})
         own = asdict(self.correction)
         own["ablate"] = list(self.correction.ablate)
         own["threshold"] = None if self.correction.accept in OWN else self.correction.least
-        return {**flat, "correct": True, **own}
+        return _without_off({**flat, "correct": True, **own})
 
     def label(self) -> str:
         """Return the setting in a few words, for tables."""
@@ -60,15 +64,23 @@ class Setting:
         kept = f"{self.sparsity.keep:g}" if bar is None else f"|a|>{bar:g}"
         own = self.sparsity
         extras = [f"refresh {own.refresh:g}"] * bool(own.refresh) + ["a set per branch"] * own.per_branch
-        name = ", ".join([f"{own.method} {kept}", *extras])
+        method = [f"{own.method} {kept}"] * (own.method != NONE)
+        bits = [f"{own.draft_bits} bits"] * bool(own.draft_bits)
+        name = ", ".join([*method, *bits, *extras])
         if self.correction is None:
             return name
         rule = self.correction
         passing = rule.accept if rule.accept in OWN else f"{rule.accept} {rule.least:g}"
         parts = [name, passing, f"K {rule.period}", f"w {rule.tree_width}"]
         parts += [f"prune {rule.prune:g}"] * bool(rule.prune)
+        parts += [f"confidence {rule.draft_confidence:g}"] * bool(rule.draft_confidence)
+        parts += [f"ngram {rule.draft_ngram}"] * bool(rule.draft_ngram)
         parts += [f"at temperature {rule.accept_temperature:g}"] * (rule.accept_temperature != 0.6)
-        return ", ".join([*parts, *(f"no {part}" for part in rule.ablate)])
+        return ", ".join([*filter(None, parts), *(f"no {part}" for part in rule.ablate)])
+
+
+def _without_off(flat: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in flat.items() if name not in OFF or value != OFF[name]}
 
 
 def make_setting(values: Mapping[str, Any]) -> Setting:
@@ -79,20 +91,31 @@ def make_setting(values: Mapping[str, Any]) -> Setting:
     if unknown := sorted(values.keys() - set(NAMES)):
         raise ConfigError(f"a setting has no {', '.join(unknown)}; it has {', '.join(NAMES)}")
     given = {name for name, value in values.items() if value not in (None, [], DEFAULTS.get(name))}
-    if values.get("sparsity") == NONE:
-        if idle := sorted(given - {"sparsity", "correct"}) + ["correct"] * bool(values.get("correct")):
-            raise ConfigError(f"{', '.join(idle)} would change nothing with sparsity none, which drafts nothing")
-        return Setting(SparsityConfig(NONE), None)
+    sparse = make_sparsity(values)
+    if sparse.method == NONE:
+        if idle := sorted(given & set(SPARSE) - {"sparsity", "draft_bits"}):
+            raise ConfigError(f"{', '.join(idle)} would change nothing with sparsity none, which keeps every neuron")
+        if not sparse.draft_bits and not values.get("draft_ngram"):
+            if idle := sorted(given - {"sparsity", "draft_bits", "correct"}) + ["correct"] * bool(
+                values.get("correct")
+            ):
+                raise ConfigError(f"{', '.join(idle)} would change nothing with sparsity none, which drafts nothing")
+            return Setting(sparse, None)
     correct = values.get("correct", True)
     if not isinstance(correct, bool):
         raise ConfigError(f"correct is true or false; got {correct!r}")
     if not correct and (idle := sorted(given & {"preset", "refresh", *CORRECTING})):
         raise ConfigError(f"{', '.join(idle)} would change nothing without correction; leave out correct: false")
-    return Setting(make_sparsity(values), make_correction(values) if correct else None)
+    return Setting(sparse, make_correction(values) if correct else None)
 
 
 def make_sparsity(values: Mapping[str, Any]) -> SparsityConfig:
-    """Return the sparsity of a setting's names and values; raise ConfigError of values that are out of range."""
+    """Return the draft of a setting's names and values; raise ConfigError of values that are out of range.
+
+    Without any of `SPARSE` it is the default draft, and beside the paper's preset its coarse sparsity.
+    """
+    if not any(values.get(name) is not None for name in SPARSE) and values.get("preset") is None:
+        return DRAFT
     return SparsityConfig(**{RENAMED.get(name, name): values[name] for name in SPARSE if name in values})
 
 

@@ -12,7 +12,9 @@ from sirius.core import AUTO, CorrectionConfig, Round
 
 Convention = Literal["published", "streamed"]
 SUMMED = "rounds rounds_complete drafted accepted corrections rolled_back tokens seconds".split()
-PER_TOKEN = "effective_density effective_density_streamed parameters_per_token bytes_per_token".split()
+PER_TOKEN = (
+    "effective_density effective_density_streamed parameters_per_token bytes_per_token draft_bytes_per_token".split()
+)
 
 
 @dataclass(frozen=True)
@@ -53,12 +55,16 @@ class Touched:
 DENSE = Touched(1.0, 1.0, 1.0)
 
 
-def density(parameters: Parameters, touched: Touched, convention: Convention = "published") -> float:
-    """Return the share of the weights that a sparse token touches, by bytes, 0 to 1."""
-    skipped = (
-        (1 - touched.gate) * parameters.gate + (1 - touched.up) * parameters.up + (1 - touched.down) * parameters.down
-    )
-    return 1 - skipped / parameters.counted(convention)
+def density(
+    parameters: Parameters, touched: Touched, convention: Convention = "published", draft: Parameters | None = None
+) -> float:
+    """Return the share of the weights that a draft token touches, by bytes, 0 to 1.
+
+    draft  the bytes of the weights that the draft reads; None: the model's own
+    """
+    own = draft or parameters
+    skipped = (1 - touched.gate) * own.gate + (1 - touched.up) * own.up + (1 - touched.down) * own.down
+    return (own.counted(convention) - skipped) / parameters.counted(convention)
 
 
 def effective_density(period: int, density: float, aal: float) -> float:
@@ -72,7 +78,7 @@ class Stats:
 
     rounds               windows checked (without correction: sparse steps); the prompt's pass is not one
     rounds_complete      those drafted in full and not cut by a stop
-    drafted, accepted    passes of the draft model, and guesses accepted into the text
+    drafted, accepted    guesses of a branch that were checked, and those accepted into the text
     corrections          windows that did not pass to the full depth of their draft, each a rollback of the cache
     rolled_back          guesses that those windows threw away, of the branch that went furthest
     corrections_per_token  corrections / tokens
@@ -86,6 +92,7 @@ class Stats:
     density_streamed, effective_density_streamed   the same without the untied input embedding
     parameters_per_token effective_density times the number of parameters
     bytes_per_token      bytes of weights read per token, in drafts and checks together
+    draft_bytes_per_token  those of the drafts alone
     acceptance_histogram entry i counts the windows that kept i guesses; a probe of period "auto" is in no figure but
                          seconds
     seconds              wall time of all passes that the text took part in, the prompt's included; what the caller does
@@ -116,6 +123,7 @@ class Stats:
     effective_density_streamed: float
     parameters_per_token: float
     bytes_per_token: float
+    draft_bytes_per_token: float
     acceptance_histogram: tuple[int, ...]
     seconds: float
     tokens_per_second: float
@@ -142,6 +150,7 @@ class Basis:
     correction  None where the sparse model decodes alone
     touched     what a sparse token read; DENSE where nothing is sparse
     kept        the share of its neurons that a sparse token kept in each layer, 0 to 1; none where nothing is sparse
+    draft       the bytes of the weights that the draft reads; None: the model's own
     """
 
     parameters: Parameters
@@ -149,6 +158,7 @@ class Basis:
     correction: CorrectionConfig | None
     lossless: bool
     kept: tuple[float, ...] = ()
+    draft: Parameters | None = None
 
 
 def average_advance(rounds: Sequence[Round]) -> float | None:
@@ -166,8 +176,8 @@ def summarise(rounds: Sequence[Round], basis: Basis, seconds: float) -> Stats:
     tokens = sum(len(r.tokens) for r in rounds)
     accepted = [w.accepted for w in drafted]
     corrected = [w for w in windows if w.origins[-1:] == ("correction",)]
-    published = density(basis.parameters, basis.touched)
-    streamed = density(basis.parameters, basis.touched, "streamed")
+    published = density(basis.parameters, basis.touched, draft=basis.draft)
+    streamed = density(basis.parameters, basis.touched, "streamed", basis.draft)
     effective = _read_per_token(windows, published, basis.correction is not None)
     read = _read_per_token(windows, streamed, basis.correction is not None)
     return Stats(
@@ -188,6 +198,7 @@ def summarise(rounds: Sequence[Round], basis: Basis, seconds: float) -> Stats:
         effective_density_streamed=read,
         parameters_per_token=effective * basis.parameters.total,
         bytes_per_token=read * basis.parameters.counted("streamed"),
+        draft_bytes_per_token=_drafted_per_token(windows, streamed) * basis.parameters.counted("streamed"),
         acceptance_histogram=tuple(accepted.count(i) for i in range(correction.longest if correction else 1)),
         seconds=seconds,
         tokens_per_second=tokens / seconds if seconds > 0 else 0.0,
@@ -196,12 +207,19 @@ def summarise(rounds: Sequence[Round], basis: Basis, seconds: float) -> Stats:
 
 
 def _read_per_token(windows: Sequence[Round], density: float, corrected: bool) -> float:
-    """Charge each guess `density` and each check 1 (a sparse step: `density`); equals `effective_density` where every
-    window is whole."""
+    """Return the passes per token, each draft counted as `density` and each check as 1 (a sparse step: `density`).
+
+    It equals `effective_density` where every window is whole.
+    """
     check = 1.0 if corrected else density
-    cost = sum(w.steps * density + check for w in windows)
+    cost = sum(w.passes * density + check for w in windows)
     tokens = sum(len(w.tokens) for w in windows)
     return cost / tokens if tokens else check
+
+
+def _drafted_per_token(windows: Sequence[Round], density: float) -> float:
+    tokens = sum(len(w.tokens) for w in windows)
+    return sum(w.passes for w in windows) * density / tokens if tokens else 0.0
 
 
 def combine(parts: Sequence[Stats]) -> Stats:

@@ -11,7 +11,7 @@ holds n tokens, by slots of the cache:
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from math import isnan
+from math import isnan, log
 from typing import NamedTuple
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor
 from sirius.core import LanguageModel, Mode, Round, Verdict, Window
 from sirius.decoding.accept import Check, Rule, Verified, accept, accept_own
 from sirius.decoding.host import Stopwatch, answers_at_once, fetch, send
+from sirius.decoding.lookup import Lookup, NGrams
 from sirius.decoding.period import PROBE_TOKENS, Measured, Period
 from sirius.decoding.sampling import Noise
 from sirius.decoding.tree import Tree
@@ -37,6 +38,8 @@ class Plan:
     verifier     the mode of the pass that ends a round: DENSE, or SPARSE to decode with the sparse model alone
     ends         token ids that end a text: a branch that reaches one goes no further
     width, prune, temperature   of the tree, see `CorrectionConfig`
+    confidence   a chain ends after a guess to which the draft gives less probability
+    lookup       takes guesses from the texts themselves where that is faster; None: never
     window       returns the nodes of a tree that a check reads and writes
     accept       checks a tree's guesses by the rule
     """
@@ -48,6 +51,8 @@ class Plan:
     width: int = 1
     prune: float = 0.0
     temperature: float = 1.0
+    confidence: float = 0.0
+    lookup: Lookup | None = None
     window: Callable[[Tree], Window] = Tree.window
     accept: Callable[[Check, Tensor, Rule], Verified] = accept
 
@@ -61,6 +66,7 @@ class Row:
     slots    of the cache to begin with, enough for the prompt and one tree
     process  applied to the scores of both models before a token is chosen
     noise    random numbers that make the choice a sample; None is greedy
+    grams    the text's n-grams, of which guesses are looked up
     new      how many new tokens there are
     error    why the text cannot go on; the other rows do
 
@@ -76,6 +82,7 @@ class Row:
     noise: Noise | None = None
     keep_scores: bool = False
     stateless: bool = True
+    grams: NGrams | None = None
     new: int = 0
     error: SiriusError | None = None
 
@@ -110,39 +117,63 @@ def _choose_first(row: Row, raw: Tensor, scores: Tensor) -> Round | None:
 def next_round(model: LanguageModel, rows: Sequence[Row], plan: Plan) -> list[Round | None]:
     """Run one round: draft, verify, accept, keep. Returns each row's round, None for a row with an error."""
     watch = Stopwatch(model.device)
-    period = plan.period.choose(len(rows)) if all(row.stateless for row in rows) else 1
-    tree = draft(model, rows, plan, period)
+    stateless = all(row.stateless for row in rows)
+    period = plan.period.choose(len(rows)) if stateless else 1
+    looked_up = look_up(model, rows, plan) if stateless else None
+    tree = looked_up or draft(model, rows, plan, period)
     watch.mark()
     raw, check = verify(model, rows, tree, plan)
     verified = plan.accept(check, raw, plan.rule)
     watch.mark()
-    rounds = keep(model, rows, verified, (raw, check.scores), period)
+    rounds = keep(model, rows, verified, (raw, check.scores), period, looked_up is not None)
     verdicts = verified.verdicts
     kept, rejected = sum(v.accepted for v in verdicts), sum(v.origin == "correction" for v in verdicts)
     drafted, checked = watch.laps()
-    plan.period.learn(Measured(len(rows), drafted, checked, len(tree.levels) - 2, kept, rejected))
+    if looked_up is None:
+        plan.period.learn(Measured(len(rows), drafted, checked, len(tree.levels) - 2, kept, rejected))
+    if plan.lookup is not None:
+        plan.lookup.learn(looked_up is not None, 1 + kept / len(rows), drafted + checked)
     return rounds
+
+
+def look_up(model: LanguageModel, rows: Sequence[Row], plan: Plan) -> Tree | None:
+    """Return chains of guesses from the texts themselves; None where guesses are to be drafted."""
+    if plan.lookup is None or not all(row.room > 1 for row in rows):
+        return None
+    texts = [(row.grams, row.tokens, row.room - 1) for row in rows if row.grams is not None]
+    found = plan.lookup.propose(texts) if len(texts) == len(rows) else None
+    if found is None:
+        return None
+    ends = [next((at + 1 for at, token in enumerate(each) if token in plan.ends), len(each)) for each in found]
+    most = max(ends)
+    padded = [[row.tokens[-1], *each, *[0] * most][: most + 1] for row, each in zip(rows, found, strict=True)]
+    return Tree.chain(send(padded, model.device), send(ends, model.device) + 1)
 
 
 def draft(model: LanguageModel, rows: Sequence[Row], plan: Plan, period: int) -> Tree:
     """Guess up to period-1 tokens on every branch, one sparse pass a level, as far as budget and ends of text allow.
 
-    A branch that ends the text goes no further. No branch of a row does, once it is more likely that the text has ended
+    A branch that ends the text goes no further, nor does a chain after a guess that the draft gives less probability
+    than the plan's `confidence`. No branch of a row does, once it is more likely that the text has ended
     than that it goes on. On a GPU the host does not wait to learn whether any branch goes on: it runs every level.
     """
     tree = Tree.root(send([row.tokens[-1] for row in rows], model.device))
     depths = [min(period, row.room) - 1 for row in rows]
     depth, ends = send(depths, model.device), send(sorted(plan.ends), model.device)
+    sure = torch.ones(len(rows), 1, dtype=torch.bool, device=model.device)
     for level in range(max(depths)):
         here = tree.last
         scores, ended = tree.scores[:, here], (tree.tokens[:, here, None] == ends).any(-1) & (level > 0)
         over, on = (torch.where(which, scores, -torch.inf).logsumexp(1, keepdim=True) for which in (ended, ~ended))
-        going = ~ended & (scores > -torch.inf) & (over <= on) & (depth[:, None] > level)
+        going = ~ended & (scores > -torch.inf) & (over <= on) & (depth[:, None] > level) & sure
         if answers_at_once(going) and not bool(going.any()):
             break
         scores = model.read(tree.tokens[:, here], Mode.SPARSE, tree.window(here))
         scores = add_noise(rows, process_scores(rows, tree, [here], scores), level)
-        likely = torch.log_softmax(scores / plan.temperature, dim=-1)
+        if plan.confidence and answers_at_once(scores):
+            sure = scores.amax(-1) - scores.logsumexp(-1) >= log(plan.confidence)
+        chain = plan.width == 1  # its one branch is ranked against none
+        likely = scores if chain else torch.log_softmax(scores / plan.temperature, dim=-1)
         tree = tree.grow(likely.masked_fill(~going[..., None], -torch.inf), plan.width, plan.prune)
     return tree
 
@@ -160,11 +191,17 @@ def verify(model: LanguageModel, rows: Sequence[Row], tree: Tree, plan: Plan) ->
 
 
 def keep(
-    model: LanguageModel, rows: Sequence[Row], verified: Verified, scores: tuple[Tensor, Tensor], period: int
+    model: LanguageModel,
+    rows: Sequence[Row],
+    verified: Verified,
+    scores: tuple[Tensor, Tensor],
+    period: int,
+    looked_up: bool = False,
 ) -> list[Round | None]:
     """Gather each row's accepted branch into place in the cache, and add its tokens to the text.
 
-    scores  the verifier's [B, N, V] before and after processors
+    scores     the verifier's [B, N, V] before and after processors
+    looked_up  whether guesses come from the texts themselves
     """
     verdicts = verified.verdicts
     rounds: list[Round | None] = []
@@ -177,7 +214,9 @@ def keep(
         done = _add_tokens(row, taken, tuple(logprobs), verdict, seen)
         branch = tuple(tokens[node] for node in verdict.tip)
         known = tuple(guessed[node] for node in verdict.tip)
-        rounds.append(done and replace(done, draft=branch, guessed=known, steps=verified.depth[b], period=period))
+        steps = verified.depth[b]
+        passes = 0 if looked_up else steps
+        rounds.append(done and replace(done, draft=branch, guessed=known, steps=steps, passes=passes, period=period))
     counts = [0 if row.error else 1 + len(v.path) for row, v in zip(rows, verdicts, strict=True)]
     paths = [([0, *v.path] + [0] * max(counts))[: max(counts)] for v in verdicts]
     model.keep(torch.tensor(paths, dtype=torch.int64), torch.tensor(counts))

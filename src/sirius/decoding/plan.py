@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from sirius.core import CorrectionConfig, Mode
 from sirius.decoding.accept import Rule, make_rule
+from sirius.decoding.lookup import Lookup
 from sirius.decoding.loop import Plan
 from sirius.decoding.period import Period
 from sirius.decoding.studies import WITHOUT
@@ -38,6 +39,8 @@ def make_plan(
         width=correction.tree_width,
         prune=correction.prune,
         temperature=correction.accept_temperature,
+        confidence=correction.draft_confidence,
+        lookup=Lookup(correction.draft_ngram, correction.longest - 1) if correction.draft_ngram else None,
     )
     for part in correction.ablate:
         plan = WITHOUT[part](plan)

@@ -27,7 +27,8 @@ class Tree:
     tokens   [B, N] int64    the root is the newest token of the text
     parents  [B, N] int64    each node's parent; the root's is 0
     depths   [B, N] int64    0 at the root
-    scores   [B, N] float    cumulative log-probability under the draft model; -inf where dead
+    scores   [B, N] float    cumulative log-probability under the draft model, in a chain up to a constant of each
+                             level; -inf where dead
     seen     [B, N, N] bool  the nodes that each node attends to: its ancestors and itself
     levels   the first node of each level, and N
     """
@@ -48,12 +49,17 @@ class Tree:
         return cls(tokens, zeros, zeros, zeros.float(), seen, (0, 1))
 
     @classmethod
-    def chain(cls, tokens: Tensor) -> "Tree":
-        """Return the chains of known tokens [B, N] int64, their roots first."""
+    def chain(cls, tokens: Tensor, counts: Tensor | None = None) -> "Tree":
+        """Return the chains of known tokens [B, N] int64, their roots first.
+
+        counts  [B] int64  the tokens of each chain, its root among them; those after are dead. None: all
+        """
         rows, count = tokens.shape
         nodes = torch.arange(count, device=tokens.device).expand(rows, -1)
         seen = torch.ones(count, count, dtype=torch.bool, device=tokens.device).tril().expand(rows, -1, -1)
         scores = torch.zeros(rows, count, device=tokens.device)
+        if counts is not None:
+            scores = scores.masked_fill(nodes >= counts[:, None], -torch.inf)
         return cls(tokens, (nodes - 1).clamp_min(0), nodes, scores, seen, tuple(range(count + 1)))
 
     @property

@@ -21,8 +21,9 @@ class MatrixLinear(Part):
         """Return the product of input [..., in_features], [..., out_features]."""
         if (kept := vars(self).get("prepared")) is None:  # called by someone who kept it beyond `restore`
             return type(self).forward(self, input)
-        now = kept.now()
-        return self.matrix.linear(input, None, now is not None and now.invariant)
+        if (now := kept.now()) is None:
+            return self.matrix.linear(input)
+        return now.matrix(cast("nn.Linear", self), False).linear(input, None, now.invariant)
 
 
 def adopt_linears(model: nn.Module, prepared: Prepared) -> None:

@@ -5,7 +5,7 @@ and is put in by `prepare(model, matrix=...)`; docs/adding-a-matrix.md shows one
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +48,15 @@ class Matrix(Protocol):
 
     def project(self, z: Tensor, index: Tensor | None = None, invariant: bool = False) -> Tensor:
         """Return the sum of the rows weighed by z [..., F] or [..., k], [..., H], the bias of the sum added."""
+        ...
+
+
+@runtime_checkable
+class Joint(Protocol):
+    """A matrix of a gate whose kernel computes gate and up in one call."""
+
+    def glu(self, x: Tensor, up: Matrix, activation: Activation, index: Tensor | None) -> Tensor | None:
+        """Return act(gate(x)) * up(x) [..., F] or [..., k] of x [..., H], None without such a kernel."""
         ...
 
 
@@ -136,6 +145,8 @@ class Neurons(NamedTuple):
         weights = self._dense()
         if weights and (found := ops.glu(x, *weights[:2], activation, index, invariant)) is not None:
             return found
+        if isinstance(self.gate, Joint) and (joined := self.gate.glu(x, self.up, activation, index)) is not None:
+            return joined
         return activation(self.gate.linear(x, index, invariant)) * self.up.linear(x, index, invariant)
 
     def mlp(self, x: Tensor, activation: Activation, index: Tensor | None = None, invariant: bool = False) -> Tensor:

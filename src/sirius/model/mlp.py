@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from sirius.errors import UnsupportedModelError
 from sirius.kernels.ops import best_side_by_side
 from sirius.model.adopt import Part, adopt, give_back, hook_obstacle, obstacle, own_forward
-from sirius.model.matrix import Neurons
+from sirius.model.matrix import MakeMatrix, Neurons
 from sirius.model.memory import moved, side_by_side
 from sirius.model.prepared import Prepared
 
@@ -51,8 +51,11 @@ class SparseMLP(Part):
 
     @property
     def neurons(self) -> Neurons:
-        """All neurons, as views of the linear layers' own memory."""
-        make = self.prepared.matrix
+        """All neurons of the full model."""
+        return self.neurons_by(self.prepared.matrix)
+
+    def neurons_by(self, make: MakeMatrix) -> Neurons:
+        """Return all neurons, their weights as `make` makes them of the linear layers."""
         if "gate_up" in self.roles.layers:
             both = make(self._linear("gate_up"), False)
             gate, up = both.part(0, self.size), both.part(self.size, 2 * self.size)
@@ -66,7 +69,9 @@ class SparseMLP(Part):
         if now is None:
             return self.neurons.mlp(x, self.activation) if self._is_plain() else super().forward(x)
         route = now.routes[self.number]
-        return self.neurons.mlp(x, self.activation, None, now.invariant) if route is None else route(self, x, now)
+        if route is not None:
+            return route(self, x, now)
+        return self.neurons_by(now.matrix).mlp(x, self.activation, None, now.invariant)
 
     def restore(self) -> None:
         """Make it what it was before, its memory laid out as before; what was changed about its layers since stays."""

@@ -95,6 +95,7 @@ def restore(model: PreTrainedModel) -> None:
             mlp.restore()
         _give_back_all(model)
         kept.idle.clear()
+        kept.twins.clear()
         kept.matrix, kept.own_attention = dense, False
 
 
@@ -103,11 +104,15 @@ def sparse_mlps(model: nn.Module) -> list[SparseMLP]:
     return [mlp for _, mlp in parts_of(model, SparseMLP)]
 
 
-def count_parameters(model: PreTrainedModel) -> Parameters:
-    """Count the parameters of a prepared model, and the bytes of its weights."""
-    mlps = sparse_mlps(model)
-    neurons = [mlp.neurons for mlp in mlps]
-    known = {id(layer.weight): layer.matrix.nbytes for _, layer in parts_of(model, MatrixLinear)}
+def count_parameters(model: PreTrainedModel, matrix: MakeMatrix | None = None) -> Parameters:
+    """Count the parameters of a prepared model, and the bytes of its weights.
+
+    matrix  makes the weights of a linear layer; None: those of the full model
+    """
+    mlps, make = sparse_mlps(model), matrix or prepared_of(model).matrix
+    neurons = [mlp.neurons_by(make) for mlp in mlps]
+    linears = [cast("nn.Linear", layer) for _, layer in parts_of(model, MatrixLinear)]
+    known = {id(layer.weight): make(layer, False).nbytes for layer in linears}
     downs = [getattr(mlp, mlp.roles.layers["down"]).weight for mlp in mlps]  # whose rows are its columns
     known |= {id(down): each.down.nbytes for down, each in zip(downs, neurons, strict=True)}
     inside = cast("Tensor", model.get_input_embeddings().weight)

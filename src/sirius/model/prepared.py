@@ -32,6 +32,7 @@ class Slots(NamedTuple):
 class Pass:
     """What one run of a model does, besides the tokens that it reads.
 
+    matrix     makes the weights of the linear layers
     routes     of each gated MLP, what computes it: `route(mlp, x, now)`; None: all of its neurons
     slots      where keys and values go
     mask       [B, T, M] bool  which of the M slots after the held ones each token sees; where the model's own attention
@@ -42,6 +43,7 @@ class Pass:
     invariant  whether a token's result must have the same bits however many tokens are read together
     """
 
+    matrix: MakeMatrix
     routes: Sequence[Callable[[Any, Tensor, "Pass"], Tensor] | None]
     slots: Slots
     mask: Tensor
@@ -57,6 +59,7 @@ class Prepared:
     matrix         makes the weights of a linear layer
     own_attention  the model's attention cannot be replaced by a kernel of ours, as a pass has shown
     idle           workspaces of earlier sessions, for later ones
+    twins          by bits, the weights at fewer bits that drafts read, and the state of those that were rounded
     learnt         what passes cost and how often guesses accepted, for later sessions
     """
 
@@ -65,6 +68,7 @@ class Prepared:
         self.own_attention = False
         self.lock = RLock()
         self.idle: dict[Hashable, Any] = {}
+        self.twins: dict[int, tuple[object, Any]] = {}
         self.learnt: dict[Hashable, Any] = {}
         self._pass: Pass | None = None
         self._thread = 0

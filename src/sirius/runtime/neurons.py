@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sirius.errors import ConfigError
-from sirius.model.matrix import Neurons
+from sirius.model.matrix import MakeMatrix, Neurons
 from sirius.model.mlp import SparseMLP
 from sirius.model.prepared import Pass
 from sirius.sparsity.base import PromptSparsity, Sparsity, TokenSparsity
@@ -21,7 +21,7 @@ class Observe:
         self.see = see
 
     def __call__(self, mlp: SparseMLP, x: Tensor, now: Pass) -> Tensor:
-        neurons = mlp.neurons
+        neurons = mlp.neurons_by(now.matrix)
         z = neurons.sent(x, mlp.activation, None, now.invariant)
         self.see(z)
         return neurons.down.project(z, None, now.invariant)
@@ -45,9 +45,10 @@ class Indexed:
         self.counts = [len(index) for index in sets]
 
     def __call__(self, mlp: SparseMLP, x: Tensor, now: Pass) -> Tensor:
+        neurons = mlp.neurons_by(now.matrix)
         if len(self.counts) == 1:
-            return mlp.neurons.mlp(x, mlp.activation, self.index, now.invariant)
-        return mlp.neurons.mlp_each(x, mlp.activation, self.index, self.counts)
+            return neurons.mlp(x, mlp.activation, self.index, now.invariant)
+        return neurons.mlp_each(x, mlp.activation, self.index, self.counts)
 
 
 class Tally:
@@ -107,7 +108,7 @@ class Chosen:
         self.method, self.layer, self.tally = method, layer, tally
 
     def __call__(self, mlp: SparseMLP, x: Tensor, now: Pass) -> Tensor:
-        neurons = mlp.neurons
+        neurons = mlp.neurons_by(now.matrix)
         gated = neurons.activated(x, mlp.activation, None, now.invariant)
         size, tally = gated.abs(), self.tally
         if x.shape[1] > 1 and tally is not None and not self.method.config.per_branch:
@@ -128,21 +129,26 @@ class Chosen:
         return neurons.finish(gated, x, neurons.index_of(kept.flatten(0, 1).any(0), x), now.invariant)
 
 
-def fixed_routes(methods: Sequence[PromptSparsity], mlps: Sequence[SparseMLP]) -> list[Route | None]:
-    """Return the draft's route in each MLP for rows of prompts, each with its method; None is the dense one."""
+def fixed_routes(
+    methods: Sequence[PromptSparsity], mlps: Sequence[SparseMLP], matrix: MakeMatrix
+) -> list[Route | None]:
+    """Return the draft's route in each MLP for rows of prompts, each with its method; None is the dense one.
+
+    matrix  makes the weights that the draft reads
+    """
     first, others = methods[0], methods[1:]
     if first.config.shared_set:
         sets = [[first.select(layer, others)] for layer in range(len(mlps))]
     else:
         sets = [[method.select(layer) for method in methods] for layer in range(len(mlps))]
     _check(first, sets, mlps)
-    return [_fixed_route(each, mlp) for each, mlp in zip(sets, mlps, strict=True)]
+    return [_fixed_route(each, mlp.neurons_by(matrix)) for each, mlp in zip(sets, mlps, strict=True)]
 
 
-def _fixed_route(sets: list[Tensor], mlp: SparseMLP) -> Route | None:
-    if all(len(index) == mlp.size for index in sets):
+def _fixed_route(sets: list[Tensor], neurons: Neurons) -> Route | None:
+    if all(len(index) == neurons.gate.shape[0] for index in sets):
         return None
-    return Packed(mlp.neurons.rows(sets)) if mlp.neurons.copied else Indexed(*sets)
+    return Packed(neurons.rows(sets)) if neurons.copied else Indexed(*sets)
 
 
 def overwrite(old: Route | None, new: Route | None) -> bool:

@@ -19,7 +19,7 @@ from sirius.model.attention import MaskChanged
 from sirius.model.find import check_mode, dropouts
 from sirius.model.inputs import cache_argument
 from sirius.model.limits import rescaling_length
-from sirius.model.matrix import dense
+from sirius.model.matrix import MakeMatrix, dense
 from sirius.model.mlp import SparseMLP, check_layers
 from sirius.model.prepared import Pass, Prepared, Slots, prepared_of
 from sirius.runtime.cache import SlotCache
@@ -63,11 +63,17 @@ class Session:
     captures = True
 
     def __init__(
-        self, model: PreTrainedModel, mlps: list[SparseMLP], make: MakeMethod = lambda: None, compiled: bool = False
+        self,
+        model: PreTrainedModel,
+        mlps: list[SparseMLP],
+        make: MakeMethod = lambda: None,
+        compiled: bool = False,
+        draft: MakeMatrix | None = None,
     ) -> None:
         """Open an empty session; `make` gives a method for a prompt, or None to draft with every neuron.
 
         compiled  passes that are captured are compiled first
+        draft     makes the weights of the linear layers in draft passes; None: those of the full model
         """
         self.model, self.mlps, self.make = model, mlps, make
         self.prepared = prepared_of(model)
@@ -75,7 +81,8 @@ class Session:
         self.forward = compile_model(model) if compiled else model
         self.cache_argument = cache_argument(model)
         self.shared = make()
-        self.space = borrow(self, model, (self.shared and self.shared.config, compiled))
+        self.draft = draft or self.prepared.matrix
+        self.space = borrow(self, model, (self.shared and self.shared.config, draft, compiled))
         eager = model.config._attn_implementation == "eager"
         self.mask_dtype = model.dtype if eager else None
         self.dense: list[Route | None] = [None] * len(mlps)
@@ -140,7 +147,8 @@ class Session:
         mask = chain_mask(at.written, length, self.mask_dtype)
         held = torch.zeros(1, dtype=torch.int64, device=self.device)
         likely = torch.ones(1, length, device=self.device)
-        now = Pass(self._observing(method), at, mask, held, likely, attends=False, invariant=False)
+        matrix, routes = self.prepared.matrix, self._observing(method)
+        now = Pass(matrix, routes, at, mask, held, likely, attends=False, invariant=False)
         inputs = {"input_ids": prompt[None].to(self.device), "position_ids": at.written}
         scores = _scores(self.model, self.prepared, self._cache_arguments(), now, inputs, last=1)
         self.cache.advance(row, length)
@@ -187,7 +195,9 @@ class Session:
             mask, slots = pad(window.seen, (0, -window.seen.shape[2] % WIDTH)), slots._replace(visible=table.slots)
         else:
             mask = tree_mask(held, window.seen, slots.visible, self.mask_dtype)
-        return Pass(self._routes(mode, window.apart), slots, mask, held, window.weights, attends, invariant=True)
+        matrix = self.draft if mode is Mode.SPARSE else self.prepared.matrix
+        routes = self._routes(mode, window.apart)
+        return Pass(matrix, routes, slots, mask, held, window.weights, attends, invariant=True)
 
     def _cache_arguments(self) -> dict[str, Any]:
         return {self.cache_argument: self.cache, "use_cache": True}
@@ -260,8 +270,9 @@ class Session:
     def least_touched(self) -> tuple[Touched, Touched]:
         """Return which share of its neurons a draft token reads at least, and a probe at most."""
         if isinstance(self.shared, TokenSparsity):
-            return self.shared.touched(0.0), DENSE  # tokens with sets of their own need nearly all of them together
-        once = self.shared.touched() if isinstance(self.shared, PromptSparsity) else DENSE
+            least = self._read_whole(self.shared.touched(0.0))
+            return least, DENSE  # tokens with sets of their own need nearly all of them together
+        once = self._read_whole(self.shared.touched()) if isinstance(self.shared, PromptSparsity) else DENSE
         return once, once
 
     def touched(self, row: int) -> tuple[Touched, tuple[float, ...]]:
@@ -272,8 +283,14 @@ class Session:
         method = self.methods[row]
         if isinstance(method, TokenSparsity):
             share, shares = self.space.tally.shares(row)
-            return method.touched(share), method.kept(shares)
-        return (method.touched(), method.kept()) if isinstance(method, PromptSparsity) else (DENSE, ())
+            return self._read_whole(method.touched(share)), method.kept(shares)
+        if isinstance(method, PromptSparsity):
+            return self._read_whole(method.touched()), method.kept()
+        return DENSE, ()
+
+    def _read_whole(self, touched: Touched) -> Touched:
+        """Return what is read where the draft's weights are rounded: their down layers are read whole."""
+        return touched if self.draft is self.prepared.matrix else replace(touched, down=1.0)
 
     def _observing(self, method: Sparsity | None) -> list[Route | None]:
         """Return the routes of a prompt's pass: dense, with a prompt method looking on."""
@@ -292,7 +309,7 @@ class Session:
             return [Chosen(self.shared, layer, None) for layer in range(len(self.mlps))]
         if self.drafts is None:
             prompts = [method for method in self.methods if isinstance(method, PromptSparsity)]
-            chosen = fixed_routes(prompts, self.mlps)
+            chosen = fixed_routes(prompts, self.mlps, self.draft)
             self.drafts = self.space.renew(chosen, len(prompts))
         return self.drafts
 

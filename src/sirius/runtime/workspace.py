@@ -116,10 +116,10 @@ def check_compiles(model: PreTrainedModel) -> None:
         )
 
 
-def borrow(session: object, model: PreTrainedModel, key: tuple[Hashable, bool]) -> Workspace:
+def borrow(session: object, model: PreTrainedModel, key: Hashable) -> Workspace:
     """Return a workspace for a session, an idle one of the same key where there is one; it is idle again after it.
 
-    key  what decides the draft's routes, and whether passes are compiled
+    key  what decides the draft's routes and weights, and whether passes are compiled
     """
     kept = prepared_of(model)
     space = kept.idle.pop(key, None)
