@@ -19,6 +19,7 @@ from torch import Tensor
 from sirius.kernels import attention, cpu, gpu, reference
 from sirius.kernels.activations import Activation, activation_name
 from sirius.kernels.launch import is_plain
+from sirius.kernels.quantized import Quantized
 from sirius.kernels.reference import NormForm, Weight
 
 MANY = 64  # tokens from which PyTorch's product is the faster one, where the CPU has instructions for the dtype
@@ -146,6 +147,10 @@ TABLE: dict[str, tuple[Kernel, ...]] = {  # by the names in `reference`; the fir
     "norm": (Kernel(cpu, _cpu_norm),),
     "attend": (Kernel(attention, _gpu_plain), Kernel(cpu, _cpu_plain)),
     "put": (Kernel(cpu, _cpu_put),),
+    "quantize": (),
+    "quantized_linear": (),
+    "quantized_glu": (),
+    "highest": (),
 }
 
 
@@ -230,6 +235,37 @@ def attend(
 def put(store: Tensor, rows: Tensor, slots: Tensor, values: Tensor) -> None:
     """Write values [B, T, heads, D] to the slots of rows of a store [R, S, heads, D]; see `reference.put`."""
     (kernel("put", Asked([store, values])) or reference.put)(store, rows, slots, values)
+
+
+def quantize(weight: Tensor, bits: int) -> Quantized:
+    """Return weight [F, H] rounded to 4 or 8 bits; raise ConfigError of other bits; see `reference.quantize`."""
+    return (kernel("quantize", Asked([weight])) or reference.quantize)(weight, bits)
+
+
+def quantized_linear(x: Tensor, weight: Quantized, bias: Tensor | None = None, index: Tensor | None = None) -> Tensor:
+    """Return the products of x [..., H] with a quantized weight [F, H]; see `reference.quantized_linear`."""
+    run = kernel("quantized_linear", Asked([x], [(weight.codes, bias)], index)) or reference.quantized_linear
+    return run(x, weight, bias, index)
+
+
+def quantized_glu(
+    x: Tensor,
+    gate: Quantized,
+    gate_bias: Tensor | None,
+    up: Quantized,
+    up_bias: Tensor | None,
+    activation: Activation,
+    index: Tensor | None = None,
+) -> Tensor | None:
+    """Return act(gate(x)) * up(x) of x [..., H], or None without a kernel; see `reference.quantized_glu`."""
+    asked = Asked([x], [(gate.codes, gate_bias), (up.codes, up_bias)], index, activation=activation)
+    run = kernel("quantized_glu", asked)
+    return run and run(x, gate, gate_bias, up, up_bias, activation_name(activation), index)
+
+
+def highest(values: Tensor, count: int) -> Tensor:
+    """Return the indices of the `count` largest of values [..., V], in any order; see `reference.highest`."""
+    return (kernel("highest", Asked([values])) or reference.highest)(values, count)
 
 
 def attends(device: torch.device, dtype: torch.dtype) -> bool:

@@ -12,6 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sirius.kernels.activations import Activation
+from sirius.kernels.quantized import Quantized, rounded
+from sirius.kernels.quantized import dequantize as dequantize
+from sirius.kernels.quantized import quantize as quantize
 
 Weight = tuple[Tensor, Tensor | None]  # a matrix with its bias, where it has one
 
@@ -147,3 +150,34 @@ def attend(
     hidden = ~allowed[:, None]
     weights = scores.masked_fill(hidden, -torch.inf).softmax(-1).masked_fill(hidden, 0)
     return (weights @ v).transpose(1, 2).to(query.dtype)
+
+
+def quantized_linear(x: Tensor, weight: Quantized, bias: Tensor | None = None, index: Tensor | None = None) -> Tensor:
+    """Return the products of x [..., H], rounded to 8 bits, with the rows of a weight [F, H] at index [k] int64.
+
+    See `quantized.rounded` for the rounding. Products and sums are float32 or wider; the result [..., k], or [..., F]
+    without an index, has x's dtype. bias [F]
+    """
+    if index is not None:
+        weight, bias = weight.rows(index), None if bias is None else bias[index]
+    product = F.linear(rounded(x), dequantize(weight))
+    return (product if bias is None else product + bias).to(x.dtype)
+
+
+def quantized_glu(
+    x: Tensor,
+    gate: Quantized,
+    gate_bias: Tensor | None,
+    up: Quantized,
+    up_bias: Tensor | None,
+    activation: Activation,
+    index: Tensor | None = None,
+) -> Tensor:
+    """Return act(gate(x)) * up(x) [..., k] of x [..., H], the products as in `quantized_linear`."""
+    gated = activation(quantized_linear(x, gate, gate_bias, index))
+    return gated * quantized_linear(x, up, up_bias, index)
+
+
+def highest(values: Tensor, count: int) -> Tensor:
+    """Return the indices of the `count` largest of values [..., V], of any sign, [..., count] int64, in any order."""
+    return values.topk(count, dim=-1, sorted=False).indices

@@ -1,0 +1,134 @@
+"""Weights rounded to 4 or 8 bits: their layout in memory, how they are made, and the numbers that they stand for.
+
+Elements of a row come in blocks of 64, and a block is two groups of 32. With 4 bits, every group has a scale. A scale
+takes one byte: its sign, a 4-bit exponent and a 3-bit mantissa, so that every product of a code with a scale is exact
+in float32. With 8 bits, every row has a float32 scale.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sirius.errors import ConfigError
+
+BLOCK, GROUP = 64, 32  # elements
+BITS = 4, 8
+STEPS = range(-3, 4)  # the scales that are tried for a group, in steps of a mantissa from an eighth of the extreme on
+LAST = 127  # the largest code of a scale's magnitude
+LEAST = 8  # the upper bits of the least normal float32, 2^-126: no scale is below it
+SMALL = 2.0**-100  # a block of activations whose values are all below it counts as zeros
+CHUNK = 1 << 22  # elements that are quantized at a time, which bounds the memory for it
+
+
+class Quantized(NamedTuple):
+    """A weight [F, H] rounded to integers with scales; B = ceil(H / 64) blocks a row.
+
+    codes   uint8   4 bits: [F, B * 32]; byte i of a block has element i in its low half and element 32 + i in its
+                    high half, plus 8 each. 8 bits: [F, B * 64], an element plus 128 each
+    scales  uint8   4 bits: [F, B * 2], the code of each group's scale; 8 bits: [F, 0]
+    base    4 bits: [F] int32, what is added to the bits of each scale of a row; 8 bits: [F] float32, the row's scale
+    bits    4 or 8
+    length  H
+    """
+
+    codes: Tensor
+    scales: Tensor
+    base: Tensor
+    bits: int
+    length: int
+
+    def rows(self, index: Tensor) -> "Quantized":
+        """Return a copy of the rows at index [k] int64."""
+        return self._replace(codes=self.codes[index], scales=self.scales[index], base=self.base[index])
+
+
+def quantize(weight: Tensor, bits: int) -> Quantized:
+    """Return weight [F, H] rounded to 4 or 8 bits; raise ConfigError of another number of bits.
+
+    With 4 bits, a group's scale is the one of several candidates that has the least squared error.
+    """
+    check_bits(bits)
+    chunk = max(1, CHUNK // max(1, weight.shape[1]))
+    parts = [(_to_4_bits if bits == 4 else _to_8_bits)(part) for part in weight.split(chunk)]
+    codes, scales, base = (torch.cat(each) for each in zip(*parts, strict=True))
+    return Quantized(codes, scales, base, bits, weight.shape[1])
+
+
+def check_bits(bits: int) -> None:
+    """Raise ConfigError where there is no format of so many bits."""
+    if bits not in BITS:
+        raise ConfigError(f"weights cannot be quantized to {bits} bits; give 4 or 8")
+
+
+def dequantize(weight: Quantized) -> Tensor:
+    """Return the numbers [F, H] float32 that a quantized weight stands for."""
+    rows = len(weight.codes)
+    if weight.bits == 8:
+        return ((weight.codes.float() - 128) * weight.base[:, None])[:, : weight.length]
+    halves = weight.codes.view(rows, -1, GROUP)
+    nibbles = torch.stack([halves & 15, halves >> 4], 2).view(rows, -1, GROUP)  # [F, groups, 32]
+    scales = scales_of(weight.scales.int(), weight.base[:, None])[..., None]
+    return ((nibbles.float() - 8) * scales).flatten(1)[:, : weight.length]
+
+
+def scales_of(codes: Tensor, base: Tensor) -> Tensor:
+    """Return the scales float32 of codes [F, groups] int32 in rows of base [F, 1] int32."""
+    magnitudes = ((codes & LAST) << 20) + base
+    return torch.where(codes > LAST, -magnitudes.view(torch.float32), magnitudes.view(torch.float32))
+
+
+def rounded(x: Tensor) -> Tensor:
+    """Return x [..., H] as a product with a quantized weight takes it, float32: 8-bit integers times a block's scale.
+
+    The scale of a block of 64 elements is its largest magnitude over 127. Infinities and NaN make all of a block NaN.
+    """
+    blocks = _padded(x.float()).unflatten(-1, (-1, BLOCK))
+    most = blocks.abs().amax(-1, keepdim=True).clamp(min=SMALL)
+    return ((blocks * (127 / most)).round() * (most / 127)).flatten(-2)[..., : x.shape[-1]]
+
+
+def _padded(x: Tensor) -> Tensor:
+    """Return x [..., H] with zeros up to whole blocks."""
+    return F.pad(x, (0, -x.shape[-1] % BLOCK))
+
+
+def _to_8_bits(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    wide = weight.float()
+    scale = (wide.abs().amax(-1) / 127).clamp(min=torch.finfo(torch.float32).tiny)
+    codes = _padded((wide / scale[:, None]).round()) + 128
+    return codes.to(torch.uint8), codes.new_empty(len(codes), 0, dtype=torch.uint8), scale
+
+
+def _to_4_bits(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    groups = _padded(weight.float()).unflatten(-1, (-1, GROUP))  # [F, groups, 32]
+    near = (groups.abs().amax(-1) / 8).view(torch.int32) >> 20
+    base = (near.amax(-1) + STEPS[-1] - LAST).clamp(min=LEAST) << 20
+    codes = _best_scales(groups, near - (base >> 20)[:, None], base[:, None])
+    nibbles = (_nearest(groups, scales_of(codes, base[:, None])) + 8).to(torch.uint8)
+    first, second = nibbles.unflatten(1, (-1, 2)).unbind(2)
+    return (first | second << 4).flatten(1), codes.to(torch.uint8), base
+
+
+def _best_scales(groups: Tensor, near: Tensor, base: Tensor) -> Tensor:
+    """Return the codes [F, groups] int32 of the scales with the least squared error, of equal ones the first.
+
+    near  [F, groups] int32  the codes that the search starts from
+    base  [F, 1] int32       of the rows' scales
+    """
+    best, least = torch.zeros_like(near), torch.full(near.shape, torch.inf, device=near.device)
+    for step in STEPS:
+        for sign in (0, LAST + 1):
+            code = (near + step).clamp(0, LAST) + sign
+            scale = scales_of(code, base)
+            squares = (groups - _nearest(groups, scale) * scale[..., None]).square()
+            for half in (16, 8, 4, 2, 1):  # the order in which the kernel adds
+                squares = squares[..., :half] + squares[..., half:]
+            better = squares[..., 0] < least
+            best, least = torch.where(better, code, best), torch.where(better, squares[..., 0], least)
+    return best
+
+
+def _nearest(groups: Tensor, scales: Tensor) -> Tensor:
+    return (groups * (1 / scales)[..., None]).clamp(-8, 7).round()
