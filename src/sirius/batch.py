@@ -23,6 +23,7 @@ from sirius.decoding.probe import probe_if_due
 from sirius.decoding.sampling import Noise
 from sirius.decoding.stateless import Watch, is_stateless
 from sirius.errors import ConfigError, OutOfMemoryError, RequestError, SiriusError
+from sirius.kernels.ops import multiplies_quantized
 from sirius.model.prepare import count_parameters, prepare
 from sirius.model.prepared import prepared_of
 from sirius.model.quantized import twin_of
@@ -104,13 +105,14 @@ class Batch:
             mlps = prepare(model)
             neurons = tuple(mlp.size for mlp in mlps)
             make = RefreshingSession if chosen.refresh else Session
-            draft = twin_of(model, chosen.draft_bits) if chosen.draft_bits else None
+            draft = twin_of(model, chosen.draft_bits) if self._reads_twin(correction) else None
             self.session = make(model, mlps, lambda: sparsity.create(chosen, neurons), compiled, draft)
             self.draft = draft and count_parameters(model, draft)
         self.asked = correction
         self.correction = correction
         if self.session.shared is None and draft is None:  # a draft with every weight would save nothing
-            self.correction, rule, period = PLAIN, None, None
+            looks_up = correction is not None and correction.draft_ngram
+            self.correction, rule, period = (correction, rule, Period(1)) if looks_up else (PLAIN, None, None)
         self.plan = make_plan(self.correction, period or self._period(compiled), ends, rule)
         self.ruled = rule not in (None, accept_own)  # so that nobody knows whether texts are lossless
         self.window = (self.correction.longest - 1) * self.correction.tree_width if self.correction else 0
@@ -339,6 +341,15 @@ class Batch:
             summarise(rounds, basis, entry.seconds),
             basis,
         )
+
+    def _reads_twin(self, correction: CorrectionConfig | None) -> bool:
+        """Tell whether the draft reads weights of fewer bits.
+
+        Without a kernel for such weights each product makes the full ones anew, so no period pays: "auto" drafts none.
+        """
+        automatic = correction is not None and correction.period == AUTO
+        wanted = bool(self.sparsity.draft_bits) and (correction is None or correction.period != 1)
+        return wanted and not (automatic and not multiplies_quantized(self.model.device, self.model.dtype))
 
     def _period(self, compiled: bool) -> Period:
         """Return the period of this batch; an automatic one knows what earlier texts of this configuration taught."""

@@ -230,8 +230,6 @@ class SamplingConfig:
             raise ConfigError(f"seed is a whole number from 0 to {SEEDS - 1}; got {self.seed}")
 
 
-DRAFT = SparsityConfig("none", draft_bits=4)  # where nothing else is said: all neurons, at four bits
-
 FORMS: dict[type, tuple[Any, str]] = {  # what stands for a configuration by itself, and how to say it
     SparsityConfig: (str, "sparsity is a method's name, SparsityConfig(method='coarse', keep=0.3), or {'keep': 0.3}"),
     CorrectionConfig: (int | str, "correction is a period, 'auto', 'paper', CorrectionConfig(period=16), or None"),
@@ -274,6 +272,9 @@ def _check_kinds(config: object, **kinds: Any) -> None:
         wide = kind | int if float in (kind, *get_args(kind)) else kind
         if (isinstance(value, bool) and kind is not bool) or not isinstance(value, wide):
             raise ConfigError(f"{name} must be {getattr(kind, '__name__', kind)}; got {value!r}")
+
+
+DRAFT = SparsityConfig("none", draft_bits=4)  # where nothing else is said: every neuron, its weights at 4 bits
 
 
 def check_together(sampling: SamplingConfig, correction: CorrectionConfig | None) -> None:
@@ -342,11 +343,11 @@ class Round:
               temperature 1 before any processor
     accepted  how many guesses are in `tokens`
     steps     how many guesses deep the draft was
-    passes    passes of the draft model: `steps` of them, none where the guesses were looked up in the text
     period    K of this round
     cut       whether a stop ended the text inside this round
     scores    what the tokens were chosen by [len(tokens), V], where they were asked for: after processors
     logits    the same before processors
+    looked_up whether the guesses were found in the text itself, which took no pass of the draft model
     """
 
     tokens: tuple[int, ...]
@@ -355,12 +356,17 @@ class Round:
     draft: tuple[int, ...] = ()
     accepted: int = 0
     steps: int = 0
-    passes: int = 0
     period: int = 1
     cut: bool = False
     scores: Tensor | None = None
     logits: Tensor | None = None
     guessed: tuple[float, ...] = ()
+    looked_up: bool = False
+
+    @property
+    def passes(self) -> int:
+        """How many passes of the draft model were run."""
+        return 0 if self.looked_up else self.steps
 
     def until(self, count: int) -> "Round":
         """Return the round as a stop after `count` of its tokens leaves it."""

@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sirius.batch import Batch
-from sirius.core import CorrectionConfig, Request, SamplingConfig, SparsityConfig, as_config, check_together
+from sirius.core import DRAFT, CorrectionConfig, Request, SamplingConfig, SparsityConfig, as_config, check_together
 from sirius.decoding.accept import Rule
 from sirius.decoding.period import Period
 from sirius.errors import ConfigError, RequestError, SiriusError
@@ -109,7 +109,7 @@ class Engine:
         max_new_tokens: int | None = None,
         stop: Stop = None,
         sampling: Sampling = None,
-        sparsity: Sparsity = "coarse",
+        sparsity: Sparsity = DRAFT,
         correction: Correction = LOSSLESS,
     ) -> Completion:
         """Decode one prompt to its end.
@@ -118,7 +118,8 @@ class Engine:
         max_new_tokens  None: 256, or as many as the model's context has room for
         stop            strings that end the text; None: those of the checkpoint's generation config, () none
         sampling        a temperature, a SamplingConfig or a mapping of its fields; None is greedy
-        sparsity        a method's name at keep 0.5, a SparsityConfig, or a mapping of its fields
+        sparsity        what the draft reads: a method's name at keep 0.5, a SparsityConfig, or a mapping of its fields.
+                        The default is every neuron, its weights at 4 bits; "none" drafts nothing
         correction      a CorrectionConfig, a mapping of its fields, a period, "auto", or "paper" (the paper's setting,
                         lossy). None decodes with the sparse model alone (lossy). The default is lossless, and drafts
                         where that is faster
@@ -143,7 +144,7 @@ class Engine:
         max_new_tokens: int | None = None,
         stop: Stop = None,
         sampling: Sampling = None,
-        sparsity: Sparsity = "coarse",
+        sparsity: Sparsity = DRAFT,
         correction: Correction = LOSSLESS,
     ) -> Iterator[Update]:
         """Decode one prompt round by round; closing the iterator frees what it holds at once.
@@ -163,7 +164,7 @@ class Engine:
         max_new_tokens: int | None = None,
         stop: Stop = None,
         sampling: Sampling = None,
-        sparsity: Sparsity = "coarse",
+        sparsity: Sparsity = DRAFT,
         correction: Correction = LOSSLESS,
     ) -> Iterator[tuple[int, Completion | SiriusError]]:
         """Decode prompts side by side, `batch_size` at a time; yield each one's index and completion as it finishes.
@@ -236,7 +237,7 @@ class Engine:
         self,
         *,
         rows: int = 8,
-        sparsity: Sparsity = "coarse",
+        sparsity: Sparsity = DRAFT,
         correction: Correction = LOSSLESS,
         rule: Rule | None = None,
         period: Period | None = None,

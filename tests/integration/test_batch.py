@@ -270,7 +270,7 @@ def test_a_tree_takes_its_width_in_slots_for_each_level_and_no_more(engine, widt
 def test_neurons_are_chosen_anew_when_rows_come_or_go_and_not_otherwise(engine, options, monkeypatch):
     chosen, fixed_routes = [], session.fixed_routes
     monkeypatch.setattr(
-        session, "fixed_routes", lambda methods, mlps: chosen.append(len(methods)) or fixed_routes(methods, mlps)
+        session, "fixed_routes", lambda methods, *others: chosen.append(len(methods)) or fixed_routes(methods, *others)
     )
     batch = open_batch(engine, sparsity=SparsityConfig("coarse", 0.3, **options))
     for prompt in PROMPTS[:2]:

@@ -216,20 +216,39 @@ def test_end_of_text_falls_on_the_exact_token(family, corrections):
 
 
 KEEPS = st.floats(0.05, 1.0)
+BITS = st.sampled_from([0, 4, 8])
 SPARSITIES = st.one_of(
     st.builds(
-        SparsityConfig, st.just("coarse"), KEEPS, shared_set=st.booleans(), refresh=st.sampled_from([0.0, 0.3, 1.0])
+        SparsityConfig,
+        st.just("coarse"),
+        KEEPS,
+        shared_set=st.booleans(),
+        refresh=st.sampled_from([0.0, 0.3, 1.0]),
+        draft_bits=BITS,
     ),
-    st.builds(SparsityConfig, st.just("fine"), KEEPS, per_branch=st.booleans()),
-    st.builds(SparsityConfig, st.just("fine"), threshold=st.floats(0, 2), per_branch=st.booleans()),
+    st.builds(SparsityConfig, st.just("fine"), KEEPS, per_branch=st.booleans(), draft_bits=BITS),
+    st.builds(SparsityConfig, st.just("fine"), threshold=st.floats(0, 2), per_branch=st.booleans(), draft_bits=BITS),
+    st.builds(SparsityConfig, st.just("none"), draft_bits=BITS),
 )
-CORRECTIONS = st.builds(
-    CorrectionConfig,
-    period=st.one_of(st.integers(1, 24), st.just("auto")),
-    accept=st.just("argmax"),
-    tree_width=st.sampled_from(WIDTHS),
-    prune=st.sampled_from([0.0, 1e-3, 0.1, 1.0]),
-    accept_temperature=st.sampled_from([0.1, 0.6, 5.0]),
+PERIOD = st.one_of(st.integers(1, 24), st.just("auto"))
+NGRAMS = st.sampled_from([0, 2, 3])
+CORRECTIONS = st.one_of(
+    st.builds(
+        CorrectionConfig,
+        period=PERIOD,
+        accept=st.just("argmax"),
+        tree_width=st.sampled_from(WIDTHS),
+        prune=st.sampled_from([0.0, 1e-3, 0.1, 1.0]),
+        accept_temperature=st.sampled_from([0.1, 0.6, 5.0]),
+        draft_ngram=NGRAMS,
+    ),
+    st.builds(
+        CorrectionConfig,
+        period=PERIOD,
+        accept=st.just("argmax"),
+        draft_confidence=st.sampled_from([0.0, 0.1, 0.5, 0.9]),
+        draft_ngram=NGRAMS,
+    ),
 )
 ROWS = st.sampled_from([1, 3, 8])
 PROMPTED = ROWS.flatmap(lambda n: st.lists(TOKENS, min_size=n, max_size=n))

@@ -6,7 +6,20 @@ from typing import Annotated
 import typer
 
 Model = Annotated[str | None, typer.Option(help="A folder, GGUF file or hub id; the embedded model if left out.")]
-Sparsity = Annotated[str, typer.Option(help="coarse (griffin), fine (cats), none, or a plug-in's name.")]
+Sparsity = Annotated[
+    str | None,
+    typer.Option(help="coarse (griffin), fine (cats), none, or a plug-in's name. [default: none, with --draft-bits 4]"),
+]
+DraftBits = Annotated[
+    int | None,
+    typer.Option(help="Bits of the weights that the draft reads: 4, 8, or 0 for the model's own. [default: see above]"),
+]
+DraftNgram = Annotated[
+    int, typer.Option(help="Prompt lookup: guess what followed the last tokens, at most so many, earlier; 0 is off.")
+]
+DraftConfidence = Annotated[
+    float, typer.Option(help="End a chain after a guess to which the draft gives less probability; 0 is off.")
+]
 Keep = Annotated[float, typer.Option(help="Fraction of the neurons kept, 0 < keep <= 1.")]
 SparsityThreshold = Annotated[
     float | None, typer.Option(help="For fine: keep |act(gate)| above this instead of a fraction.")

@@ -17,7 +17,8 @@ def export(
     model: Annotated[
         str | None, typer.Option(help="A folder, GGUF file or hub id, whose checkpoint is written there too.")
     ] = None,
-    sparsity: arguments.Sparsity = "coarse",
+    sparsity: arguments.Sparsity = None,
+    draft_bits: arguments.DraftBits = None,
     keep: arguments.Keep = 0.5,
     sparsity_threshold: arguments.SparsityThreshold = None,
     correct: arguments.Correct = True,
@@ -28,6 +29,8 @@ def export(
     accept_temperature: arguments.AcceptTemperature = 0.6,
     tree_width: arguments.TreeWidth = 1,
     prune: arguments.Prune = 0.0,
+    draft_confidence: arguments.DraftConfidence = 0.0,
+    draft_ngram: arguments.DraftNgram = 0,
     per_branch: arguments.PerBranch = False,
     refresh: arguments.Refresh = 0.0,
     ablate: arguments.Ablate = None,

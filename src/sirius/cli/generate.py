@@ -30,7 +30,8 @@ def generate(
         ),
     ] = None,
     output: Annotated[Path | None, typer.Option(help="JSONL to write; an unfinished one is gone on with.")] = None,
-    sparsity: arguments.Sparsity = "coarse",
+    sparsity: arguments.Sparsity = None,
+    draft_bits: arguments.DraftBits = None,
     keep: arguments.Keep = 0.5,
     sparsity_threshold: arguments.SparsityThreshold = None,
     correct: arguments.Correct = True,
@@ -41,6 +42,8 @@ def generate(
     accept_temperature: arguments.AcceptTemperature = 0.6,
     tree_width: arguments.TreeWidth = 1,
     prune: arguments.Prune = 0.0,
+    draft_confidence: arguments.DraftConfidence = 0.0,
+    draft_ngram: arguments.DraftNgram = 0,
     per_branch: arguments.PerBranch = False,
     shared_set: Annotated[
         bool, typer.Option("--shared-set", help="For coarse: one set of neurons for all prompts of a batch.")

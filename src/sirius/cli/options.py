@@ -12,7 +12,11 @@ if TYPE_CHECKING:
 
     from sirius.sparsity.base import Factory
 
-CORRECTING = ("period", "accept", "threshold", "accept_temperature", "tree_width", "prune", "ablate")
+DRAFTING = ("draft_confidence", "draft_ngram")
+CORRECTING = (
+    *("period", "accept", "threshold", "accept_temperature", "tree_width", "prune", "ablate"),
+    *DRAFTING,
+)
 SPARSE = ("keep", "sparsity_threshold", "per_branch", "shared_set", "refresh")
 HOT = ("top_p", "top_k", "min_p", "seed")  # `sirius.jobs` has them too, and is slow to import
 LOSSLESS = ("lossless", "argmax", "sampling")  # `sirius.core` has them too, likewise
@@ -47,6 +51,18 @@ class Asked:
         return self["period"].strip().lstrip("0") == "1"
 
     @property
+    def method(self) -> str:
+        """The name of the sparsity method; beside the paper's preset it is the paper's unless one is given."""
+        bits = self["draft_bits"] is not None
+        return self["sparsity"] or ("coarse" if self["preset"] is not None and not bits else "none")
+
+    @property
+    def draftless(self) -> bool:
+        """Whether there is nothing to draft with."""
+        bits = self["draft_bits"] if self["draft_bits"] is not None else self["sparsity"] is None
+        return self.method == "none" and not bits and not self["draft_ngram"]
+
+    @property
     def own_rule(self) -> bool:
         """Whether only the full model's own choice is accepted."""
         return self["accept"] in LOSSLESS and (self["preset"] is None or "accept" in self.given)
@@ -73,13 +89,18 @@ class Idle:
 IDLE = (
     Idle(lambda a: not a["correct"], ("preset", *CORRECTING, "refresh"), "without correction; leave out --no-correct"),
     Idle(
-        lambda a: a["sparsity"] == "none",
-        (*SPARSE, "preset", "tree_width", "prune", "ablate"),
-        "with --sparsity none, which keeps every neuron and so drafts nothing; name a method, as --sparsity coarse",
+        lambda a: a.method == "none",
+        SPARSE,
+        "without a sparsity method, where every neuron is kept; name one, as --sparsity coarse",
+    ),
+    Idle(
+        lambda a: a.draftless,
+        ("preset", "tree_width", "prune", "ablate", "draft_confidence"),
+        "with --sparsity none and --draft-bits 0, which draft nothing; name a method, or give --draft-bits 4",
     ),
     Idle(
         lambda a: a.plain,
-        ("preset", "threshold", "accept_temperature", "tree_width", "prune", "ablate", "refresh"),
+        ("preset", "threshold", "accept_temperature", "tree_width", "prune", "ablate", "refresh", *DRAFTING),
         UNDRAFTED,
     ),
     Idle(lambda a: a.plain and not a.own_rule, ("accept",), UNDRAFTED),
@@ -124,7 +145,7 @@ def setting_of(asked: Asked) -> dict[str, Any]:
     from sirius.settings import NAMES
     from sirius.sparsity import find
 
-    check_method(asked, find(asked["sparsity"]))
+    check_method(asked, find(asked.method))
     check_rule(asked["accept"])
     found = {name: asked[name] for name in NAMES if name in asked.given}
     return found | ({"period": _period(found["period"])} if "period" in found else {})
@@ -134,7 +155,7 @@ def check_method(asked: Asked, factory: "Factory | None") -> None:
     """Raise ConfigError of options that a sparsity method has no use for; what a plug-in makes of them is its own."""
     from sirius.sparsity import PromptSparsity, TokenSparsity, fine
 
-    name, kind = asked["sparsity"], factory if isinstance(factory, type) else object
+    name, kind = asked.method, factory if isinstance(factory, type) else object
     if issubclass(kind, TokenSparsity) and (found := _flags(asked, ("refresh", "shared_set"))):
         raise ConfigError(
             f"{found} would change nothing with --sparsity {name}, which has a set for each token; use coarse"

@@ -23,8 +23,11 @@ def _speed(stats: "Stats") -> str:
 
 
 def _drafting(stats: "Stats", options: Mapping[str, Any]) -> str:
-    if options["sparsity"].method == "none" or stats.period == 1:
-        return "sparse model alone" if options["correction"] is None and not stats.lossless else "nothing drafted"
+    if options["correction"] is None and not stats.lossless:
+        return "draft model alone"
+    guesses = options["sparsity"].draft_bits or (options["correction"] and options["correction"].draft_ngram)
+    if stats.period == 1 or (options["sparsity"].method == "none" and not guesses):
+        return "nothing drafted"
     if not stats.drafted:
         return "nothing drafted: " + ("it did not promise to be faster" if stats.period == "auto" else "a short text")
     windows = sum(stats.acceptance_histogram)

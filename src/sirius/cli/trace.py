@@ -24,7 +24,8 @@ def trace(
     prompt: Annotated[str, typer.Argument(help="The text to go on from, - for standard input.")],
     output: Annotated[Path | None, typer.Option(help="The file to write; an earlier trace is overwritten.")] = None,
     model: arguments.Model = None,
-    sparsity: arguments.Sparsity = "coarse",
+    sparsity: arguments.Sparsity = None,
+    draft_bits: arguments.DraftBits = None,
     keep: arguments.Keep = 0.5,
     sparsity_threshold: arguments.SparsityThreshold = None,
     correct: arguments.Correct = True,
@@ -35,6 +36,8 @@ def trace(
     accept_temperature: arguments.AcceptTemperature = 0.6,
     tree_width: arguments.TreeWidth = 1,
     prune: arguments.Prune = 0.0,
+    draft_confidence: arguments.DraftConfidence = 0.0,
+    draft_ngram: arguments.DraftNgram = 0,
     per_branch: arguments.PerBranch = False,
     refresh: arguments.Refresh = 0.0,
     ablate: arguments.Ablate = None,
@@ -100,5 +103,9 @@ def _write(found: "Trace", output: Path | None, json: bool) -> None:
     write(output, text)
     tokens, size = len(found.tokens), len(text.encode()) / 1000
     err.print(f"{tokens} tokens in {output} ({size:.0f} kB)", highlight=False, markup=False)
-    if found.sparsity["method"] != "none" and found.correction and not found.stats["drafted"]:
+    if (
+        (found.sparsity["method"] != "none" or found.sparsity["draft_bits"])
+        and found.correction
+        and not found.stats["drafted"]
+    ):
         remark("nothing was drafted; give --period 16 to see drafts on the page")

@@ -1,5 +1,6 @@
 """Transfers between host and device. The host must wait for a GPU wherever it asks for a value, so it asks seldom."""
 
+from collections.abc import Sequence
 from itertools import pairwise
 from time import perf_counter
 
@@ -21,8 +22,8 @@ def fetch(*tensors: Tensor) -> list[Tensor]:
     return [part.view(tensor.shape).to(tensor.dtype) for part, tensor in zip(parts, tensors, strict=True)]
 
 
-def send(values: list[int], device: torch.device) -> Tensor:
-    """Return whole numbers on a device, [n] int64, without waiting for its pending work."""
+def send(values: Sequence[int] | Sequence[Sequence[int]], device: torch.device) -> Tensor:
+    """Return whole numbers on a device, [n] int64 or [m, n], without waiting for its pending work."""
     return torch.tensor(values, dtype=torch.int64).to(device, non_blocking=True)
 
 

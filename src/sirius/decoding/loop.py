@@ -214,9 +214,8 @@ def keep(
         done = _add_tokens(row, taken, tuple(logprobs), verdict, seen)
         branch = tuple(tokens[node] for node in verdict.tip)
         known = tuple(guessed[node] for node in verdict.tip)
-        steps = verified.depth[b]
-        passes = 0 if looked_up else steps
-        rounds.append(done and replace(done, draft=branch, guessed=known, steps=steps, passes=passes, period=period))
+        drawn = {"steps": verified.depth[b], "period": period, "looked_up": looked_up}
+        rounds.append(done and replace(done, draft=branch, guessed=known, **drawn))
     counts = [0 if row.error else 1 + len(v.path) for row, v in zip(rows, verdicts, strict=True)]
     paths = [([0, *v.path] + [0] * max(counts))[: max(counts)] for v in verdicts]
     model.keep(torch.tensor(paths, dtype=torch.int64), torch.tensor(counts))

@@ -24,7 +24,16 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from sirius.batch import Batch
-from sirius.core import CorrectionConfig, Request, Round, SamplingConfig, SparsityConfig, as_config, check_together
+from sirius.core import (
+    DRAFT,
+    CorrectionConfig,
+    Request,
+    Round,
+    SamplingConfig,
+    SparsityConfig,
+    as_config,
+    check_together,
+)
 from sirius.errors import ConfigError, RequestError
 from sirius.hf.criteria import BatchCriteria, RowEnding, ends_rows, parted
 from sirius.hf.processors import BatchProcessors
@@ -81,7 +90,7 @@ def decode(  # noqa: PLR0913 - transformers' own arguments, and ours
     logits_processor: LogitsProcessorList | None,
     stopping_criteria: StoppingCriteriaList,
     generation_config: GenerationConfig,
-    sparsity: SparsityConfig | Mapping[str, Any] | str = "coarse",
+    sparsity: SparsityConfig | Mapping[str, Any] | str = DRAFT,
     correction: CorrectionConfig | Mapping[str, Any] | int | str | None = CorrectionConfig(),  # noqa: B008 - frozen
     streamer: BaseStreamer | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -91,7 +100,8 @@ def decode(  # noqa: PLR0913 - transformers' own arguments, and ours
     """Decode a batch for transformers' `generate`; every row advances on its own, and the rows share each pass.
 
     input_ids   [B, P] int64, left-padded; `attention_mask` says which tokens count
-    sparsity    a method's name at keep 0.5, a SparsityConfig or a mapping of its fields; a keyword of `generate`
+    sparsity    a method's name at keep 0.5, a SparsityConfig or a mapping of its fields; a keyword of `generate`. The
+                default is every neuron, its weights at 4 bits
     correction  a CorrectionConfig, a mapping of its fields, a period, "auto" or "paper"; None to decode with the sparse
                 model alone; likewise
     do_sample   samples as the processors and warpers of `generate` say, seeded by torch's generator

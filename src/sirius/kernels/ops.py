@@ -268,6 +268,11 @@ def highest(values: Tensor, count: int) -> Tensor:
     return (kernel("highest", Asked([values])) or reference.highest)(values, count)
 
 
+def multiplies_quantized(device: torch.device, dtype: torch.dtype) -> bool:
+    """Tell whether `quantized_linear` has a kernel for inputs of a dtype on a device."""
+    return cpu.runs_on(device, dtype) and not gpu.runs_on(device)
+
+
 def attends(device: torch.device, dtype: torch.dtype) -> bool:
     """Tell whether `attend` has a kernel for a device and dtype."""
     return (dtype in gpu.DTYPES and gpu.runs_on(device)) or cpu.runs_on(device, dtype)

@@ -39,6 +39,16 @@ class Quantized(NamedTuple):
     bits: int
     length: int
 
+    @property
+    def nbytes(self) -> int:
+        """The bytes of codes, scales and bases."""
+        return self.codes.nbytes + self.scales.nbytes + self.base.nbytes
+
+    def part(self, begin: int, end: int) -> "Quantized":
+        """Return the rows from `begin` to `end`, which are not copied."""
+        own = slice(begin, end)
+        return self._replace(codes=self.codes[own], scales=self.scales[own], base=self.base[own])
+
     def rows(self, index: Tensor) -> "Quantized":
         """Return a copy of the rows at index [k] int64."""
         return self._replace(codes=self.codes[index], scales=self.scales[index], base=self.base[index])

@@ -32,7 +32,6 @@ class Slots(NamedTuple):
 class Pass:
     """What one run of a model does, besides the tokens that it reads.
 
-    matrix     makes the weights of the linear layers
     routes     of each gated MLP, what computes it: `route(mlp, x, now)`; None: all of its neurons
     slots      where keys and values go
     mask       [B, T, M] bool  which of the M slots after the held ones each token sees; where the model's own attention
@@ -41,9 +40,9 @@ class Pass:
     branches   [B, T] float    how likely each token's branch of a tree is, 0 of a dead one
     attends    whether attention reads the slots by a kernel of ours
     invariant  whether a token's result must have the same bits however many tokens are read together
+    matrix     makes the weights of the linear layers
     """
 
-    matrix: MakeMatrix
     routes: Sequence[Callable[[Any, Tensor, "Pass"], Tensor] | None]
     slots: Slots
     mask: Tensor
@@ -51,6 +50,7 @@ class Pass:
     branches: Tensor
     attends: bool
     invariant: bool
+    matrix: MakeMatrix = dense
 
 
 class Prepared:

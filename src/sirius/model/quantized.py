@@ -9,8 +9,7 @@ from transformers import PreTrainedModel
 
 from sirius.kernels import ops
 from sirius.kernels.activations import Activation
-from sirius.kernels.quantized import Quantized
-from sirius.kernels.reference import dequantize
+from sirius.kernels.quantized import Quantized, dequantize
 from sirius.model.adopt import parts_of
 from sirius.model.linear import MatrixLinear
 from sirius.model.matrix import Dense, Matrix, dense

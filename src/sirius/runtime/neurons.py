@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sirius.errors import ConfigError
-from sirius.model.matrix import MakeMatrix, Neurons
+from sirius.model.matrix import MakeMatrix, Neurons, dense
 from sirius.model.mlp import SparseMLP
 from sirius.model.prepared import Pass
 from sirius.sparsity.base import PromptSparsity, Sparsity, TokenSparsity
@@ -130,7 +130,7 @@ class Chosen:
 
 
 def fixed_routes(
-    methods: Sequence[PromptSparsity], mlps: Sequence[SparseMLP], matrix: MakeMatrix
+    methods: Sequence[PromptSparsity], mlps: Sequence[SparseMLP], matrix: MakeMatrix = dense
 ) -> list[Route | None]:
     """Return the draft's route in each MLP for rows of prompts, each with its method; None is the dense one.
 

@@ -148,7 +148,7 @@ class Session:
         held = torch.zeros(1, dtype=torch.int64, device=self.device)
         likely = torch.ones(1, length, device=self.device)
         matrix, routes = self.prepared.matrix, self._observing(method)
-        now = Pass(matrix, routes, at, mask, held, likely, attends=False, invariant=False)
+        now = Pass(routes, at, mask, held, likely, attends=False, invariant=False, matrix=matrix)
         inputs = {"input_ids": prompt[None].to(self.device), "position_ids": at.written}
         scores = _scores(self.model, self.prepared, self._cache_arguments(), now, inputs, last=1)
         self.cache.advance(row, length)
@@ -197,7 +197,7 @@ class Session:
             mask = tree_mask(held, window.seen, slots.visible, self.mask_dtype)
         matrix = self.draft if mode is Mode.SPARSE else self.prepared.matrix
         routes = self._routes(mode, window.apart)
-        return Pass(matrix, routes, slots, mask, held, window.weights, attends, invariant=True)
+        return Pass(routes, slots, mask, held, window.weights, attends, invariant=True, matrix=matrix)
 
     def _cache_arguments(self) -> dict[str, Any]:
         return {self.cache_argument: self.cache, "use_cache": True}

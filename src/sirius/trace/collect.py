@@ -10,7 +10,7 @@ from typing import Any, Literal
 from transformers import PreTrainedTokenizerBase
 
 from sirius import __version__
-from sirius.core import CorrectionConfig, FinishReason, Origin, Round, SamplingConfig, SparsityConfig, as_config
+from sirius.core import DRAFT, CorrectionConfig, FinishReason, Origin, Round, SamplingConfig, SparsityConfig, as_config
 from sirius.engine import LOSSLESS, Correction, Engine, Prompt, Sampling, Sparsity, Stop
 from sirius.texts import Completion
 from sirius.trace.pieces import Piece, piece_after, split
@@ -128,7 +128,7 @@ def collect(
     max_new_tokens: int | None = None,
     stop: Stop = None,
     sampling: Sampling = None,
-    sparsity: Sparsity = "coarse",
+    sparsity: Sparsity = DRAFT,
     correction: Correction = LOSSLESS,
 ) -> Trace:
     """Decode a prompt as `Engine.generate` does, with the same arguments and errors, and return its trace."""
