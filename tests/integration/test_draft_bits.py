@@ -1,0 +1,252 @@
+"""Drafts by the model's own weights at 4 and 8 bits: lossless texts, figures, memory, and where they are not used."""
+
+import copy
+
+import pytest
+import torch
+
+from conftest import FAMILIES, greedy, tiny_model
+from sirius import restore
+from sirius.batch import Batch
+from sirius.core import DRAFT, CorrectionConfig, SparsityConfig
+from sirius.engine import Engine
+from sirius.kernels import cpu
+from sirius.kernels.quantized import dequantize
+from sirius.model.prepare import count_parameters, prepare
+from sirius.model.prepared import prepared_of
+from sirius.model.quantized import QuantizedRows, RescoredHead, Twin, twin_of
+
+pytestmark = pytest.mark.integration
+
+PROMPT = [5, 17, 93, 41, 8, 60, 22]
+PROMPTS = [PROMPT, [9, 9], [70, 3, 12, 88, 41, 6, 19, 101, 55, 20, 33]]
+NEW = 24
+compiled = pytest.mark.skipif(cpu.library() is None, reason="no compiled CPU kernels")
+
+
+def chain(period: int, width: int = 1, **options) -> CorrectionConfig:
+    return CorrectionConfig(period=period, accept="argmax", tree_width=width, **options)
+
+
+def rounded(bits: int, method: str = "none") -> SparsityConfig:
+    return SparsityConfig(method, draft_bits=bits)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_draft_of_fewer_bits_gives_the_full_models_greedy_text(family, bits):
+    model = tiny_model(family, eos_token_id=None)
+    want = greedy(model, PROMPT, NEW)
+    engine = Engine(model)
+    for method, correction in (("none", chain(5)), ("none", chain(4, 3)), ("coarse", chain(5)), ("fine", chain(3, 2))):
+        got = engine.generate(PROMPT, max_new_tokens=NEW, sparsity=rounded(bits, method), correction=correction)
+        assert list(got.token_ids) == want, f"{method}, {correction}"
+        assert got.stats.lossless and got.stats.drafted
+
+
+@compiled
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_in_16_bits_batches_write_what_full_decoding_writes_alone(dtype):
+    engine = Engine(tiny_model(dtype=dtype, eos_token_id=None))
+    want = [engine.generate(each, max_new_tokens=NEW, sparsity="none").token_ids for each in PROMPTS]
+    for method, correction in (("none", chain(5)), ("none", chain(6, 3)), ("coarse", chain(4)), ("fine", chain(4))):
+        options = {"sparsity": rounded(4, method), "correction": correction, "max_new_tokens": NEW}
+        done = dict(engine.generate_many(PROMPTS, batch_size=2, **options))
+        assert [done[index].token_ids for index in range(len(PROMPTS))] == want
+        assert all(each.stats.lossless for each in done.values())
+
+
+def test_more_bits_agree_more_often():
+    engine = Engine(tiny_model(eos_token_id=None))
+
+    def accepted(bits: int) -> int:
+        options = {"max_new_tokens": 100, "correction": chain(8)}
+        return engine.generate(PROMPT, sparsity=rounded(bits), **options).stats.accepted
+
+    assert accepted(8) > 80 and accepted(8) >= accepted(4) > 20
+
+
+def test_the_default_draft_reads_four_bits_and_no_other_option_is_needed():
+    engine = Engine(tiny_model(eos_token_id=None))
+    got = engine.generate(PROMPT, max_new_tokens=NEW, correction=chain(4))
+    assert SparsityConfig("none", draft_bits=4) == DRAFT
+    assert got.stats.density == engine.generate(PROMPT, sparsity=DRAFT, correction=chain(4)).stats.density < 0.5
+
+
+def test_the_rounded_model_alone_is_called_lossy():
+    got = Engine(tiny_model()).generate(PROMPT, max_new_tokens=4, sparsity=rounded(4), correction=None)
+    assert not got.stats.lossless
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_figures_count_the_bytes_that_drafts_and_checks_read(bits):
+    model = tiny_model(eos_token_id=None)
+    engine = Engine(model)
+    got = engine.generate(PROMPT, max_new_tokens=NEW, sparsity=rounded(bits), correction=chain(4)).stats
+    twin = twin_of(model, bits)
+    linears = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    norms = sum(p.nbytes for p in model.parameters() if p.ndim == 1)
+    candidates = 16 * model.lm_head.weight.shape[1] * 4
+    read = sum(each.nbytes for each in twin.weights.values()) + norms + candidates
+    whole = sum(each.weight.nbytes for each in linears) + norms
+    assert got.density_streamed == pytest.approx(read / whole)
+    after_first = got.tokens - 1
+    assert got.draft_bytes_per_token == pytest.approx(got.drafted * read / after_first)
+    assert got.bytes_per_token == pytest.approx((got.drafted * read + got.rounds * whole) / after_first)
+
+
+def test_a_sparse_draft_of_fewer_bits_reads_its_down_layers_whole():
+    model = tiny_model(eos_token_id=None)
+    engine, half = Engine(model), SparsityConfig("coarse", 20 / 45, draft_bits=4)
+    whole = engine.generate(PROMPT, max_new_tokens=NEW, sparsity=rounded(4), correction=chain(4)).stats
+    sparse = engine.generate(PROMPT, max_new_tokens=NEW, sparsity=half, correction=chain(4)).stats
+    own = count_parameters(model, twin_of(model, 4))
+    counted = count_parameters(model).counted("streamed")
+    assert whole.density_streamed - sparse.density_streamed == pytest.approx((own.gate + own.up) * 25 / 45 / counted)
+
+
+def test_weights_are_rounded_once_and_anew_after_they_changed():
+    model = tiny_model()
+    prepare(model)
+    first = twin_of(model, 4)
+    assert twin_of(model, 4) is first
+    with torch.no_grad():
+        model.lm_head.weight.mul_(2)
+    again = twin_of(model, 4)
+    assert again is not first
+    name = id(model.lm_head)
+    torch.testing.assert_close(dequantize(again.weights[name]), 2 * dequantize(first.weights[name]))
+
+
+def test_rounded_weights_go_with_restore_and_are_in_no_copy():
+    model = tiny_model()
+    prepare(model)
+    twin_of(model, 8)
+    clone = copy.deepcopy(model)
+    prepare(clone)
+    assert not prepared_of(clone).twins
+    restore(model)
+    assert not prepared_of(model).twins
+
+
+def test_nothing_of_the_rounded_weights_is_saved(tmp_path):
+    plain, used = tiny_model(), tiny_model()
+    Engine(used).generate(PROMPT, max_new_tokens=4, correction=chain(4))
+    assert used.state_dict().keys() == plain.state_dict().keys()
+    used.save_pretrained(tmp_path)
+    back = type(used).from_pretrained(tmp_path)
+    for name, weight in plain.state_dict().items():
+        assert torch.equal(back.state_dict()[name], weight)
+
+
+def test_four_bits_take_27_percent_of_16():
+    """At sizes that are multiples of 64; a row of another length is filled up."""
+    model = tiny_model(dtype=torch.bfloat16, hidden_size=256, intermediate_size=512, num_attention_heads=4, head_dim=64)
+    prepare(model)
+    linears = sum(module.weight.nbytes for module in model.modules() if isinstance(module, torch.nn.Linear))
+    assert twin_of(model, 4).nbytes <= 0.275 * linears
+
+
+def test_progress_is_told_up_to_the_end():
+    model, told = tiny_model(), []
+    prepare(model)
+    Twin(model, 4, told.append)
+    assert told == sorted(told) and told[-1] == 1
+
+
+def test_the_heads_best_candidates_have_the_scores_of_the_full_weights():
+    model = tiny_model()
+    prepare(model)
+    head = twin_of(model, 4)(model.lm_head)
+    assert isinstance(head, RescoredHead)
+    x = torch.randn(2, 3, model.config.hidden_size, generator=torch.Generator().manual_seed(0))
+    full, rough, got = model.lm_head(x), head.rounded.linear(x), head.linear(x)
+    best = rough.topk(16).indices
+    torch.testing.assert_close(got.gather(-1, best), full.gather(-1, best))
+    others = torch.ones_like(got, dtype=torch.bool).scatter(-1, best, False)
+    assert torch.equal(got[others], rough[others]) and not torch.equal(rough, full)
+
+
+def test_the_matrix_of_a_fused_layer_is_parted_by_rows():
+    model = tiny_model("phi3")
+    prepare(model)
+    layer = model.model.layers[0].mlp.gate_up_proj
+    matrix = twin_of(model, 4)(layer)
+    assert isinstance(matrix, QuantizedRows)
+    x = torch.randn(3, layer.in_features, generator=torch.Generator().manual_seed(0))
+    half = layer.out_features // 2
+    parts = [matrix.part(0, half).linear(x), matrix.part(half, 2 * half).linear(x)]
+    assert torch.equal(torch.cat(parts, 1), matrix.linear(x))
+
+
+def test_without_kernels_an_automatic_period_drafts_nothing_and_rounds_no_weight(monkeypatch):
+    """Each product would make the full weights anew, so no period could pay."""
+    monkeypatch.setattr(cpu, "library", lambda: None)
+    model = tiny_model(eos_token_id=None)
+    got = Engine(model).generate(PROMPT, max_new_tokens=NEW)
+    assert list(got.token_ids) == greedy(model, PROMPT, NEW)
+    assert not got.stats.drafted and not prepared_of(model).twins
+
+
+def test_plain_decoding_rounds_no_weight():
+    model = tiny_model()
+    Batch(model, DRAFT, CorrectionConfig(period=1))
+    assert not prepared_of(model).twins
+
+
+# --- guesses from the text itself
+
+
+LOOPING = [7, 30, 41, 52, 63, 74, 7, 30, 41, 52, 63, 74, 7, 30, 41]
+
+
+def repeating_model(**changes):
+    """A model that writes each token many times."""
+    return tiny_model(seed=2, tie_word_embeddings=True, initializer_range=0.1, **{"eos_token_id": None, **changes})
+
+
+@pytest.mark.parametrize("sparsity", ["none", DRAFT, "coarse"], ids=str)
+@pytest.mark.parametrize("width", [1, 3])
+def test_guesses_from_the_text_change_no_token(sparsity, width):
+    for model, prompt in ((repeating_model(), LOOPING), (tiny_model(eos_token_id=None), PROMPT)):
+        want = greedy(model, prompt, NEW)
+        got = Engine(model).generate(
+            prompt, max_new_tokens=NEW, sparsity=sparsity, correction=chain(6, width, draft_ngram=3)
+        )
+        assert list(got.token_ids) == want and got.stats.lossless
+
+
+def test_a_text_that_repeats_itself_is_written_without_draft_passes():
+    model = repeating_model()
+    got = Engine(model).generate(
+        LOOPING, max_new_tokens=40, sparsity="none", correction=CorrectionConfig(draft_ngram=3)
+    )
+    assert list(got.token_ids) == greedy(model, LOOPING, 40)
+    assert got.stats.rounds < 30 and got.stats.accepted and got.stats.draft_bytes_per_token == 0
+
+
+def test_an_end_of_text_inside_looked_up_guesses_ends_the_text():
+    text = greedy(repeating_model(), LOOPING, 40)
+    end = text[20]
+    assert end not in text[:10]
+    model = repeating_model(eos_token_id=end)
+    model.generation_config.eos_token_id = end
+    prompt = [*LOOPING, text[0], text[0], end, text[0], text[0]]  # so that it is among the guesses
+    got = Engine(model).generate(prompt, max_new_tokens=40, sparsity="none", correction=CorrectionConfig(draft_ngram=3))
+    assert list(got.token_ids) == greedy(model, prompt, 40)
+    assert got.finish_reason == "stop"
+
+
+# --- chains that end early
+
+
+def test_a_chain_ends_after_a_guess_that_its_draft_doubts():
+    model = tiny_model(eos_token_id=None)
+    want, engine = greedy(model, PROMPT, NEW), Engine(model)
+    stats = []
+    for confidence in (0.0, 0.5, 0.999):
+        correction = chain(16, draft_confidence=confidence)
+        got = engine.generate(PROMPT, max_new_tokens=NEW, sparsity=rounded(8), correction=correction)
+        assert list(got.token_ids) == want
+        stats.append(got.stats)
+    assert stats[0].drafted > stats[2].drafted > 0 and stats[2].drafted <= stats[1].drafted
