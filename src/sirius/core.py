@@ -6,11 +6,10 @@ Letters of shapes, the same everywhere:
     L layers with a gated MLP                F neurons of an MLP      H hidden size
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from math import isfinite
-from typing import Any, Literal, Protocol, TypeVar, cast, get_args
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
@@ -20,7 +19,6 @@ from sirius.errors import ConfigError
 Ablation = Literal["rewrite", "interleave", "rollback"]
 Origin = Literal["full", "draft", "correction", "bonus"]
 FinishReason = Literal["stop", "length"]
-Config = TypeVar("Config", "SparsityConfig", "CorrectionConfig", "SamplingConfig")
 
 AUTO = "auto"
 PAPER = "paper"
@@ -228,41 +226,6 @@ class SamplingConfig:
             raise ConfigError(f"repetition_penalty is a positive number, 1 is off; got {penalty}")
         if self.seed is not None and not 0 <= self.seed < SEEDS:
             raise ConfigError(f"seed is a whole number from 0 to {SEEDS - 1}; got {self.seed}")
-
-
-FORMS: dict[type, tuple[Any, str]] = {  # what stands for a configuration by itself, and how to say it
-    SparsityConfig: (str, "sparsity is a method's name, SparsityConfig(method='coarse', keep=0.3), or {'keep': 0.3}"),
-    CorrectionConfig: (int | str, "correction is a period, 'auto', 'paper', CorrectionConfig(period=16), or None"),
-    SamplingConfig: (float | int, "sampling is a temperature, SamplingConfig(temperature=0.7) or {'temperature': 0.7}"),
-}
-
-
-def as_config(kind: type[Config], value: Any) -> Config:
-    """Return a configuration given as itself, as a mapping of its fields, or as its first field.
-
-    So `{"method": "fine", "keep": 0.3}` and "fine" are sparsities, and "paper" is the paper's correction; raises
-    ConfigError of anything else.
-    """
-    if isinstance(value, kind):
-        return value
-    if hasattr(value, "item") and not isinstance(value, Mapping):
-        value = value.item()  # a number of NumPy's
-    short, forms = FORMS[kind]
-    if isinstance(value, bool) or not isinstance(value, Mapping | short):
-        raise ConfigError(f"{forms}; got {value!r}")
-    if kind is CorrectionConfig and isinstance(value, str):
-        return cast("Config", _correction(value))
-    try:
-        return kind(**value) if isinstance(value, Mapping) else kind(value)
-    except TypeError as error:
-        known = ", ".join(field.name for field in fields(kind))
-        raise ConfigError(f"{kind.__name__} takes {known}; got {value!r}") from error
-
-
-def _correction(word: str) -> CorrectionConfig:
-    if word not in (AUTO, PAPER):
-        raise ConfigError(f"a correction by one word is {AUTO!r} or {PAPER!r}; got {word!r}")
-    return CorrectionConfig.paper() if word == PAPER else CorrectionConfig()
 
 
 def _check_kinds(config: object, **kinds: Any) -> None:

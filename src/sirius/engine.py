@@ -12,10 +12,11 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sirius.batch import Batch
-from sirius.core import DRAFT, CorrectionConfig, Request, SamplingConfig, SparsityConfig, as_config, check_together
+from sirius.core import DRAFT, CorrectionConfig, Request, SamplingConfig, SparsityConfig, check_together
 from sirius.decoding.accept import Rule
 from sirius.decoding.period import Period
 from sirius.errors import ConfigError, RequestError, SiriusError
+from sirius.forms import as_config
 from sirius.likelihood import Likelihood, score_tokens
 from sirius.model.ends import end_tokens, stop_strings
 from sirius.model.limits import check_length, context_limit, rescaling_length, sliding_window

@@ -112,11 +112,13 @@ def make_setting(values: Mapping[str, Any]) -> Setting:
 def make_sparsity(values: Mapping[str, Any]) -> SparsityConfig:
     """Return the draft of a setting's names and values; raise ConfigError of values that are out of range.
 
-    Without any of `SPARSE` it is the default draft, and beside the paper's preset its coarse sparsity.
+    Without a sparsity it is the default draft, or beside the paper's preset, coarse sparsity.
     """
-    if not any(values.get(name) is not None for name in SPARSE) and values.get("preset") is None:
-        return DRAFT
-    return SparsityConfig(**{RENAMED.get(name, name): values[name] for name in SPARSE if name in values})
+    given = {RENAMED.get(name, name): values[name] for name in SPARSE if values.get(name) is not None}
+    if "method" not in given:
+        own = values.get("preset") is not None and not given.get("draft_bits")
+        given = {"method": "coarse", **given} if own else {**asdict(DRAFT), **given}
+    return SparsityConfig(**given)
 
 
 def make_correction(values: Mapping[str, Any]) -> CorrectionConfig:

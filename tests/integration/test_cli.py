@@ -117,7 +117,7 @@ def test_json_holds_the_fields_that_are_promised(generate, folder):
     assert record["stats"]["mean_acceptance_length"] == record["stats"]["aal"]
     assert record["settings"]["model"] == folder
     assert record["settings"]["correction"]["period"] == 4
-    assert record["settings"]["sparsity"].items() >= {"method": "coarse", "keep": 0.5, "threshold": None}.items()
+    assert record["settings"]["sparsity"].items() >= {"method": "none", "draft_bits": 4}.items()
 
 
 @pytest.mark.parametrize("method", ["coarse", "griffin", "fine", "cats"])
@@ -134,7 +134,7 @@ def test_argmax_gives_the_text_of_the_full_model(generate, method):
 
 def test_without_correction_the_sparse_model_writes_alone(generate):
     full = generate("w5 w6", *SHORT, "--sparsity", "none", "--json").records[0]
-    alone = generate("w5 w6", *SHORT, "--keep", "0.1", "--no-correct", "--json").records[0]
+    alone = generate("w5 w6", *SHORT, "--sparsity", "coarse", "--keep", "0.1", "--no-correct", "--json").records[0]
     assert alone["token_ids"] != full["token_ids"]
     assert alone["settings"]["correction"] is None
     assert (alone["stats"]["drafted"], alone["stats"]["aal"], alone["stats"]["lossless"]) == (0, None, False)
@@ -301,7 +301,8 @@ def test_other_settings_do_not_go_on_with_an_output(generate, tmp_path):
     before = out.read_bytes()
     for changed in (
         ("--logprobs",),
-        ("--keep", "0.4"),
+        ("--sparsity", "coarse"),
+        ("--draft-bits", "8"),
         ("--period", "3"),
         ("--dtype", "float64"),
         ("--chat",),
@@ -365,11 +366,22 @@ def mistake(printed: Printed) -> str:
     ("options", "words"),
     [
         (["--sparsity", "wool"], "no sparsity method 'wool'; known are cats, coarse, fine, griffin, none"),
-        (["--keep", "0"], "keep is the fraction of neurons kept, above 0 and at most 1; got 0.0"),
-        (["--keep", "1.5"], "got 1.5"),
-        (["--keep", "nan"], "got nan"),
-        (["--keep", "0.01"], "keep 0.01 of 45 neurons keeps none"),
-        (["--sparsity-threshold", "0.1"], "--sparsity-threshold would change nothing with --sparsity coarse"),
+        (
+            ["--sparsity", "coarse", "--keep", "0"],
+            "keep is the fraction of neurons kept, above 0 and at most 1; got 0",
+        ),
+        (["--sparsity", "coarse", "--keep", "1.5"], "got 1.5"),
+        (["--sparsity", "coarse", "--keep", "nan"], "got nan"),
+        (["--sparsity", "coarse", "--keep", "0.01"], "keep 0.01 of 45 neurons keeps none"),
+        (
+            ["--keep", "0.4"],
+            "--keep would change nothing without a sparsity method, where every neuron is kept",
+        ),
+        (["--draft-bits", "3"], "draft_bits are 4, 8, or 0 for the model's own weights; got 3"),
+        (["--draft-ngram", "1"], "draft_ngram is the length of the longest match, at least 2, or 0 (off); got 1"),
+        (["--draft-confidence", "1"], "draft_confidence is a probability, from 0 (off) to below 1; got 1.0"),
+        (["--draft-confidence", "0.5", "--tree-width", "2"], "draft_confidence 0.5 ends chains, and tree_width is 2"),
+        (["--draft-ngram", "3", "--ablate", "rewrite"], "draft_ngram takes guesses from the text, and ablate"),
         (["--sparsity", "fine", "--sparsity-threshold", "-1"], "at least 0; got -1.0"),
         (["--threshold", "-1"], "threshold is a probability, from 0 to 1; got -1.0"),
         (["--threshold", "2"], "threshold is a probability, from 0 to 1; got 2.0"),
@@ -410,17 +422,20 @@ IDLE = [
     ("--prune 0.1", "in a chain, which is one branch; give --tree-width"),
     ("--accept-temperature 0.7", "in a chain under a lossless rule; give --tree-width, or a lossy --accept"),
     ("--per-branch --sparsity fine", "in a chain"),
-    ("--per-branch --tree-width 2", "with --sparsity coarse, which keeps a fixed fraction for a whole prompt"),
+    ("--sparsity coarse --per-branch --tree-width 2", "with --sparsity coarse, which keeps a fixed fraction for a"),
     ("--refresh 0.1 --sparsity fine", "with --sparsity fine, which has a set for each token; use coarse"),
-    ("--refresh 0.1 --no-correct", "without correction; leave out --no-correct"),
-    ("--sparsity-threshold 0.1", "with --sparsity coarse"),
+    ("--sparsity coarse --refresh 0.1 --no-correct", "without correction; leave out --no-correct"),
+    ("--sparsity coarse --sparsity-threshold 0.1", "with --sparsity coarse"),
     ("--keep 0.4 --sparsity-threshold 0.1 --sparsity fine", "beside --sparsity-threshold; give one of them"),
     *((f"{option} --period 1", "at --period 1, which drafts nothing") for option in (
-        "--tree-width 4", "--ablate rewrite", "--refresh 0.1", "--preset paper", "--threshold 0.2 --accept relative",
-        "--accept typical")),
-    *((f"{option} --sparsity none", "with --sparsity none, which keeps every neuron") for option in (
-        "--keep 0.4", "--sparsity-threshold 0.1", "--per-branch", "--shared-set", "--refresh 0.1", "--tree-width 2")),
-    *((option, "with one prompt; give --input") for option in ("--shared-set", "--batch-size 3")),
+        "--tree-width 4", "--ablate rewrite", "--sparsity coarse --refresh 0.1", "--preset paper",
+        "--threshold 0.2 --accept relative", "--accept typical")),
+    *((f"{option} --sparsity none", "without a sparsity method, where every neuron is kept") for option in (
+        "--keep 0.4", "--sparsity-threshold 0.1", "--per-branch", "--shared-set", "--refresh 0.1")),
+    *((f"{option} --draft-bits 0", "with --sparsity none and --draft-bits 0, which draft nothing") for option in (
+        "--tree-width 2", "--draft-confidence 0.5", "--ablate rewrite")),
+    ("--draft-ngram 3 --period 1", "at --period 1, which drafts nothing"),
+    *((option, "with one prompt; give --input") for option in ("--sparsity coarse --shared-set", "--batch-size 3")),
     *((option, "at temperature 0, which is greedy") for option in ("--seed 3", "--top-k 5", "--min-p 0.1")),
     ("--revision v2", "with a model that is on this machine; it is of a hub id"),
 ]  # fmt: skip
@@ -446,7 +461,10 @@ def test_options_of_a_hub_are_refused_beside_the_embedded_model(sirius):
         "--accept relative --accept-temperature 0.7",
         "--preset paper --accept-temperature 0.7",
         "--sparsity fine --tree-width 2 --per-branch --sparsity-threshold 0.1",
-        "--refresh 0.1 --period 4",
+        "--sparsity coarse --refresh 0.1 --period 4",
+        "--draft-bits 8 --period 4",
+        "--sparsity none --draft-ngram 3",
+        "--draft-confidence 0.4 --period 4",
         "--seed 3 --temperature 0.5 --top-k 5",
         "--sparsity none --period 4",
         "--period 1 --accept argmax",
@@ -518,7 +536,7 @@ def line(printed: Printed) -> str:
             r"drafted: [\d.]+ of [\d.]+ guesses accepted, \d+% of the weights read per token.*",
             "text of the .*",
         ),
-        ("--no-correct", "sparse model alone", r"LOSSY: .* \(--no-correct\); the defaults give that"),
+        ("--no-correct", "draft model alone", r"LOSSY: .* \(--no-correct\); the defaults give that"),
         ("--preset paper", "drafted: .*", r"LOSSY: .* \(threshold 0\.1\); the defaults give that"),
         ("--period 4 --ablate rollback", "drafted: .*", r"LOSSY: .* \(--ablate rollback\); the defaults give that"),
     ],
@@ -538,7 +556,7 @@ def test_each_text_of_a_file_has_its_line_and_json_has_none(generate, tmp_path):
 def test_a_text_that_rounding_may_change_is_told_apart_from_a_lossy_one(generate, monkeypatch):
     monkeypatch.setattr("sirius.kernels.cpu.library", lambda: None)
     assert line(generate("w5 w6", *SHORT)).endswith("text of the full model")
-    told = line(generate("w5 w6", *SHORT, "--dtype", "bfloat16"))
+    told = line(generate("w5 w6", *SHORT, "--dtype", "bfloat16", "--sparsity", "coarse"))
     assert "not certain to be the full model's text" in told and "LOSSY" not in told
     assert line(generate("w5 w6", *SHORT, "--dtype", "bfloat16", "--period", "1")).endswith("text of the full model")
 

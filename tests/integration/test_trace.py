@@ -176,7 +176,9 @@ def test_the_sparse_model_alone_is_named_as_the_writer(engine, prompt):
 
 
 def test_layers_have_the_shares_of_their_neurons(engine, prompt, drafted):
-    coarse = Engine(tiny_model(intermediate_size=44)).generate([5, 6], max_new_tokens=9, correction=4)
+    coarse = Engine(tiny_model(intermediate_size=44)).generate(
+        [5, 6], max_new_tokens=9, correction=4, sparsity="coarse"
+    )
     assert coarse.setting.kept == (0.5, 0.5)
     assert len(drafted.kept) == engine.model.config.num_hidden_layers and len(set(drafted.kept)) == 1
     assert drafted.kept[0] == pytest.approx(0.2, abs=0.01) and drafted.gate == drafted.kept[0]
@@ -331,7 +333,9 @@ def test_a_thousand_tokens_weigh_less_than_200_kilobytes(drafted):
 
 def test_the_command_writes_a_page(run, tmp_path):
     path = tmp_path / "page.html"
-    printed = run(QUESTION, "--max-new-tokens", 12, "--period", 4, "--keep", 0.3, "--output", path)
+    printed = run(
+        QUESTION, "--max-new-tokens", 12, "--period", 4, "--sparsity", "coarse", "--keep", 0.3, "--output", path
+    )
     assert (printed.code, printed.out) == (0, "")
     assert printed.err.startswith(f"12 tokens in {path} (")
     page = Page(path.read_bytes().decode())

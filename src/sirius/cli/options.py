@@ -52,9 +52,9 @@ class Asked:
 
     @property
     def method(self) -> str:
-        """The name of the sparsity method; beside the paper's preset it is the paper's unless one is given."""
-        bits = self["draft_bits"] is not None
-        return self["sparsity"] or ("coarse" if self["preset"] is not None and not bits else "none")
+        """The name of the sparsity method; beside the paper's preset it is the paper's coarse unless one is given."""
+        own = self["preset"] is not None and not self["draft_bits"]
+        return self["sparsity"] or ("coarse" if own else "none")
 
     @property
     def draftless(self) -> bool:

@@ -1,6 +1,6 @@
 """Prompt lookup: guesses from the text itself, where its last tokens stood before. They cost no draft pass.
 
-Source of the idea: prompt lookup decoding (A. Saxena, 2023), which transformers, vLLM and llama.cpp have too.
+Source of the idea: prompt lookup decoding (A. Saxena, 2023).
 """
 
 from collections.abc import Sequence

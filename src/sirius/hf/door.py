@@ -31,10 +31,10 @@ from sirius.core import (
     Round,
     SamplingConfig,
     SparsityConfig,
-    as_config,
     check_together,
 )
 from sirius.errors import ConfigError, RequestError
+from sirius.forms import as_config
 from sirius.hf.criteria import BatchCriteria, RowEnding, ends_rows, parted
 from sirius.hf.processors import BatchProcessors
 from sirius.model.inputs import check_inputs

@@ -10,8 +10,9 @@ from typing import Any, Literal
 from transformers import PreTrainedTokenizerBase
 
 from sirius import __version__
-from sirius.core import DRAFT, CorrectionConfig, FinishReason, Origin, Round, SamplingConfig, SparsityConfig, as_config
+from sirius.core import DRAFT, CorrectionConfig, FinishReason, Origin, Round, SamplingConfig, SparsityConfig
 from sirius.engine import LOSSLESS, Correction, Engine, Prompt, Sampling, Sparsity, Stop
+from sirius.forms import as_config
 from sirius.texts import Completion
 from sirius.trace.pieces import Piece, piece_after, split
 

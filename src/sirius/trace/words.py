@@ -1,5 +1,6 @@
 """The words of a trace's page."""
 
+from collections.abc import Mapping
 from math import sqrt
 from typing import Any
 
@@ -54,16 +55,21 @@ def _rule(asked: dict[str, Any]) -> str:
 def setting(trace: Trace) -> str:
     """Return what the text was decoded with, in one line."""
     sparse, sampled = trace.sparsity, trace.sampling
-    kept = f"keep {sparse['keep']:g}" if sparse["threshold"] is None else f"threshold {sparse['threshold']:g}"
     parts = [
         f"{trace.parameters:,} parameters in {trace.dtype}",
-        "every neuron kept" if sparse["method"] == "none" else f"sparsity {sparse['method']} with {kept}",
+        _draft(sparse),
         _correction(trace),
         "greedy" if sampled["temperature"] == 0 else f"sampled at temperature {sampled['temperature']:g}",
     ]
     off = {"top_p": 1, "top_k": 0, "min_p": 0, "repetition_penalty": None, "seed": None}
     parts += [f"{name} {sampled[name]:g}" for name, value in off.items() if sampled[name] != value]
     return ", ".join(parts)
+
+
+def _draft(sparse: Mapping[str, Any]) -> str:
+    kept = f"keep {sparse['keep']:g}" if sparse["threshold"] is None else f"threshold {sparse['threshold']:g}"
+    neurons = "every neuron kept" if sparse["method"] == "none" else f"sparsity {sparse['method']} with {kept}"
+    return neurons + (f", draft weights of {sparse['draft_bits']} bits" if sparse["draft_bits"] else "")
 
 
 def _correction(trace: Trace) -> str:
