@@ -26,7 +26,7 @@ LAYERS = [  # from the top down; a module imports from its own layer's package o
     {"decoding", "runtime", "text", "texts", "processors"},
     {"sparsity", "model"},
     {"kernels", "stats", "table"},
-    {"settings"},
+    {"forms", "settings"},
     {"core", "scoring", "shortage"},
     {"errors"},
 ]

@@ -77,7 +77,7 @@ def test_every_study_of_ours_is_a_grid_of_tasks_that_there_are():
         ("tasks: [gsm8k]\ngrids: [{sparsity: none}]\nlimit: 0", "limit is a whole number"),
         ("- 1", "must be a mapping"),
         ("tasks: [gsm8k]\ngrids: [{accept: threshold}]", "depends on the speed of the machine"),
-        ("tasks: [gsm8k]\ngrids: [{shared_set: true}]", "depend on those decoded beside it"),
+        ("tasks: [gsm8k]\ngrids: [{sparsity: coarse, shared_set: true}]", "depend on those decoded beside it"),
     ],
 )
 def test_a_bad_grid_is_told_in_one_line(tmp_path, text, said):
