@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from sirius.cli import arguments
-from sirius.cli.options import Asked, check_effect, setting_of
+from sirius.cli.options import CommandLine, check_effect, setting_of
 from sirius.cli.sweep import check_lm_eval
 from sirius.cli.terminal import Threads, quieten, uncollected, use_threads
 from sirius.errors import ConfigError
@@ -70,15 +70,15 @@ def evaluate(
     given_names = {each.split("=")[0] for each in options if each.startswith("-")}
     if own := sorted(name for name in given_names if any(each.startswith(name) for each in OURS)):
         raise ConfigError(f"{', '.join(own)} would undo what sirius eval gives lm-eval; use lm_eval --model sirius")
-    asked = Asked.of(context, **OTHERS)
-    check_effect(asked)
+    command = CommandLine.of(context, **OTHERS)
+    check_effect(command)
     check_lm_eval()
     from sirius.model.loading import find_device
 
     load = {"dtype": dtype, "revision": revision, "max_context": max_context, "trust_remote_code": trust_remote_code}
     load["completions"] = None if completions is None else str(completions)
     given = {name: value for name, value in load.items() if value not in (None, False)}
-    given |= {"pretrained": model or "embedded", **setting_of(asked)}
+    given |= {"pretrained": model or "embedded", **setting_of(command)}
     names = [each.strip() for each in tasks.split(",") if each.strip()]
     own = ["--device", device, "--batch_size", str(batch_size), *options]
     use_threads(threads)

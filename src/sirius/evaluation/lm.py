@@ -37,8 +37,8 @@ NO_LIMIT = 2**20  # tokens of a context that has none
 NEW_TOKENS = 256  # of a task that does not say, as in lm-eval's own models
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed")
 PASSED_OVER = {"do_sample", "until", "max_gen_toks", "num_beams", "use_cache"}
-Asked = tuple[str, dict[str, Any]]  # a prompt, and lm-eval's options for what follows it
-Wanted = tuple[tuple[int, ...], dict[str, Any]]  # a prompt's tokens, and our options
+GenerationRequest = tuple[str, dict[str, Any]]  # a prompt, and the options that lm-eval gives for its text
+EncodedRequest = tuple[tuple[int, ...], dict[str, Any]]  # the tokens of a prompt, and the options of `Engine.generate`
 TOGETHER = 16  # batches of given texts that are sorted by their length, between two looks at the clock
 log = logging.getLogger(__name__)
 
@@ -194,7 +194,9 @@ class SiriusLM(TemplateLM):
         for task, group in groups.items():
             setting = setting_for(task or "", self.values)
             with tqdm(total=len(group), desc=setting.label(), disable=disable_tqdm or self.quiet) as bar:
-                samples = self.samples([cast("Asked", each.args) for each in group], setting, on_sample=bar.update)
+                samples = self.samples(
+                    [cast("GenerationRequest", each.args) for each in group], setting, on_sample=bar.update
+                )
             known = [each for each in samples if each is not None]
             texts |= {id(request): sample["text"] for request, sample in zip(group, known, strict=True)}
             for own in self.gather_object([each["stats"] for each in known]) or []:
@@ -205,7 +207,7 @@ class SiriusLM(TemplateLM):
 
     def samples(
         self,
-        asked: Sequence[Asked],
+        requests: Sequence[GenerationRequest],
         setting: Setting,
         *,
         share: tuple[int, int] = (0, 1),
@@ -219,7 +221,7 @@ class SiriusLM(TemplateLM):
 
         Samples that `completions` holds are not decoded again. Raises SiriusError of a prompt that cannot be decoded.
         """
-        texts, keys = self._texts(asked, setting)
+        texts, keys = self._texts(requests, setting)
         found = {} if self.completions is None else self.completions.found
         wanted = dict(zip(keys, texts, strict=True))  # without those that are asked for twice
         todo = [key for key in list(wanted)[share[0] :: share[1]] if key not in found]
@@ -241,19 +243,19 @@ class SiriusLM(TemplateLM):
             on_sample()
         return [{**found, **own}.get(key) for key in keys]
 
-    def keys(self, asked: Sequence[Asked], setting: Setting) -> list[str]:
+    def keys(self, requests: Sequence[GenerationRequest], setting: Setting) -> list[str]:
         """Return the key of each prompt's sample."""
-        return self._texts(asked, setting)[1]
+        return self._texts(requests, setting)[1]
 
-    def _texts(self, asked: Sequence[Asked], setting: Setting) -> tuple[list[Wanted], list[str]]:
+    def _texts(self, requests: Sequence[GenerationRequest], setting: Setting) -> tuple[list[EncodedRequest], list[str]]:
         """Return the tokens of each prompt with the options of its text, and the keys of their samples.
 
         A prompt that is too long loses its beginning, as with lm-eval's own models.
         """
         seen: Counter[str] = Counter()
-        texts: list[Wanted] = []
+        texts: list[EncodedRequest] = []
         cut, eos = 0, self.tokenizer.decode([self.eot_token_id])
-        for prompt, options in asked:
+        for prompt, options in requests:
             given: dict[str, Any] = dict(normalize_gen_kwargs(options, self.max_gen_toks))
             budget, room = int(given["max_gen_toks"]), self.max_length - int(given["max_gen_toks"])
             if room < 1:

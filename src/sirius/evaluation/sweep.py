@@ -26,7 +26,7 @@ from sirius.errors import ConfigError, FileError
 from sirius.evaluation.catalogue import task_of
 from sirius.evaluation.completions import Completions
 from sirius.evaluation.grid import Grid
-from sirius.evaluation.lm import Asked, SiriusLM, figures
+from sirius.evaluation.lm import GenerationRequest, SiriusLM, figures
 from sirius.evaluation.ranks import Ranks
 from sirius.evaluation.suite import check_shots, load_tasks
 from sirius.report.estimate import average
@@ -136,7 +136,7 @@ class Sweep:
                 self._grade(cell)
 
     def _decode(self, cell: Cell, share: tuple[int, int]) -> None:
-        asked = [cast("Asked", each.args) for each in self._requests(cell)]
+        asked = [cast("GenerationRequest", each.args) for each in self._requests(cell)]
         self.lm.samples(asked, cell.setting, share=share, on_sample=self.on_sample)
 
     def _unfinished(self, cell: Cell) -> set[str]:
@@ -247,7 +247,7 @@ class Sweep:
 
     def _keys(self, cell: Cell) -> set[str]:
         """Return the keys of a cell's samples."""
-        return set(self.lm.keys([cast("Asked", each.args) for each in self._requests(cell)], cell.setting))
+        return set(self.lm.keys([cast("GenerationRequest", each.args) for each in self._requests(cell)], cell.setting))
 
     def _path(self, cell: Cell) -> Path:
         """Return the file of a cell's result, whose name holds all that the result depends on."""
