@@ -116,7 +116,7 @@ def test_simple_evaluate_finds_the_model_and_stores_its_figures(tmp_path):
         "tasks": ["demo_reasoning"],
         "limit": 3,
         "apply_chat_template": True,
-        "task_manager": task_manager(OWN),
+        "task_manager": task_manager(OWN, ["demo_reasoning"]),
         "bootstrap_iters": 0,
     }
     setting = {"sparsity": "coarse", "preset": "paper", "threads": 1, "completions": str(tmp_path)}

@@ -53,9 +53,9 @@ def test_values_to_choose_among_are_no_settings_of_their_own():
 
 
 def test_every_study_of_ours_is_a_grid_of_tasks_that_there_are():
-    manager = task_manager(OWN)
     for name in study_names():
         found = read_grid(name, {"limit": 10})
+        manager = task_manager(OWN, found.tasks)
         assert all(found.fixed(task) for task in found.tasks)
         check_tasks(found.tasks, None, manager)
 

@@ -24,7 +24,7 @@ def sweep(
     model: arguments.Model = None,
     tasks: Annotated[str | None, typer.Option(help="Task names with commas, in place of the grid's.")] = None,
     data: arguments.Data = None,
-    limit: Annotated[int | None, typer.Option(help="Items of each task, in place of the grid's.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Problems of each task as a whole, in place of the grid's.")] = None,
     chat: Annotated[bool | None, typer.Option("--chat/--no-chat", help="Prompts by the chat template.")] = None,
     batch_size: arguments.BatchSize = 8,
     dtype: arguments.Dtype = "auto",
@@ -93,6 +93,8 @@ def _run(
     command = shlex.join(["sirius", *sys.argv[1:]])
     options: dict[str, Any] = {"batch_size": batch_size, "allowed": allowed, "command": command, "ranks": ranks}
     work = Sweep(grid, engine, parts, output, model or "embedded", load["revision"], **options)
+    if ranks.rank == 0:
+        terminal.remark(work.plan())
     left = -(-work.missing() // ranks.size)  # this process's share
     with saved_as_it_goes(), terminal.progress("decoding", left, shown=ranks.rank == 0) as advance:
         work.on_sample = advance
