@@ -118,3 +118,11 @@ def test_what_cannot_be_swept_is_told_in_one_line_before_a_model_is_loaded(argum
     assert code == 2
     assert said in " ".join(err.split())
     assert "Traceback" not in err
+
+
+def test_an_output_that_is_a_file_is_told_before_a_model_is_loaded(sirius_command, tmp_path):
+    (tmp_path / "out").write_text("")
+    given = ("table1", "--tasks", "demo_reasoning", "--chat", "--model", "none", "--output", tmp_path / "out")
+    code, _, err = sirius_command("sweep", *given)
+    assert code == 2
+    assert "cannot write" in err and "none" not in err

@@ -90,3 +90,11 @@ def test_a_bad_grid_is_told_in_one_line(tmp_path, text, said):
 def test_a_grid_that_is_not_there_names_our_studies():
     with pytest.raises(FileError, match="table2"):
         read_grid("table3", {})
+
+
+def test_a_file_that_is_no_yaml_is_told_in_one_line(tmp_path):
+    path = tmp_path / "grid.yaml"
+    path.write_text("tasks: [gsm8k\n")
+    with pytest.raises(FileError, match=r"cannot read .*grid.yaml: .*expected") as raised:
+        read_grid(str(path), {})
+    assert "\n" not in str(raised.value)

@@ -80,6 +80,10 @@ def evaluate(
     load["completions"] = None if completions is None else str(completions)
     given = {name: value for name, value in load.items() if value not in (None, False)}
     given |= {"pretrained": model or "embedded", **setting_of(command)}
+    if completions is not None:
+        from sirius.evaluation.completions import make_folder
+
+        make_folder(completions)  # before minutes of loading
     names = [each.strip() for each in tasks.split(",") if each.strip()]
     own = ["--device", device, "--batch_size", str(batch_size), *options]
     use_threads(threads)

@@ -50,6 +50,7 @@ def sweep(
     """
     check_lm_eval()
     with uncollected():
+        from sirius.evaluation.completions import make_folder
         from sirius.evaluation.grid import read_grid
         from sirius.evaluation.suite import check_tasks, suite_folder, task_manager
 
@@ -61,6 +62,7 @@ def sweep(
     with suite_folder(data) as folder:
         manager = task_manager(folder, wanted.tasks)
         check_tasks(wanted.tasks, data, manager)
+        make_folder(output)  # before minutes of loading
         load = {"dtype": dtype, "device": device, "max_context": max_context, "revision": revision}
         _run(
             wanted,

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
+from tempfile import TemporaryFile
 from threading import Event, Thread
 from typing import Any
 
@@ -21,6 +22,16 @@ def key_of(prompt: tuple[int, ...], options: Mapping[str, Any], setting: Mapping
     """Return a fingerprint of a prompt's tokens, the options of its text and the setting that decodes it."""
     asked = [list(prompt), dict(options), dict(setting)]
     return sha256(json.dumps(asked, sort_keys=True, default=list).encode()).hexdigest()[:32]
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it; raise FileError where that fails or files cannot be made in it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise FileError(f"cannot write {folder}: {error.strerror or error}; choose another folder") from error
 
 
 class Completions:
@@ -62,12 +73,16 @@ class Completions:
         self.found.setdefault(key, json.loads(json.dumps(line)))
 
     def check_model(self, name: str, fingerprint: str) -> None:
-        """Raise FileError where samples of a model of this name came from other weights."""
+        """Note a model's weights; raise FileError where samples of other weights have the same name.
+
+        name         all that is known of the model before it is loaded
+        fingerprint  of its weights
+        """
         path = self.folder / "models.json"
         with self._writing(path):
             known = json.loads(path.read_text()) if path.exists() else {}
             if known.setdefault(name, fingerprint) != fingerprint:
-                raise FileError(f"{self.folder} holds samples of other weights of {name}; choose another folder")
+                raise FileError(f"{self.folder} holds samples of other weights under {name}; choose another folder")
             save(path, known)
 
     @contextmanager

@@ -40,6 +40,8 @@ PASSED_OVER = {"do_sample", "until", "max_gen_toks", "num_beams", "use_cache"}
 GenerationRequest = tuple[str, dict[str, Any]]  # a prompt, and the options that lm-eval gives for its text
 EncodedRequest = tuple[tuple[int, ...], dict[str, Any]]  # the tokens of a prompt, and the options of `Engine.generate`
 TOGETHER = 16  # batches of given texts that are sorted by their length, between two looks at the clock
+SPREAD = 64  # numbers of a weight in a model's fingerprint
+WHOLE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 log = logging.getLogger(__name__)
 
 
@@ -104,6 +106,7 @@ class SiriusLM(TemplateLM):
             completions = Completions(Path(completions), self._rank)
         self.completions = completions
         self.identity = {"model": self.name, "revision": revision, "dtype": str(self.engine.model.dtype)}
+        self.identity |= {} if gguf_file is None else {"gguf_file": gguf_file}
         if completions is not None:
             completions.check_model(json.dumps(self.identity), fingerprint(self.engine.model))
         self.tokens: dict[str, list[int]] = {}  # of prompts
@@ -315,11 +318,16 @@ register_model("sirius")(SiriusLM)
 
 
 def fingerprint(model: PreTrainedModel) -> str:
-    """Return a digest of the first numbers of every weight, which another checkpoint has not."""
+    """Return a digest of every weight's bits, so that another checkpoint, file or adapter has another one.
+
+    Of a weight the sum of its bits as whole numbers is taken, which is the same on every machine and in any order, and
+    `SPREAD` of its numbers, spread over it. A billion weights take about a second.
+    """
     digest = sha256()
     for name, weight in model.named_parameters():
-        first = weight[(0,) * (weight.ndim - 1)][:64].detach().float().cpu()
-        digest.update(f"{name} {list(weight.shape)} {first.tolist()}".encode())
+        bits = weight.detach().view(WHOLE[weight.element_size()]).reshape(-1)
+        some = bits[:: max(1, bits.numel() // SPREAD)].tolist()
+        digest.update(f"{name} {list(weight.shape)} {int(bits.sum(dtype=torch.int64))} {some}".encode())
     return digest.hexdigest()[:16]
 
 

@@ -22,9 +22,9 @@ from lm_eval.tasks import TaskManager
 from sirius.benchmark.facts import facts
 from sirius.benchmark.record import save
 from sirius.engine import Engine
-from sirius.errors import ConfigError, FileError
+from sirius.errors import ConfigError
 from sirius.evaluation.catalogue import task_of
-from sirius.evaluation.completions import Completions
+from sirius.evaluation.completions import Completions, make_folder
 from sirius.evaluation.grid import Grid
 from sirius.evaluation.lm import GenerationRequest, SiriusLM, figures
 from sirius.evaluation.ranks import Ranks
@@ -76,10 +76,7 @@ class Sweep:
 
     def __post_init__(self) -> None:
         self.completions = Completions(self.folder / "completions", self.ranks.rank)
-        try:
-            (self.folder / "cells").mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise FileError(f"cannot write {self.folder}: {error.strerror or error}") from error
+        make_folder(self.folder / "cells")
         one = Ranks()  # lm-eval grades in each process what all of them decoded
         options: dict[str, Any] = {"batch_size": self.batch_size, "ranks": one, "quiet": True, "name": self.name}
         options["revision"] = self.revision
