@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 
 def sweep(
     grid: Annotated[str, typer.Argument(help="A YAML file, or a study: table1, table2, threshold, period, width, ...")],
-    output: Annotated[Path, typer.Option(help="The folder of samples and results; an unfinished one is gone on with.")],
+    output: Annotated[
+        Path, typer.Option(help="The folder of samples and results; an unfinished sweep there is continued.")
+    ],
     model: arguments.Model = None,
     tasks: Annotated[str | None, typer.Option(help="Task names with commas, in place of the grid's.")] = None,
     data: arguments.Data = None,

@@ -1,4 +1,4 @@
-"""Finished samples in files, one line each: saved as they finish, found again by what was asked."""
+"""Finished samples in files, one line each: saved as they finish, found again by prompt, options and setting."""
 
 import json
 import os
@@ -37,8 +37,8 @@ def make_folder(folder: Path) -> None:
 class Completions:
     """Finished samples by their keys: those of every process are read, and this one's are added to a file of its own.
 
-    A line that a killed process left unfinished is passed over. Where two processes saved one sample, the one of lower
-    rank counts.
+    A last line that a killed process left unfinished is ignored. Where two processes saved the same sample, that of the
+    lower rank is used.
     """
 
     def __init__(self, folder: Path, rank: int = 0) -> None:

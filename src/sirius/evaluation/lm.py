@@ -320,8 +320,8 @@ register_model("sirius")(SiriusLM)
 def fingerprint(model: PreTrainedModel) -> str:
     """Return a digest of every weight's bits, so that another checkpoint, file or adapter has another one.
 
-    Of a weight the sum of its bits as whole numbers is taken, which is the same on every machine and in any order, and
-    `SPREAD` of its numbers, spread over it. A billion weights take about a second.
+    Of each weight it takes the sum of all numbers, read as whole numbers by their bits, and about `SPREAD` of them.
+    Such a sum does not depend on machine or order. A billion weights of bfloat16 take some 3 s on one core.
     """
     digest = sha256()
     for name, weight in model.named_parameters():

@@ -1,4 +1,4 @@
-"""The paper's tasks as lm-eval loads them: our own files, and lm-eval's with local data under them."""
+"""The paper's tasks as lm-eval loads them: files of this package, and lm-eval's own, with local data if wanted."""
 
 import json
 import logging

@@ -96,7 +96,7 @@ class Sweep:
         return [self._path(cell) for cell in dict.fromkeys([*firsts, *best])]
 
     def cells(self) -> tuple[list[Cell], list[list[Cell]]]:
-        """Return the cells that are tested whatever comes, and groups of which the best one is tested later."""
+        """Return the cells of fixed settings, and the groups of cells from each of which the best one is chosen."""
         firsts, groups = [], []
         for task in self.grid.tasks:
             tested, held_out = self._items(task)
@@ -106,7 +106,7 @@ class Sweep:
         return firsts, groups
 
     def missing(self) -> int:
-        """Return how many samples are not decoded yet, at most: a setting that will be chosen may be known already."""
+        """Return the most samples that are left to decode; a chosen setting may turn out to be decoded already."""
         firsts, groups = self.cells()
         cells = [*firsts, *(cell for group in groups for cell in group)]
         chosen = sum(len(self._requests(replace(group[0], items=self._items(group[0].task)[0]))) for group in groups)
@@ -228,9 +228,9 @@ class Sweep:
         }
 
     def _best(self, group: Sequence[Cell]) -> Cell:
-        """Return the cell to be tested: of the settings of a group that which did best on items that are not tested.
+        """Return the cell of the setting that scored best on the problems for choices, to be tested.
 
-        Of equal ones the one that reads fewest bytes per token is taken.
+        Of settings that score the same, it takes the one that reads the fewest bytes per token.
         """
         task = next(iter(self.parts[group[0].task].values()))
 
