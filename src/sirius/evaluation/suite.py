@@ -82,7 +82,7 @@ def check_tasks(names: Sequence[str], data: Path | None, manager: TaskManager) -
 def task_manager(folder: Path, names: Sequence[str] = (), metadata: Any = None) -> TaskManager:
     """Return lm-eval's tasks with those of a folder in place of its own of the same name.
 
-    names     where the paper's tasks have all of them, lm-eval's 13,000 files are not read, which takes 10 seconds
+    names     where the paper's tasks have all of them, lm-eval's thousands of files are not read, which takes 10 s
     metadata  what lm-eval's option --metadata gives to tasks
     """
     paths: list[str | Path] = [*(STOCK / each for each in STOCK_FOLDERS), folder]
