@@ -56,3 +56,10 @@ def test_a_folder_is_exported_with_its_setting_and_lossy_ones_are_called_so(siri
     code, printed, _ = sirius_command("export", tmp_path, "--period", "4")
     assert code == 0
     assert "LOSSY" not in printed
+
+
+def test_a_folder_of_samples_that_is_a_file_is_told_before_a_model_is_loaded(sirius_command, tmp_path):
+    (tmp_path / "out").write_text("")
+    code, _, err = sirius_command("eval", "--tasks", "demo_reasoning", "--completions", tmp_path / "out")
+    assert code == 2
+    assert "cannot write" in err

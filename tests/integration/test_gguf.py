@@ -220,6 +220,26 @@ def test_a_file_in_a_file_is_refused(saved):
     assert "give one" in refused(saved, ConfigError, gguf_file="other.gguf")
 
 
+def test_samples_of_two_files_of_a_folder_are_kept_apart(tmp_path):
+    """A run with another file of the same folder is to decode its own texts, not take up those of the first."""
+    pytest.importorskip("lm_eval")
+    from sirius.evaluation.grid import setting_for
+    from sirius.evaluation.lm import SiriusLM
+
+    for seed, name in enumerate(("one.gguf", "two.gguf")):
+        write(tmp_path / name, model=tiny_model(vocab_size=len(TOKENS), seed=seed))
+    asked = [("hello", {"until": [], "max_gen_toks": 8})]
+    texts, keys = [], []
+    for name in ("one.gguf", "two.gguf", "one.gguf"):
+        lm = SiriusLM(str(tmp_path), gguf_file=name, device="cpu", completions=tmp_path / "samples", quiet=True)
+        setting = setting_for("a task", {"sparsity": "none"})
+        texts += [each["text"] for each in lm.samples(asked, setting)]
+        keys += lm.keys(asked, setting)
+    assert texts[0] == texts[2] != texts[1]
+    assert len((tmp_path / "samples" / "rank0.jsonl").read_text().splitlines()) == 2  # the first was not decoded again
+    assert keys[0] == keys[2] != keys[1]
+
+
 def test_a_folder_of_gguf_files_names_one(saved):
     assert refused(saved.parent).endswith(f"to load its GGUF file, name {saved}")
 

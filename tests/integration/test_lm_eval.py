@@ -1,6 +1,7 @@
 """The lm-eval model `sirius`, against lm-eval's own model of transformers on the same weights."""
 
 import pytest
+import torch
 
 pytest.importorskip("lm_eval")
 
@@ -8,10 +9,11 @@ from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
+from conftest import tiny_model
 from sirius import ConfigError, Engine
 from sirius.demo.embedded import FOLDER
 from sirius.evaluation.completions import Completions
-from sirius.evaluation.lm import SiriusLM
+from sirius.evaluation.lm import SiriusLM, fingerprint
 from sirius.evaluation.suite import OWN, task_manager
 
 PROMPTS = [
@@ -116,7 +118,7 @@ def test_simple_evaluate_finds_the_model_and_stores_its_figures(tmp_path):
         "tasks": ["demo_reasoning"],
         "limit": 3,
         "apply_chat_template": True,
-        "task_manager": task_manager(OWN),
+        "task_manager": task_manager(OWN, ["demo_reasoning"]),
         "bootstrap_iters": 0,
     }
     setting = {"sparsity": "coarse", "preset": "paper", "threads": 1, "completions": str(tmp_path)}
@@ -131,3 +133,17 @@ def test_simple_evaluate_finds_the_model_and_stores_its_figures(tmp_path):
     again = simple_evaluate(model="sirius", model_args={"quiet": True, **setting}, **options)
     assert [each["resps"] for each in again["samples"]["demo_reasoning"]] == texts
     assert again["config"]["sirius_tasks"]["demo_reasoning"] == figures  # seconds too: nothing was decoded again
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_changed_number_anywhere_changes_the_fingerprint_of_a_model(dtype):
+    model = tiny_model(dtype=dtype)
+    before = fingerprint(model)
+    assert before == fingerprint(tiny_model(dtype=dtype))
+    last = list(model.parameters())[-1]
+    for weight in (model.get_input_embeddings().weight, last):
+        number = weight.data.view(-1)[-1].clone()
+        weight.data.view(-1)[-1] += 1
+        assert fingerprint(model) != before
+        weight.data.view(-1)[-1] = number
+    assert fingerprint(model) == before

@@ -53,7 +53,7 @@ def test_samples_of_other_weights_under_one_name_are_refused(tmp_path):
     Completions(tmp_path).check_model("mine", "one")
     Completions(tmp_path).check_model("mine", "one")
     Completions(tmp_path).check_model("another", "two")
-    with pytest.raises(FileError, match="other weights of mine"):
+    with pytest.raises(FileError, match="other weights under mine"):
         Completions(tmp_path).check_model("mine", "two")
 
 

@@ -53,9 +53,9 @@ def test_values_to_choose_among_are_no_settings_of_their_own():
 
 
 def test_every_study_of_ours_is_a_grid_of_tasks_that_there_are():
-    manager = task_manager(OWN)
     for name in study_names():
         found = read_grid(name, {"limit": 10})
+        manager = task_manager(OWN, found.tasks)
         assert all(found.fixed(task) for task in found.tasks)
         check_tasks(found.tasks, None, manager)
 
@@ -90,3 +90,11 @@ def test_a_bad_grid_is_told_in_one_line(tmp_path, text, said):
 def test_a_grid_that_is_not_there_names_our_studies():
     with pytest.raises(FileError, match="table2"):
         read_grid("table3", {})
+
+
+def test_a_file_that_is_no_yaml_is_told_in_one_line(tmp_path):
+    path = tmp_path / "grid.yaml"
+    path.write_text("tasks: [gsm8k\n")
+    with pytest.raises(FileError, match=r"cannot read .*grid.yaml: .*expected") as raised:
+        read_grid(str(path), {})
+    assert "\n" not in str(raised.value)

@@ -10,9 +10,9 @@ from typing import Annotated, Any
 import typer
 
 from sirius.cli import arguments
-from sirius.cli.options import Asked, check_effect, setting_of
+from sirius.cli.options import CommandLine, check_effect, setting_of
 from sirius.cli.sweep import check_lm_eval
-from sirius.cli.terminal import Threads, quieten, uncollected, use_threads
+from sirius.cli.terminal import Threads, quieten, remark, uncollected, use_threads
 from sirius.errors import ConfigError
 
 OURS = (
@@ -67,21 +67,26 @@ def evaluate(
 ) -> None:
     """Evaluate a model on tasks of lm-eval; every other option is lm-eval's own: --limit, --log_samples, ...
 
+    --limit N takes N problems of each task; a group such as mmlu_flan_cot_fewshot takes N of each of its subtasks.
     The texts are decoded our way. Log-probabilities, which multiple choice goes by, are the full model's.
     """
     options = [UNSAFE if each == UNSAFE.replace("_", "-") else each for each in context.args]
     given_names = {each.split("=")[0] for each in options if each.startswith("-")}
     if own := sorted(name for name in given_names if any(each.startswith(name) for each in OURS)):
         raise ConfigError(f"{', '.join(own)} would undo what sirius eval gives lm-eval; use lm_eval --model sirius")
-    asked = Asked.of(context, **OTHERS)
-    check_effect(asked)
+    command = CommandLine.of(context, **OTHERS)
+    check_effect(command)
     check_lm_eval()
     from sirius.model.loading import find_device
 
     load = {"dtype": dtype, "revision": revision, "max_context": max_context, "trust_remote_code": trust_remote_code}
     load["completions"] = None if completions is None else str(completions)
     given = {name: value for name, value in load.items() if value not in (None, False)}
-    given |= {"pretrained": model or "embedded", **setting_of(asked)}
+    given |= {"pretrained": model or "embedded", **setting_of(command)}
+    if completions is not None:
+        from sirius.evaluation.completions import make_folder
+
+        make_folder(completions)  # before minutes of loading
     names = [each.strip() for each in tasks.split(",") if each.strip()]
     own = ["--device", device, "--batch_size", str(batch_size), *options]
     use_threads(threads)
@@ -104,14 +109,15 @@ def run(tasks: Sequence[str], data: Path | None, model_args: dict[str, Any], opt
         from lm_eval.config.evaluate_config import EvaluatorConfig
 
         import_module("sirius.evaluation.lm")  # which registers the model with lm-eval
+        from sirius.evaluation import suite
         from sirius.evaluation.catalogue import setting_for
-        from sirius.evaluation.suite import check_shots, check_tasks, load_tasks, suite_folder, task_manager
         from sirius.settings import NAMES
 
-    with suite_folder(data) as folder:
-        manager = task_manager(folder, tasks)
-        check_tasks(tasks, data, manager)
-        loaded = load_tasks(tasks, manager)
+    with suite.suite_folder(data) as folder:
+        manager = suite.task_manager(folder, tasks)
+        suite.check_tasks(tasks, data, manager)
+        groups = {name: suite.load_tasks([name], manager) for name in tasks}
+        loaded = {name: task for group in groups.values() for name, task in group.items()}
         unsafe = [name for name, task in loaded.items() if getattr(task, "UNSAFE_CODE", False)]
         if unsafe and UNSAFE not in options:
             raise ConfigError(f"{', '.join(unsafe)} runs code that the model writes; give {UNSAFE} to allow it")
@@ -124,12 +130,16 @@ def run(tasks: Sequence[str], data: Path | None, model_args: dict[str, Any], opt
             harness = HarnessCLI()
             parsed = harness.parse_args()
             try:
-                shots = EvaluatorConfig.from_cli(parsed).num_fewshot
+                config = EvaluatorConfig.from_cli(parsed)
             except ValueError as error:
                 raise ConfigError(f"lm-eval refuses the options: {error}") from error
-            if shots is not None:
+            if config.num_fewshot is not None:
                 for name, task in loaded.items():
-                    check_shots(name, task, shots)
-            harness.execute(parsed)
+                    suite.check_shots(name, task, config.num_fewshot)
+            for name, group in groups.items():
+                if (said := suite.tell_limit(name, group, config.limit)) is not None:
+                    remark(said)
+            with suite.lm_eval_reads(folder, tasks):
+                harness.execute(parsed)
         finally:
             sys.argv = before

@@ -7,7 +7,7 @@ import typer
 
 from sirius.cli import arguments
 from sirius.cli.evaluate import OTHERS
-from sirius.cli.options import Asked, check_effect, setting_of
+from sirius.cli.options import CommandLine, check_effect, setting_of
 from sirius.cli.terminal import err, out, quieten, uncollected
 
 
@@ -39,15 +39,15 @@ def export(
     trust_remote_code: arguments.TrustRemoteCode = False,
 ) -> None:
     """Write a custom_generate for transformers: generate(custom_generate=FOLDER, trust_remote_code=True) decodes so."""
-    asked = Asked.of(context, **OTHERS)
-    check_effect(asked)
+    command = CommandLine.of(context, **OTHERS)
+    check_effect(command)
     with uncollected():
         quieten()
         from sirius.hf.export import export as write
         from sirius.model.loading import Source, load_model, load_tokenizer
         from sirius.settings import make_setting
 
-    setting = make_setting(setting_of(asked))
+    setting = make_setting(setting_of(command))
     source = None if model is None else Source(model, revision, trust_remote_code, None).found()
     write(folder, setting)
     if source is not None:

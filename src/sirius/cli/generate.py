@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sirius.cli import arguments, terminal
-from sirius.cli.options import Asked, check_effect, make_options
+from sirius.cli.options import CommandLine, check_effect, make_options
 from sirius.cli.terminal import Threads, uncollected
 from sirius.cli.texts import Form, decode_file, stream
 from sirius.errors import ConfigError
@@ -81,10 +81,10 @@ def generate(
         raise ConfigError("--output goes with --input; print one completion with --json")
     if output == Path("-"):
         raise ConfigError("--output is a file; leave it out and give --json, which prints the same lines")
-    asked = Asked.of(context)
-    check_effect(asked)
+    command = CommandLine.of(context)
+    check_effect(command)
     with uncollected():
-        options = make_options(asked)
+        options = make_options(command)
     corrected = options["correction"]
     source = {"model": model or "embedded", "revision": revision, "dtype": dtype}
     if max_context is not None:
@@ -103,7 +103,7 @@ def generate(
 
     form = Form(load, settings, options, json)
     if input is not None:
-        decode_file(form, asked, batch_size)
+        decode_file(form, command, batch_size)
     elif prompt is not None:
         stream(form, prompt)
 

@@ -25,7 +25,7 @@ UNDRAFTED = "at --period 1, which drafts nothing; give a longer period"
 
 
 @dataclass(frozen=True)
-class Asked:
+class CommandLine:
     """The command line of `sirius generate`, or of a command that shares options with it.
 
     values  of all options, by their names in Python
@@ -36,7 +36,7 @@ class Asked:
     given: frozenset[str]
 
     @classmethod
-    def of(cls, context: "typer.Context", **others: Any) -> "Asked":
+    def of(cls, context: "typer.Context", **others: Any) -> "CommandLine":
         """Return a context's command line; `others` are options that its command does not have, by their values."""
         sources = {name: context.get_parameter_source(name) for name in context.params}
         given = frozenset(name for name, at in sources.items() if at and at.name == "COMMANDLINE")
@@ -81,7 +81,7 @@ class Idle:
     why  the end of "--x would change nothing ...", with a way out
     """
 
-    where: Callable[[Asked], bool]
+    where: Callable[[CommandLine], bool]
     names: tuple[str, ...]
     why: str
 
@@ -127,16 +127,16 @@ IDLE = (
 )
 
 
-def check_effect(asked: Asked) -> None:
+def check_effect(command: CommandLine) -> None:
     """Raise ConfigError of options that were given and would change nothing, and of words that are none."""
-    if asked["preset"] is not None and asked["preset"] not in PRESETS:
-        raise ConfigError(f"--preset is {', '.join(PRESETS)}; got {asked['preset']!r}")
+    if command["preset"] is not None and command["preset"] not in PRESETS:
+        raise ConfigError(f"--preset is {', '.join(PRESETS)}; got {command['preset']!r}")
     for idle in IDLE:
-        if (found := _flags(asked, idle.names)) and idle.where(asked):
+        if (found := _flags(command, idle.names)) and idle.where(command):
             raise ConfigError(f"{found} would change nothing {idle.why}")
 
 
-def setting_of(asked: Asked) -> dict[str, Any]:
+def setting_of(command: CommandLine) -> dict[str, Any]:
     """Return the options of sparsity and correction that were given, as `sirius.settings.make_setting` takes them.
 
     Raises ConfigError of a method or rule that is none, and of options that the method has no use for.
@@ -145,49 +145,49 @@ def setting_of(asked: Asked) -> dict[str, Any]:
     from sirius.settings import NAMES
     from sirius.sparsity import find
 
-    check_method(asked, find(asked.method))
-    check_rule(asked["accept"])
-    found = {name: asked[name] for name in NAMES if name in asked.given}
+    check_method(command, find(command.method))
+    check_rule(command["accept"])
+    found = {name: command[name] for name in NAMES if name in command.given}
     return found | ({"period": _period(found["period"])} if "period" in found else {})
 
 
-def check_method(asked: Asked, factory: "Factory | None") -> None:
+def check_method(command: CommandLine, factory: "Factory | None") -> None:
     """Raise ConfigError of options that a sparsity method has no use for; what a plug-in makes of them is its own."""
     from sirius.sparsity import PromptSparsity, TokenSparsity, fine
 
-    name, kind = asked.method, factory if isinstance(factory, type) else object
-    if issubclass(kind, TokenSparsity) and (found := _flags(asked, ("refresh", "shared_set"))):
+    name, kind = command.method, factory if isinstance(factory, type) else object
+    if issubclass(kind, TokenSparsity) and (found := _flags(command, ("refresh", "shared_set"))):
         raise ConfigError(
             f"{found} would change nothing with --sparsity {name}, which has a set for each token; use coarse"
         )
-    if issubclass(kind, PromptSparsity) and (found := _flags(asked, ("per_branch", "sparsity_threshold"))):
+    if issubclass(kind, PromptSparsity) and (found := _flags(command, ("per_branch", "sparsity_threshold"))):
         raise ConfigError(
             f"{found} would change nothing with --sparsity {name}, which keeps a fixed fraction for a whole prompt; "
             "use fine"
         )
-    if issubclass(kind, fine.FineSparsity) and {"keep", "sparsity_threshold"} <= asked.given:
+    if issubclass(kind, fine.FineSparsity) and {"keep", "sparsity_threshold"} <= command.given:
         raise ConfigError("--keep would change nothing beside --sparsity-threshold; give one of them")
 
 
-def check_hot(asked: Asked, any_hot: bool) -> None:
+def check_hot(command: CommandLine, any_hot: bool) -> None:
     """Raise ConfigError of sampling options beside a file of which no line has a temperature."""
-    if not any_hot and asked["temperature"] == 0 and (found := _flags(asked, HOT)):
+    if not any_hot and command["temperature"] == 0 and (found := _flags(command, HOT)):
         raise ConfigError(
             f"{found} would change nothing, as neither the command nor a line has a temperature; give --temperature"
         )
 
 
-def make_options(asked: Asked) -> dict[str, Any]:
+def make_options(command: CommandLine) -> dict[str, Any]:
     """Return the options of `Engine.generate`; raise ConfigError where they are out of range or contradict."""
     from sirius.core import Request, SamplingConfig, check_together
     from sirius.settings import make_correction, make_sparsity
 
-    setting = setting_of(asked)  # what is wrong is told before a large model is loaded
-    stop, budget = tuple(asked["stop"]) if asked["stop"] else None, asked["max_new_tokens"]
+    setting = setting_of(command)  # what is wrong is told before a large model is loaded
+    stop, budget = tuple(command["stop"]) if command["stop"] else None, command["max_new_tokens"]
     Request((0,), 1 if budget is None else budget, stop or ())
-    correction = make_correction(setting) if asked["correct"] else None
+    correction = make_correction(setting) if command["correct"] else None
     sampling = SamplingConfig(
-        **{name: asked[name] for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed")}
+        **{name: command[name] for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed")}
     )
     check_together(sampling, correction)
     return {
@@ -206,6 +206,6 @@ def _period(text: str) -> int | str:
         raise ConfigError(f"--period is a whole number or auto; got {text!r}") from error
 
 
-def _flags(asked: Asked, names: tuple[str, ...]) -> str:
+def _flags(command: CommandLine, names: tuple[str, ...]) -> str:
     """Return those of some options that were given, as they are written."""
-    return ", ".join(f"--{name.replace('_', '-')}" for name in names if name in asked.given)
+    return ", ".join(f"--{name.replace('_', '-')}" for name in names if name in command.given)

@@ -20,11 +20,13 @@ if TYPE_CHECKING:
 
 def sweep(
     grid: Annotated[str, typer.Argument(help="A YAML file, or a study: table1, table2, threshold, period, width, ...")],
-    output: Annotated[Path, typer.Option(help="The folder of samples and results; an unfinished one is gone on with.")],
+    output: Annotated[
+        Path, typer.Option(help="The folder of samples and results; an unfinished sweep there is continued.")
+    ],
     model: arguments.Model = None,
     tasks: Annotated[str | None, typer.Option(help="Task names with commas, in place of the grid's.")] = None,
     data: arguments.Data = None,
-    limit: Annotated[int | None, typer.Option(help="Items of each task, in place of the grid's.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Problems of each task as a whole, in place of the grid's.")] = None,
     chat: Annotated[bool | None, typer.Option("--chat/--no-chat", help="Prompts by the chat template.")] = None,
     batch_size: arguments.BatchSize = 8,
     dtype: arguments.Dtype = "auto",
@@ -50,6 +52,7 @@ def sweep(
     """
     check_lm_eval()
     with uncollected():
+        from sirius.evaluation.completions import make_folder
         from sirius.evaluation.grid import read_grid
         from sirius.evaluation.suite import check_tasks, suite_folder, task_manager
 
@@ -61,6 +64,7 @@ def sweep(
     with suite_folder(data) as folder:
         manager = task_manager(folder, wanted.tasks)
         check_tasks(wanted.tasks, data, manager)
+        make_folder(output)  # before minutes of loading
         load = {"dtype": dtype, "device": device, "max_context": max_context, "revision": revision}
         _run(
             wanted,
@@ -93,6 +97,8 @@ def _run(
     command = shlex.join(["sirius", *sys.argv[1:]])
     options: dict[str, Any] = {"batch_size": batch_size, "allowed": allowed, "command": command, "ranks": ranks}
     work = Sweep(grid, engine, parts, output, model or "embedded", load["revision"], **options)
+    if ranks.rank == 0:
+        terminal.remark(work.plan())
     left = -(-work.missing() // ranks.size)  # this process's share
     with saved_as_it_goes(), terminal.progress("decoding", left, shown=ranks.rank == 0) as advance:
         work.on_sample = advance

@@ -11,7 +11,7 @@ import typer
 from rich.cells import cell_len
 from rich.markup import escape
 
-from sirius.cli.options import Asked, check_hot
+from sirius.cli.options import CommandLine, check_hot
 from sirius.cli.summary import tell
 from sirius.cli.terminal import WRONG_INPUT, complain, err, out, progress, saved_as_it_goes
 from sirius.errors import SiriusError
@@ -40,13 +40,13 @@ class Form:
         """Whether JSON has each token's origin and log-probability."""
         return self.settings["logprobs"]
 
-    def asked(self, prompt: "Prompt") -> "Prompt":
-        """Return a prompt as the model is asked: in its chat template, if so wanted."""
-        return as_asked(prompt, self.settings["chat"])
+    def as_message(self, prompt: "Prompt") -> "Prompt":
+        """Return a prompt, as a message of the user where the chat template is wanted."""
+        return as_message(prompt, self.settings["chat"])
 
     def length(self, prompt: "Prompt") -> int:
         """Return how many tokens a prompt has."""
-        return len(self.load().encode(self.asked(prompt)))
+        return len(self.load().encode(self.as_message(prompt)))
 
     def show(self, job: "Job", done: "Completion", prompt_tokens: int) -> None:
         """Print the completion of a file's line."""
@@ -71,8 +71,8 @@ class Form:
         sys.stdout.flush()
 
 
-def as_asked(prompt: "Prompt", chat: bool) -> "Prompt":
-    """Return a prompt as the model is asked: a text as a message of the user, if `chat`."""
+def as_message(prompt: "Prompt", chat: bool) -> "Prompt":
+    """Return a text as a message of the user where `chat` says so, and any other prompt unchanged."""
     return [{"role": "user", "content": prompt}] if isinstance(prompt, str) and prompt and chat else prompt
 
 
@@ -88,11 +88,11 @@ def read_prompt(given: str) -> str:
 def stream(form: Form, given: str) -> None:
     """Decode one prompt, and print its text as it becomes certain, or its JSON; "-" is what standard input holds."""
     prompt = read_prompt(given)
-    engine, asked = form.load(), form.asked(prompt)
+    engine, message = form.load(), form.as_message(prompt)
     if form.json:
-        form.show_json(None, engine.generate(asked, **form.options), form.length(prompt))
+        form.show_json(None, engine.generate(message, **form.options), form.length(prompt))
         return
-    for update in engine.stream(asked, **form.options):
+    for update in engine.stream(message, **form.options):
         sys.stdout.write(update.text)
         if update.completion is not None:
             sys.stdout.write("\n")
@@ -101,14 +101,14 @@ def stream(form: Form, given: str) -> None:
             tell(update.completion, form.options)
 
 
-def decode_file(form: Form, asked: Asked, batch_size: int) -> None:
+def decode_file(form: Form, command: CommandLine, batch_size: int) -> None:
     """Decode every line of --input; bad lines are named and passed over, and make the exit code 2."""
     from sirius.jobs import BadLine, Output, name_of, read_jobs
 
-    path: Path = asked["input"]
-    name, target = name_of(path), asked["output"]
-    lines = list(read_jobs(path, asked["temperature"]))
-    check_hot(asked, any(line.options.get("temperature") for line in lines if not isinstance(line, BadLine)))
+    path: Path = command["input"]
+    name, target = name_of(path), command["output"]
+    lines = list(read_jobs(path, command["temperature"]))
+    check_hot(command, any(line.options.get("temperature") for line in lines if not isinstance(line, BadLine)))
     output = Output(target, form.settings, form.details) if target else None
     with (
         closing(output) if output else nullcontext(),
@@ -130,7 +130,7 @@ def decode_file(form: Form, asked: Asked, batch_size: int) -> None:
 
 
 def _decoded(form: Form, jobs: "list[Job]", batch_size: int) -> "Iterable[tuple[int, Completion | SiriusError]]":
-    prompts = [form.asked(job.prompt) for job in jobs]
+    prompts = [form.as_message(job.prompt) for job in jobs]
     each = [job.over(form.options) for job in jobs]
     return form.load().generate_many(prompts, batch_size=batch_size, each=each, **form.options)
 

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sirius.cli import arguments, terminal
-from sirius.cli.options import Asked, check_effect, make_options
+from sirius.cli.options import CommandLine, check_effect, make_options
 from sirius.cli.terminal import Threads, err, remark, uncollected
-from sirius.cli.texts import as_asked, read_prompt
+from sirius.cli.texts import as_message, read_prompt
 from sirius.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -63,14 +63,14 @@ def trace(
     force: Annotated[bool, typer.Option("--force", help="Let --output overwrite a file that is no trace.")] = False,
 ) -> None:
     """Decode one prompt and write a page of HTML that shows where each token comes from."""
-    asked = Asked.of(context, **OTHERS)
-    check_effect(asked)
+    command = CommandLine.of(context, **OTHERS)
+    check_effect(command)
     with uncollected():
-        options = make_options(asked)
+        options = make_options(command)
         from sirius.trace.collect import collect
 
     _check_output(output, json, force)
-    text = as_asked(read_prompt(prompt), model is None if chat is None else chat)
+    text = as_message(read_prompt(prompt), model is None if chat is None else chat)
     hub = {"revision": revision, "trust_remote_code": trust_remote_code}
     engine = terminal.load(model, threads, dtype=dtype, device=device, max_context=max_context, **hub)
     with err.status("decoding"):

@@ -1,4 +1,4 @@
-"""Finished samples in files, one line each: saved as they finish, found again by what was asked."""
+"""Finished samples in files, one line each: saved as they finish, found again by prompt, options and setting."""
 
 import json
 import os
@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
+from tempfile import TemporaryFile
 from threading import Event, Thread
 from typing import Any
 
@@ -23,11 +24,21 @@ def key_of(prompt: tuple[int, ...], options: Mapping[str, Any], setting: Mapping
     return sha256(json.dumps(asked, sort_keys=True, default=list).encode()).hexdigest()[:32]
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it; raise FileError where that fails or files cannot be made in it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise FileError(f"cannot write {folder}: {error.strerror or error}; choose another folder") from error
+
+
 class Completions:
     """Finished samples by their keys: those of every process are read, and this one's are added to a file of its own.
 
-    A line that a killed process left unfinished is passed over. Where two processes saved one sample, the one of lower
-    rank counts.
+    A last line that a killed process left unfinished is ignored. Where two processes saved the same sample, that of the
+    lower rank is used.
     """
 
     def __init__(self, folder: Path, rank: int = 0) -> None:
@@ -62,12 +73,16 @@ class Completions:
         self.found.setdefault(key, json.loads(json.dumps(line)))
 
     def check_model(self, name: str, fingerprint: str) -> None:
-        """Raise FileError where samples of a model of this name came from other weights."""
+        """Note a model's weights; raise FileError where samples of other weights have the same name.
+
+        name         all that is known of the model before it is loaded
+        fingerprint  of its weights
+        """
         path = self.folder / "models.json"
         with self._writing(path):
             known = json.loads(path.read_text()) if path.exists() else {}
             if known.setdefault(name, fingerprint) != fingerprint:
-                raise FileError(f"{self.folder} holds samples of other weights of {name}; choose another folder")
+                raise FileError(f"{self.folder} holds samples of other weights under {name}; choose another folder")
             save(path, known)
 
     @contextmanager

@@ -103,7 +103,7 @@ def read_records(path: Path) -> list[Doc]:
 
 
 def with_examples(task: str, splits: Mapping[str, list[Doc]], folder: Path | None) -> dict[str, list[Doc]]:
-    """Return splits with the worked examples before the questions, which are questions no longer."""
+    """Return splits with the worked examples as a split of their own; a question that is an example is left out."""
     examples = worked_examples(task, folder)
     shown = {_bare(each["question"]) for each in examples}
     asked = {name: [each for each in docs if _bare(each["question"]) not in shown] for name, docs in splits.items()}

@@ -95,7 +95,7 @@ def read_grid(name: str, changes: Mapping[str, Any]) -> Grid:
     try:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise FileError(f"cannot read {path}: {error}") from error
+        raise FileError(f"cannot read {path}: {' '.join(str(error).split())}") from error  # YAML's errors have lines
     if not isinstance(found, Mapping):
         raise ConfigError(f"{path} must be a mapping of {', '.join(KEYS)}")
     if unknown := sorted(map(str, found.keys() - set(KEYS))):

@@ -1,15 +1,17 @@
-"""The paper's tasks as lm-eval loads them: our own files, and lm-eval's with local data under them."""
+"""The paper's tasks as lm-eval loads them: files of this package, and lm-eval's own, with local data if wanted."""
 
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any, cast
 
 import lm_eval.tasks
 from lm_eval.api.task import Task
+from lm_eval.evaluator_utils import get_sample_size
 from lm_eval.tasks import TaskManager
 
 from sirius.errors import ConfigError, SiriusError
@@ -23,6 +25,7 @@ STOCK_FILES = {  # where lm-eval keeps its own
     "gsm8k_cot": "gsm8k/gsm8k-cot.yaml",
     "truthfulqa_gen": "truthfulqa/truthfulqa_gen.yaml",
 }
+STOCK_FOLDERS = [*dict.fromkeys(Path(each).parent for each in STOCK_FILES.values()), Path("mmlu", "flan_cot_fewshot")]
 LOCAL = """include: {include}
 task: {task}
 custom_dataset: !function sirius.evaluation.data.load
@@ -56,8 +59,7 @@ def _includes() -> Iterator[tuple[str, Path]]:
     """Yield the paper's tasks, each with the file that its local variant builds on."""
     for name, task in TASKS.items():
         if name == SUBJECTS:
-            folder = STOCK / "mmlu" / "flan_cot_fewshot"
-            for path in sorted(folder.glob("mmlu_*.yaml")):
+            for path in sorted((STOCK / STOCK_FOLDERS[-1]).glob("mmlu_*.yaml")):
                 yield path.stem.replace("mmlu_", f"{SUBJECTS}_", 1), path
         else:
             yield name, STOCK / STOCK_FILES[name] if task.stock else OWN / f"{name}.yaml"
@@ -77,13 +79,32 @@ def check_tasks(names: Sequence[str], data: Path | None, manager: TaskManager) -
             check_files(name, data)
 
 
-def task_manager(folder: Path, names: Sequence[str] = ()) -> TaskManager:
+def task_manager(folder: Path, names: Sequence[str] = (), metadata: Any = None) -> TaskManager:
     """Return lm-eval's tasks with those of a folder in place of its own of the same name.
 
-    names  where all of them are tasks of the folder, lm-eval's thousands of files are not read
+    names     where the paper's tasks have all of them, lm-eval's thousands of files are not read, which takes 10 s
+    metadata  what lm-eval's option --metadata gives to tasks
     """
-    known = {path.stem for path in folder.glob("*.yaml")}
-    return TaskManager(include_path=str(folder), include_defaults=not names or not known.issuperset(names))
+    paths: list[str | Path] = [*(STOCK / each for each in STOCK_FOLDERS), folder]
+    found = TaskManager(include_path=paths, include_defaults=False, metadata=metadata)
+    if names and all(found.match_tasks([each]) == [each] for each in names):
+        return found
+    return TaskManager(include_path=str(folder), metadata=metadata)
+
+
+@contextmanager
+def lm_eval_reads(folder: Path, names: Sequence[str]) -> Iterator[None]:
+    """Let lm-eval's command read the task files of `task_manager` for the length of the block."""
+
+    def make(include_path: object = None, metadata: Any = None) -> TaskManager:
+        return task_manager(folder, names, metadata)
+
+    before = lm_eval.tasks.TaskManager
+    lm_eval.tasks.TaskManager = cast("Any", make)  # its command takes the name from there
+    try:
+        yield
+    finally:
+        lm_eval.tasks.TaskManager = before
 
 
 def load_tasks(names: Sequence[str], manager: TaskManager) -> dict[str, Task]:
@@ -98,6 +119,20 @@ def load_tasks(names: Sequence[str], manager: TaskManager) -> dict[str, Task]:
             f"the data of {', '.join(names)} cannot be loaded ({type(error).__name__}: {error}); give a folder of "
             "local files by --data"
         ) from error
+
+
+def tell_limit(name: str, parts: Mapping[str, Task], limit: float | None) -> str | None:
+    """Say how many problems a limit of lm-eval comes to in a group of tasks; None where the task is a single one.
+
+    limit  problems of each task, or a fraction of them below 1, as lm-eval has it
+    """
+    if len(parts) == 1 or limit is None:
+        return None
+    count = sum(min(get_sample_size(task, limit) or 0, len(task.eval_docs)) for task in parts.values())
+    return (
+        f"{name} has {len(parts)} subtasks and --limit holds for each: {count:,} problems in all "
+        "(sirius sweep limits the whole task)"
+    )
 
 
 def check_shots(name: str, task: Task, shots: int) -> None:

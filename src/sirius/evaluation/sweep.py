@@ -22,11 +22,11 @@ from lm_eval.tasks import TaskManager
 from sirius.benchmark.facts import facts
 from sirius.benchmark.record import save
 from sirius.engine import Engine
-from sirius.errors import ConfigError, FileError
+from sirius.errors import ConfigError
 from sirius.evaluation.catalogue import task_of
-from sirius.evaluation.completions import Completions
+from sirius.evaluation.completions import Completions, make_folder
 from sirius.evaluation.grid import Grid
-from sirius.evaluation.lm import Asked, SiriusLM, figures
+from sirius.evaluation.lm import GenerationRequest, SiriusLM, figures
 from sirius.evaluation.ranks import Ranks
 from sirius.evaluation.suite import check_shots, load_tasks
 from sirius.report.estimate import average
@@ -41,7 +41,7 @@ POLL = 1.0  # seconds between two looks at what other processes have finished
 class Cell:
     """One task under one setting.
 
-    items   the numbers of the items that are decoded, of each of the task's parts
+    items   the places in the task's order (see `in_order`) of the problems that are decoded, None: all
     choice  the group of settings that this one was chosen from, or stands to be chosen from
     """
 
@@ -50,11 +50,6 @@ class Cell:
     split: str
     items: range | None
     choice: str | None = None
-
-    def of(self, task: Task) -> list[int]:
-        """Return the numbers of the items of one part, which may have fewer."""
-        count = len(task.eval_docs)
-        return list(range(count)) if self.items is None else [item for item in self.items if item < count]
 
 
 @dataclass
@@ -81,15 +76,13 @@ class Sweep:
 
     def __post_init__(self) -> None:
         self.completions = Completions(self.folder / "completions", self.ranks.rank)
-        try:
-            (self.folder / "cells").mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise FileError(f"cannot write {self.folder}: {error.strerror or error}") from error
+        make_folder(self.folder / "cells")
         one = Ranks()  # lm-eval grades in each process what all of them decoded
         options: dict[str, Any] = {"batch_size": self.batch_size, "ranks": one, "quiet": True, "name": self.name}
         options["revision"] = self.revision
         self.lm = SiriusLM(self.engine, completions=self.completions, **options)
         self.model = {**self.lm.identity, "parameters": self.engine.model.num_parameters()}
+        self.orders = {name: in_order(parts) for name, parts in self.parts.items()}
         self.requests: dict[tuple[str, range | None], list[Instance]] = {}
         self.paths: dict[Cell, Path] = {}
 
@@ -103,7 +96,7 @@ class Sweep:
         return [self._path(cell) for cell in dict.fromkeys([*firsts, *best])]
 
     def cells(self) -> tuple[list[Cell], list[list[Cell]]]:
-        """Return the cells that are tested whatever comes, and groups of which the best one is tested later."""
+        """Return the cells of fixed settings, and the groups of cells from each of which the best one is chosen."""
         firsts, groups = [], []
         for task in self.grid.tasks:
             tested, held_out = self._items(task)
@@ -113,11 +106,21 @@ class Sweep:
         return firsts, groups
 
     def missing(self) -> int:
-        """Return how many samples are not decoded yet, at most: a setting that will be chosen may be known already."""
+        """Return the most samples that are left to decode; a chosen setting may turn out to be decoded already."""
         firsts, groups = self.cells()
         cells = [*firsts, *(cell for group in groups for cell in group)]
         chosen = sum(len(self._requests(replace(group[0], items=self._items(group[0].task)[0]))) for group in groups)
         return chosen + sum(len(self._unfinished(cell)) for cell in cells if not self._path(cell).exists())
+
+    def plan(self) -> str:
+        """Say how many problems of each task are tested, and of how many subtasks where it has several."""
+        said = []
+        for name in self.grid.tasks:
+            tested, count = self._items(name)[0], len(self.orders[name])
+            subtasks = len(self._numbers(name, tested))
+            among = "" if len(self.parts[name]) == 1 else f" from {subtasks} of {len(self.parts[name])} subtasks"
+            said.append(f"{name} {count if tested is None else len(tested):,} of {count:,}{among}")
+        return f"problems tested: {'; '.join(said)}"
 
     # --- decoding
 
@@ -136,7 +139,7 @@ class Sweep:
                 self._grade(cell)
 
     def _decode(self, cell: Cell, share: tuple[int, int]) -> None:
-        asked = [cast("Asked", each.args) for each in self._requests(cell)]
+        asked = [cast("GenerationRequest", each.args) for each in self._requests(cell)]
         self.lm.samples(asked, cell.setting, share=share, on_sample=self.on_sample)
 
     def _unfinished(self, cell: Cell) -> set[str]:
@@ -155,10 +158,11 @@ class Sweep:
         if (known := self.requests.get((cell.task, cell.items))) is not None:
             return known
         found: list[Instance] = []
-        for task in self.parts[cell.task].values():
+        for name, numbers in self._numbers(cell.task, cell.items).items():
+            task = self.parts[cell.task][name]
             task.set_fewshot_seed(SEED)  # its draws go on from call to call
             task.build_all_requests(
-                samples=cell.of(task),
+                samples=numbers,
                 rank=0,
                 world_size=1,
                 apply_chat_template=self.grid.chat,
@@ -175,14 +179,14 @@ class Sweep:
     def _grade(self, cell: Cell) -> None:
         """Let lm-eval grade a cell that is whole, and save the result."""
         self.lm.values, self.lm.stats = cell.setting.flat(), {}
-        parts = self.parts[cell.task]
+        numbers = self._numbers(cell.task, cell.items)
+        parts = {name: self.parts[cell.task][name] for name in numbers}
         for task in parts.values():
             task.set_fewshot_seed(SEED)
-        items = {name: cell.of(task) for name, task in parts.items()}
         results = evaluate(
             self.lm,
-            {"tasks": dict(parts)},
-            samples=items,
+            {"tasks": parts},
+            samples=numbers,
             bootstrap_iters=0,
             log_samples=True,
             apply_chat_template=self.grid.chat,
@@ -196,7 +200,7 @@ class Sweep:
         known, whole = task_of(cell.task), {}
         for part, rows in graded.items():
             for row in rows:
-                name = row["doc_id"] if len(graded) == 1 else f"{part}:{row['doc_id']}"
+                name = row["doc_id"] if len(self.parts[cell.task]) == 1 else f"{part}:{row['doc_id']}"
                 means = set(row["metrics"]) & _means(self.parts[cell.task][part])
                 scores = {f"{metric},{row['filter']}": float(row[metric]) for metric in sorted(means)}
                 whole.setdefault(name, {"id": name, "scores": {}})["scores"] |= scores
@@ -224,9 +228,9 @@ class Sweep:
         }
 
     def _best(self, group: Sequence[Cell]) -> Cell:
-        """Return the cell to be tested: of the settings of a group that which did best on items that are not tested.
+        """Return the cell of the setting that scored best on the problems for choices, to be tested.
 
-        Of equal ones the one that reads fewest bytes per token is taken.
+        Of settings that score the same, it takes the one that reads the fewest bytes per token.
         """
         task = next(iter(self.parts[group[0].task].values()))
 
@@ -239,15 +243,26 @@ class Sweep:
         return replace(best, split=TEST, items=self._items(best.task)[0])
 
     def _items(self, name: str) -> tuple[range | None, range]:
-        """Return the items of a task that are tested, and those held out for choices."""
+        """Return the places in the task's order of the problems that are tested, and of those for choices."""
         limit = self.grid.limit
-        count = max(len(task.eval_docs) for task in self.parts[name].values())
-        tested = None if limit is None else range(min(limit, count))
+        tested = None if limit is None else range(min(limit, len(self.orders[name])))
         return tested, range(limit or 0, (limit or 0) + self.grid.validation)
+
+    def _numbers(self, name: str, items: range | None) -> dict[str, list[int]]:
+        """Return the numbers of a task's problems, by part; parts that have none are left out.
+
+        items  places in the task's order, None: all
+        """
+        order = self.orders[name]
+        found: dict[str, list[int]] = {}
+        for place in range(len(order)) if items is None else items:
+            part, number = order[place]
+            found.setdefault(part, []).append(number)
+        return {part: found[part] for part in self.parts[name] if part in found}
 
     def _keys(self, cell: Cell) -> set[str]:
         """Return the keys of a cell's samples."""
-        return set(self.lm.keys([cast("Asked", each.args) for each in self._requests(cell)], cell.setting))
+        return set(self.lm.keys([cast("GenerationRequest", each.args) for each in self._requests(cell)], cell.setting))
 
     def _path(self, cell: Cell) -> Path:
         """Return the file of a cell's result, whose name holds all that the result depends on."""
@@ -258,6 +273,16 @@ class Sweep:
             digest = sha256(json.dumps(asked, default=str).encode()).hexdigest()[:12]
             known = self.paths[cell] = self.folder / "cells" / f"{cell.task}-{digest}.json"
         return known
+
+
+def in_order(parts: Mapping[str, Task]) -> list[tuple[str, int]]:
+    """Return the problems of a task as (part, number), so that the first N take from each part its share of N.
+
+    So the mean over any first N estimates that of the whole task, in which every problem counts the same.
+    """
+    counts = {name: len(task.eval_docs) for name, task in parts.items()}
+    places = [((2 * number + 1) / count, name, number) for name, count in counts.items() for number in range(count)]
+    return [(name, number) for _, name, number in sorted(places)]
 
 
 def load_parts(grid: Grid, manager: TaskManager, allowed: bool) -> dict[str, dict[str, Task]]:
@@ -273,6 +298,7 @@ def load_parts(grid: Grid, manager: TaskManager, allowed: bool) -> dict[str, dic
 def _parts(name: str, grid: Grid, manager: TaskManager, allowed: bool) -> dict[str, Task]:
     parts = load_tasks([name], manager)
     known = task_of(name)
+    _check_count(name, sum(len(task.eval_docs) for task in parts.values()), grid)
     if known is not None and known.chat and not grid.chat:
         raise ConfigError(f"{name} is a conversation; give --chat, or set chat: true in the grid")
     for part, task in parts.items():
@@ -290,12 +316,17 @@ def _parts(name: str, grid: Grid, manager: TaskManager, allowed: bool) -> dict[s
             task.set_config("num_fewshot", grid.shots)
         elif task.config.num_fewshot is None:
             task.set_config("num_fewshot", 0)
-        count, asked = len(task.eval_docs), (grid.limit or 0) + grid.validation
-        if grid.validation and asked > count:
-            raise ConfigError(
-                f"{part} has {count} items, and limit {grid.limit} and validation {grid.validation} need {asked}"
-            )
     return parts
+
+
+def _check_count(name: str, count: int, grid: Grid) -> None:
+    """Raise ConfigError where a task has too few problems for those tested and those for choices."""
+    needed = (grid.limit or 0) + grid.validation
+    if grid.validation and needed > count:
+        raise ConfigError(
+            f"{name} has {count} problems, and limit {grid.limit} and validation {grid.validation} need {needed}; "
+            "lower one of them"
+        )
 
 
 def _means(task: Task) -> set[str]:

@@ -32,8 +32,8 @@ class TracedToken:
     unused   what it would show after the place where a stop string ended the text
     part, parts  its number among the tokens that share a character, from 1, and how many they are; else 1 and 1
     origin   where it comes from, see `Round`; "sparse" where the sparse model decodes alone
-    logprob  the natural log of the full model's probability of it, at temperature 1 before any processor (of the sparse
-             model's where the origin is "sparse"); None of probability 0
+    logprob  the natural log of the full model's probability of it, at temperature 1 before any processor; None of
+             probability 0. Where the origin is "sparse", it is the sparse model's
     round    the index of its round in `Trace.rounds`
     """
 
