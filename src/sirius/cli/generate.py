@@ -87,8 +87,7 @@ def generate(
         options = make_options(command)
     corrected = options["correction"]
     source = {"model": model or "embedded", "revision": revision, "dtype": dtype}
-    if max_context is not None:
-        source["max_context"] = max_context
+    source |= {} if max_context is None else {"max_context": max_context}
     lossless = corrected is not None and corrected.lossless(temperature > 0)
     shared = batch_size if shared_set and not lossless else None  # the company that a text may depend on
     chats = model is None if chat is None else chat
@@ -102,10 +101,9 @@ def generate(
         )
 
     form = Form(load, settings, options, json)
-    if input is not None:
-        decode_file(form, command, batch_size)
-    elif prompt is not None:
-        stream(form, prompt)
+    if prompt is not None:
+        return stream(form, prompt)
+    decode_file(form, command, batch_size)
 
 
 def _flat(options: dict[str, Any]) -> dict[str, Any]:
