@@ -37,6 +37,7 @@ class Workload:
     """One stream: `context` tokens held while `tokens` more are decoded, in each of `cycles` turns.
 
     histogram  weights of 0, 1, ... K-1 accepted guesses of a window
+    acceptance  where the histogram comes from; for other drafts than its own it is an assumption
     compile    our passes are compiled, on a GPU
 
     Raises ConfigError where a turn has no room for two whole windows that count.
@@ -48,6 +49,7 @@ class Workload:
     histogram: tuple[float, ...]
     device: str = "cpu"
     compile: bool = False
+    acceptance: str = ""
 
     def __post_init__(self) -> None:
         windows = SETTLED + 2
@@ -151,9 +153,11 @@ def check_context(workload: Workload, config: PreTrainedConfig) -> None:
 
 
 def make_settings(
-    keep: float, fine_keeps: Sequence[float], period: int, widths: Sequence[int], device: str
+    keep: float, fine_keeps: Sequence[float], bits: Sequence[int], period: int, widths: Sequence[int], device: str
 ) -> list[TimedSetting]:
-    """Return the settings of a run: transformers, our full decoding, each sparsity alone, and corrected ones.
+    """Return the settings of a run: transformers, our full decoding, each draft alone, and corrected ones.
+
+    bits  of the weights of drafts that keep every neuron
 
     On a GPU transformers' static cache, with which it compiles its steps, is one more.
     """
@@ -161,10 +165,13 @@ def make_settings(
     theirs = [TimedSetting(TRANSFORMERS), *([TimedSetting(STATIC)] if device.startswith("cuda") else [])]
     settings = [*theirs, TimedSetting(FULL, SparsityConfig("none")), TimedSetting(f"coarse {keep:g}", coarse)]
     settings += [TimedSetting(f"fine {each.keep:g}", each) for each in fines]
+    rounded = [SparsityConfig("none", draft_bits=each) for each in bits]
+    settings += [TimedSetting(f"int{each.draft_bits}", each) for each in rounded]
     for width in widths:
         tree = f", tree {width}" if width > 1 else ""
         rule = CorrectionConfig(period, tree_width=width)
         settings += [TimedSetting(f"{s.method} {s.keep:g} corrected{tree}", s, rule) for s in (coarse, *fines[:1])]
+        settings += [TimedSetting(f"int{s.draft_bits} corrected{tree}", s, rule) for s in rounded]
     return settings
 
 

@@ -25,8 +25,8 @@ guess: the chance with which each guess must be accepted for that.
 """
 
 
-def decoding(rows: Sequence[DecodeFigures], ceiling: Ceiling) -> RenderableType:
-    """Return the figures of decoding as a table under the ceiling."""
+def decoding(rows: Sequence[DecodeFigures], ceiling: Ceiling, acceptance: str) -> RenderableType:
+    """Return the figures of decoding as a table under the ceiling, with where their acceptance comes from."""
     table = Figures(padding=(0, 1, 0, 0))
     for name in ("", "ms/token", "GB/s", "wall", "full", "hf", "GB", "time"):
         table.add_column(name, justify="right" if name else "left", no_wrap=name != "time", overflow="fold")
@@ -42,7 +42,8 @@ def decoding(rows: Sequence[DecodeFigures], ceiling: Ceiling) -> RenderableType:
             "" if row.peak_bytes is None else f"{row.peak_bytes / 1e9:.2f}",
             "/".join(f"{100 * part:.0f}" for part in parts if part is not None),
         )
-    return Group(_ceiling(ceiling), table, Text(LEGEND, "dim"))
+    played = Text(f"acceptance played back: {acceptance}; of other drafts it is an assumption\n", "dim")
+    return Group(_ceiling(ceiling), table, played, Text(LEGEND, "dim"))
 
 
 def operations(rows: Sequence[kernels.KernelFigures], ceiling: Ceiling) -> RenderableType:

@@ -49,6 +49,9 @@ def decode(
     fine_keep: Annotated[
         list[float] | None, typer.Option(help="Of fine; may be given again. [default: 0.5 0.25]")
     ] = None,
+    draft_bits: Annotated[
+        list[int] | None, typer.Option(help="Of drafts with every neuron; may be given again. [default: 4]")
+    ] = None,
     period: Annotated[int, typer.Option(min=2, help="K of the corrected settings.")] = 16,
     tree_width: Annotated[list[int] | None, typer.Option(help="Of those; may be given again. [default: 1 4]")] = None,
     aal: Annotated[
@@ -58,7 +61,7 @@ def decode(
         ),
     ] = None,
     replay: Annotated[
-        Path | None, typer.Option(help="Play back the acceptance_histogram of this JSON instead.")
+        str | None, typer.Option(help="Play back argmax-int4, or the acceptance_histogram of a JSON file, instead.")
     ] = None,
     peer: Annotated[str | None, typer.Option(help="llama.cpp, to time it beside ours on the same weights.")] = None,
     compile: Compile = False,
@@ -76,15 +79,14 @@ def decode(
     from sirius.benchmark.ceiling import measure_ceiling
     from sirius.benchmark.models import make_config
     from sirius.benchmark.peer import open_peer
-    from sirius.benchmark.playback import PUBLISHED_AAL, PUBLISHED_PERIOD, acceptance, geometric
     from sirius.engine import Engine
 
-    chance = acceptance(PUBLISHED_AAL, PUBLISHED_PERIOD) if aal is None else acceptance(aal, period)
-    histogram = geometric(chance, period) if replay is None else _histogram(replay, period)
+    played, histogram = _played_back(aal, replay, period)
     where = _device(device)
     fines, widths = dict.fromkeys(fine_keep or [0.5, 0.25]), dict.fromkeys(tree_width or [1, 4])
-    settings = measure.make_settings(keep, list(fines), period, list(widths), where)
-    workload = measure.Workload(context, tokens, cycles, histogram, where, compile)
+    bits = list(dict.fromkeys(draft_bits or [4]))
+    settings = measure.make_settings(keep, list(fines), bits, period, list(widths), where)
+    workload = measure.Workload(context, tokens, cycles, histogram, where, compile, played)
     measure.check_context(workload, make_config(shape, layers))
     model = _model(shape, layers, dtype, where, seed)
     Engine(model, compile=compile)  # refuses what it cannot run before anything is timed
@@ -94,7 +96,7 @@ def decode(
             rows = measure.run(model, settings, workload, ceiling, other, on_turn=advance)
         besides = {"peer": other.facts} if other else {}
     parts = {"ceiling": asdict(ceiling), "workload": asdict(workload), "rows": [asdict(row) for row in rows]}
-    _print({**known, **besides, **parts}, lambda: show.decoding(rows, ceiling), json)
+    _print({**known, **besides, **parts}, lambda: show.decoding(rows, ceiling, played), json)
 
 
 @bench_app.command()
@@ -231,6 +233,21 @@ def _print(record: Mapping[str, Any], table: "Callable[[], RenderableType]", jso
         sys.stdout.write(to_line(record))
     else:
         out.print(table())
+
+
+def _played_back(aal: float | None, replay: str | None, period: int) -> tuple[str, tuple[float, ...]]:
+    """Return where the acceptance that is played back comes from, and its histogram."""
+    from sirius.benchmark.playback import NAMED, PUBLISHED_AAL, PUBLISHED_PERIOD, acceptance, geometric
+
+    if replay is None:
+        chance = acceptance(PUBLISHED_AAL, PUBLISHED_PERIOD) if aal is None else acceptance(aal, period)
+        source = f"AAL {PUBLISHED_AAL} at threshold 0.1 (lossy), published" if aal is None else f"AAL {aal:g}, given"
+        return f"{source}; each guess accepted with chance {chance:.3f}", geometric(chance, period)
+    if replay not in NAMED:
+        return f"the histogram of {Path(replay).name}", _histogram(Path(replay), period)
+    if len(NAMED[replay]) != period:
+        raise ConfigError(f"--replay {replay} is of period {len(NAMED[replay])}; got --period {period}")
+    return f"{replay}: a published trace of a 4-bit draft under the argmax rule", NAMED[replay]
 
 
 def _histogram(path: Path, period: int) -> tuple[float, ...]:

@@ -71,9 +71,7 @@ def evaluate(
     The texts are decoded our way. Log-probabilities, which multiple choice goes by, are the full model's.
     """
     options = [UNSAFE if each == UNSAFE.replace("_", "-") else each for each in context.args]
-    given_names = {each.split("=")[0] for each in options if each.startswith("-")}
-    if own := sorted(name for name in given_names if any(each.startswith(name) for each in OURS)):
-        raise ConfigError(f"{', '.join(own)} would undo what sirius eval gives lm-eval; use lm_eval --model sirius")
+    _check_theirs(options)
     command = CommandLine.of(context, **OTHERS)
     check_effect(command)
     check_lm_eval()
@@ -92,6 +90,13 @@ def evaluate(
     use_threads(threads)
     find_device(device)  # lm-eval's own default, cuda:0, means any device there
     run(names, data, given, own)
+
+
+def _check_theirs(options: Sequence[str]) -> None:
+    """Raise ConfigError of options of lm-eval that the command sets itself."""
+    names = {each.split("=")[0] for each in options if each.startswith("-")}
+    if own := sorted(name for name in names if any(each.startswith(name) for each in OURS)):
+        raise ConfigError(f"{', '.join(own)} would undo what sirius eval gives lm-eval; use lm_eval --model sirius")
 
 
 def run(tasks: Sequence[str], data: Path | None, model_args: dict[str, Any], options: Sequence[str]) -> None:
