@@ -20,7 +20,7 @@ X86 = {
     **GENERIC,
     "avx2": (8, ["-march=x86-64-v3"]),
     "avx512": (16, ["-march=x86-64-v4"]),
-    "avx512bf16": (16, ["-march=x86-64-v4", "-mavx512bf16"]),
+    "avx512bf16": (16, ["-march=x86-64-v4", "-mavx512bf16", "-mavx512vnni"]),  # all such CPUs have both
     "emulated": (16, ["-march=x86-64-v3", "-DSIRIUS_EMULATED", "-O1"]),  # avx512bf16 by other instructions, for tests
 }
 

@@ -14,15 +14,18 @@ from sirius.kernels.launch import Kernel, Launch
 needs_kernels = pytest.mark.skipif(cpu.library() is None, reason="no compiled CPU kernels")
 
 X, PLACES, FLAGS = torch.ones(12), torch.arange(3), torch.ones(3, dtype=torch.bool)
+BYTES, WORDS = torch.ones(3, dtype=torch.uint8), torch.ones(3, dtype=torch.int32)
 SIZES = (ctypes.c_int64 * 3)(1, 2, 3)
-EVERY = Kernel(7, "ipnbf")  # an argument of each kind
-RIGHT = 3, X, PLACES, FLAGS, 0.5
+EVERY = Kernel(7, "ipnbfcw")  # an argument of each kind
+RIGHT = 3, X, PLACES, FLAGS, 0.5, BYTES, WORDS
 WRONG = {  # for each kind, by its place in EVERY
     0: [X, torch.tensor(3), 1.5, None, "3", SIZES],
     1: [3, 0.5, "x", X.numpy(), SIZES, [1.0]],
     2: [3, 0.5, X, FLAGS, PLACES.int(), (ctypes.c_int32 * 3)(), (ctypes.c_double * 3)(), [1]],
     3: [3, 0.5, X, PLACES, FLAGS.to(torch.uint8), SIZES],
     4: [X, torch.tensor(0.5), None, "0.5", SIZES],
+    5: [3, X, PLACES, FLAGS, BYTES.to(torch.int8), SIZES],
+    6: [3, X, PLACES, BYTES, X, SIZES],
 }
 
 
@@ -37,9 +40,9 @@ def slots_of(*arguments: object) -> list[int]:
 def test_each_kind_of_argument_is_one_number_of_the_call():
     real = ctypes.c_double(0.5)
     bits = ctypes.c_int64.from_buffer(real).value
-    want = [7, 3, X.data_ptr(), PLACES.data_ptr(), FLAGS.data_ptr(), bits]
-    assert slots_of(*RIGHT)[:7] == [*want, 0]
-    assert slots_of(True, X, SIZES, None, 1)[1:5] == [1, X.data_ptr(), ctypes.addressof(SIZES), 0]
+    want = [7, 3, X.data_ptr(), PLACES.data_ptr(), FLAGS.data_ptr(), bits, BYTES.data_ptr(), WORDS.data_ptr()]
+    assert slots_of(*RIGHT)[:9] == [*want, 0]
+    assert slots_of(True, X, SIZES, None, 1, None, None)[1:5] == [1, X.data_ptr(), ctypes.addressof(SIZES), 0]
 
 
 @pytest.mark.parametrize(
@@ -52,7 +55,7 @@ def test_an_argument_of_another_kind_is_refused(place, wrong):
 
 def test_another_number_of_arguments_is_refused():
     for wrong in (RIGHT[:-1], (*RIGHT, 1), ()):
-        with pytest.raises(AssertionError, match="arguments for ipnbf"):
+        with pytest.raises(AssertionError, match="arguments for ipnbfcw"):
             slots_of(*wrong)
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from sirius.errors import ConfigError
 from sirius.kernels.launch import SLOTS, Complaint, Kernel, Launch, Run, is_plain, running
+from sirius.kernels.quantized import BLOCK, Quantized, check_bits
 from sirius.kernels.reference import NormForm, Weight
 
 LIBRARY = Path(__file__).with_name("libsirius_cpu.so")
@@ -24,6 +25,7 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as in csrc/r
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "relu": 2}  # likewise; the others are PyTorch's
 WITHOUT_HALVES = "generic", "avx2", "avx512"  # instruction sets that multiply no bfloat16
 NEEDED = "linear", "project", "glu", "finish", "norm", "rotate", "add", "put", "attend", "largest", "each"
+NEEDED += "quantize", "quantized_linear", "quantized_glu", "highest"
 _Size = ctypes.c_int64
 _Rows = tuple[Sequence[Tensor], Tensor | None]  # weights, and an index that may not fit them
 
@@ -209,6 +211,56 @@ def largest(values: Tensor, count: int) -> Tensor:
     return found
 
 
+def quantize(weight: Tensor, bits: int) -> Quantized:
+    """See `reference.quantize`, which it equals bit for bit; rows may lie apart."""
+    check_bits(bits)
+    (rows, length), blocks = weight.shape, -(-weight.shape[1] // BLOCK)
+    codes = weight.new_empty(rows, blocks * BLOCK * bits // 8, dtype=torch.uint8)
+    scales = weight.new_empty(rows, 2 * blocks if bits == 4 else 0, dtype=torch.uint8)
+    base = weight.new_empty(rows, dtype=torch.int32)
+    given = DTYPES[weight.dtype], weight, rows, length, weight.stride(0), bits
+    _call("quantize", *given, codes, scales, base, rows=([weight], None))
+    return Quantized(codes, scales, base if bits == 4 else base.view(torch.float32), bits, length)
+
+
+def quantized_linear(x: Tensor, weight: Quantized, bias: Tensor | None = None, index: Tensor | None = None) -> Tensor:
+    """See `reference.quantized_linear`; raise ConfigError of an index as `linear` does."""
+    x, count = x.contiguous(), _count(weight.codes, index)
+    y = x.new_empty(*x.shape[:-1], count)
+    tokens = DTYPES[x.dtype], x, *_sizes(x), weight.bits
+    rows = *_quantized(x, weight, bias), len(weight.codes), count, index
+    _call("quantized_linear", *tokens, *rows, bias, y, rows=([weight.codes], index))
+    return y
+
+
+def quantized_glu(
+    x: Tensor,
+    gate: Quantized,
+    gate_bias: Tensor | None,
+    up: Quantized,
+    up_bias: Tensor | None,
+    activation: str,
+    index: Tensor | None = None,
+) -> Tensor:
+    """See `reference.quantized_glu`; raise ConfigError of an index as `linear` does."""
+    x, count = x.contiguous(), _count(gate.codes, index)
+    y = x.new_empty(*x.shape[:-1], count)
+    assert gate.codes.shape == up.codes.shape and gate.bits == up.bits, "gate and up are of one shape and format"
+    tokens = DTYPES[x.dtype], ACTIVATIONS[activation], x, *_sizes(x), gate.bits
+    both = *_quantized(x, gate, gate_bias), *_quantized(x, up, up_bias), len(gate.codes), count, index
+    _call("quantized_glu", *tokens, *both, gate_bias, up_bias, y, rows=([gate.codes, up.codes], index))
+    return y
+
+
+def highest(values: Tensor, count: int) -> Tensor:
+    """See `reference.highest`; of equal values the first, NaN before all others unless its sign is set."""
+    assert count <= values.shape[-1], f"{count} of {values.shape[-1]} values"
+    values = values.contiguous()
+    found = values.new_empty(*values.shape[:-1], count, dtype=torch.int64)
+    _call("highest", DTYPES[values.dtype], values, *_sizes(values), count, found)
+    return found
+
+
 def rotation(x: Tensor, cos: Tensor, sin: Tensor, y: Tensor) -> Launch:
     """Return what writes x * cos + turned * sin to y [B, heads, T, D]; see `reference.rotate`.
 
@@ -281,6 +333,16 @@ def _no_such_row(rows: _Rows, position: int) -> ConfigError:
 def _lying(weight: Tensor) -> tuple[Tensor, int]:
     """Return a weight and how many elements its rows are apart."""
     return weight, weight.stride(0)
+
+
+def _quantized(x: Tensor, weight: Quantized, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the tensors of a quantized weight as the kernels take them, which compare no shapes."""
+    codes, scales, base, bits, length = weight
+    blocks = -(-length // BLOCK)
+    assert x.shape[-1] == length, f"{list(x.shape)} for rows of {length}"
+    assert codes.shape[1] == blocks * BLOCK * bits // 8 and scales.shape == (len(codes), 2 * blocks * (bits == 4))
+    assert codes.is_contiguous() and base.shape == (len(codes),) and (bias is None or bias.shape == base.shape)
+    return codes, scales, base.view(torch.int32)
 
 
 def _count(weight: Tensor, index: Tensor | None) -> int:

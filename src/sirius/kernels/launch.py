@@ -134,6 +134,8 @@ SLOT_OF: dict[str, Callable[[Any], int]] = {  # the letters of csrc/kernels.cpp
     "p": _address,  # numbers, all of a call in one dtype
     "n": _integers,
     "b": partial(_address, dtype=torch.bool),
+    "c": partial(_address, dtype=torch.uint8),
+    "w": partial(_address, dtype=torch.int32),
     "i": _whole,
     "f": _real,
 }

@@ -135,6 +135,23 @@ def _cpu_put(asked: Asked) -> bool:
     return values.stride(-1) == 1 and values.dtype is store.dtype and _cpu_plain(asked)
 
 
+def _cpu_quantize(asked: Asked) -> bool:
+    weight = asked.inputs[0]
+    return cpu.fits(weight, weight) and not asked.learns
+
+
+def _cpu_quantized(asked: Asked) -> bool:
+    x = asked.inputs[0]
+    biases = [bias for _, bias in asked.weights if bias is not None]
+    plain = is_plain(*[codes for codes, _ in asked.weights], *biases) and all(bias.dtype is x.dtype for bias in biases)
+    return plain and _cpu_plain(asked) and not asked.learns and not torch.is_autocast_enabled("cpu")
+
+
+def _cpu_quantized_glu(asked: Asked) -> bool:
+    named = asked.activation is not None and activation_name(asked.activation) in cpu.ACTIVATIONS
+    return named and asked.one_shape and _cpu_quantized(asked)
+
+
 TABLE: dict[str, tuple[Kernel, ...]] = {  # by the names in `reference`; the first kernel that fits computes
     "linear": (Kernel(gpu, _gpu_rows), Kernel(cpu, _cpu_product)),
     "project": (Kernel(gpu, _gpu_rows), Kernel(cpu, _cpu_product)),
@@ -147,10 +164,10 @@ TABLE: dict[str, tuple[Kernel, ...]] = {  # by the names in `reference`; the fir
     "norm": (Kernel(cpu, _cpu_norm),),
     "attend": (Kernel(attention, _gpu_plain), Kernel(cpu, _cpu_plain)),
     "put": (Kernel(cpu, _cpu_put),),
-    "quantize": (),
-    "quantized_linear": (),
-    "quantized_glu": (),
-    "highest": (),
+    "quantize": (Kernel(cpu, _cpu_quantize),),
+    "quantized_linear": (Kernel(cpu, _cpu_quantized),),
+    "quantized_glu": (Kernel(cpu, _cpu_quantized_glu),),
+    "highest": (Kernel(cpu, _cpu_plain),),
 }
 
 

@@ -57,7 +57,8 @@ class Quantized(NamedTuple):
 def quantize(weight: Tensor, bits: int) -> Quantized:
     """Return weight [F, H] rounded to 4 or 8 bits; raise ConfigError of another number of bits.
 
-    With 4 bits, a group's scale is the one of several candidates that has the least squared error.
+    With 4 bits, a group's scale is the one of several candidates that has the least squared error. Errors are float32,
+    which must hold the squares of the weights.
     """
     check_bits(bits)
     chunk = max(1, CHUNK // max(1, weight.shape[1]))
@@ -74,11 +75,10 @@ def check_bits(bits: int) -> None:
 
 def dequantize(weight: Quantized) -> Tensor:
     """Return the numbers [F, H] float32 that a quantized weight stands for."""
-    rows = len(weight.codes)
     if weight.bits == 8:
         return ((weight.codes.float() - 128) * weight.base[:, None])[:, : weight.length]
-    halves = weight.codes.view(rows, -1, GROUP)
-    nibbles = torch.stack([halves & 15, halves >> 4], 2).view(rows, -1, GROUP)  # [F, groups, 32]
+    halves = weight.codes.unflatten(1, (weight.scales.shape[1] // 2, GROUP))
+    nibbles = torch.stack([halves & 15, halves >> 4], 2).flatten(1, 2)  # [F, groups, 32]
     scales = scales_of(weight.scales.int(), weight.base[:, None])[..., None]
     return ((nibbles.float() - 8) * scales).flatten(1)[:, : weight.length]
 
@@ -96,7 +96,7 @@ def rounded(x: Tensor) -> Tensor:
     """
     blocks = _padded(x.float()).unflatten(-1, (-1, BLOCK))
     most = blocks.abs().amax(-1, keepdim=True).clamp(min=SMALL)
-    return ((blocks * (127 / most)).round() * (most / 127)).flatten(-2)[..., : x.shape[-1]]
+    return ((blocks * (most.reciprocal() * 127)).round() * (most / 127)).flatten(-2)[..., : x.shape[-1]]
 
 
 def _padded(x: Tensor) -> Tensor:
@@ -133,10 +133,10 @@ def _best_scales(groups: Tensor, near: Tensor, base: Tensor) -> Tensor:
             code = (near + step).clamp(0, LAST) + sign
             scale = scales_of(code, base)
             squares = (groups - _nearest(groups, scale) * scale[..., None]).square()
-            for half in (16, 8, 4, 2, 1):  # the order in which the kernel adds
-                squares = squares[..., :half] + squares[..., half:]
-            better = squares[..., 0] < least
-            best, least = torch.where(better, code, best), torch.where(better, squares[..., 0], least)
+            first, second, third, fourth = sum(squares.unflatten(-1, (-1, 4)).unbind(-2)).unbind(-1)
+            error = (first + third) + (second + fourth)  # the order in which the kernel adds
+            better = error < least
+            best, least = torch.where(better, code, best), torch.where(better, error, least)
     return best
 
 

@@ -1,6 +1,7 @@
 // The plain C interface, and the choice of the instruction set when the library is first used.
 
 #include <algorithm>
+#include <cstddef>
 #include <cstdlib>
 #include <cstring>
 #include <functional>
@@ -29,7 +30,8 @@ const Kernels& best() {
   bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                 __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   const Level levels[] = {
-      {kernels_avx512bf16, avx512 && __builtin_cpu_supports("avx512bf16")},
+      {kernels_avx512bf16,
+       avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni")},
       {kernels_avx512, avx512},
       {kernels_avx2, avx2},
       {kernels_emulated, avx2},  // behind what it needs: taken only by name
@@ -216,6 +218,45 @@ int64_t run_largest(int dtype, const void* values, int64_t rows, int64_t n, int6
   return kFine;
 }
 
+// Bytes and 32-bit words are told from other arguments by these types.
+const uint8_t* bytes(const std::byte* of) { return reinterpret_cast<const uint8_t*>(of); }
+uint8_t* bytes(std::byte* of) { return reinterpret_cast<uint8_t*>(of); }
+
+int64_t run_quantize(int dtype, const void* w, int64_t rows, int64_t width, int64_t stride, int bits, std::byte* codes,
+                     std::byte* scales, int32_t* base, int threads) {
+  chosen().quantize({Dtype(dtype), w, rows, width, stride, bits, bytes(codes), bytes(scales), base, threads});
+  return kFine;
+}
+
+int64_t run_quantized_linear(int dtype, const void* x, int64_t rows, int64_t width, int bits, const std::byte* codes,
+                             const std::byte* scales, const int32_t* base, int64_t height, int64_t count,
+                             const int64_t* index, const void* bias, void* y, int threads) {
+  int64_t outside = first_outside(index, count, height);
+  QuantizedWeight weight{bytes(codes), bytes(scales), base, bias};
+  if (outside < 0) chosen().quantized({Dtype(dtype), kSilu, x, rows, width, bits, weight, {}, count, index, y, threads});
+  return outside;
+}
+
+int64_t run_quantized_glu(int dtype, int kind, const void* x, int64_t rows, int64_t width, int bits,
+                          const std::byte* gate, const std::byte* gate_scales, const int32_t* gate_base,
+                          const std::byte* up, const std::byte* up_scales, const int32_t* up_base, int64_t height,
+                          int64_t count, const int64_t* index, const void* gate_bias, const void* up_bias, void* y,
+                          int threads) {
+  int64_t outside = first_outside(index, count, height);
+  QuantizedWeight first{bytes(gate), bytes(gate_scales), gate_base, gate_bias};
+  QuantizedWeight second{bytes(up), bytes(up_scales), up_base, up_bias};
+  if (outside < 0)
+    chosen().quantized({Dtype(dtype), ActivationKind(kind), x, rows, width, bits, first, second, count, index, y,
+                        threads});
+  return outside;
+}
+
+int64_t run_highest(int dtype, const void* values, int64_t rows, int64_t width, int64_t count, int64_t* out,
+                    int threads) {
+  chosen().highest({Dtype(dtype), values, rows, width, count, out, threads});
+  return kFine;
+}
+
 // A call is the number of a kernel and its arguments, in kSlots slots.
 union Slot {
   int64_t number;
@@ -230,6 +271,8 @@ constexpr int kSlots = 20;
 //   p  the address of numbers of the call's dtype
 //   n  the address of 64-bit whole numbers
 //   b  the address of bytes that are 0 or 1
+//   c  the address of bytes
+//   w  the address of 32-bit words
 template <class A>
 constexpr char kind_of() {
   if constexpr (std::is_integral_v<A>) return 'i';
@@ -239,6 +282,8 @@ constexpr char kind_of() {
     if constexpr (std::is_void_v<Element>) return 'p';
     if constexpr (std::is_same_v<Element, int64_t>) return 'n';
     if constexpr (std::is_same_v<Element, uint8_t>) return 'b';
+    if constexpr (std::is_same_v<Element, std::byte>) return 'c';
+    if constexpr (std::is_same_v<Element, int32_t>) return 'w';
   }
 }
 
@@ -286,6 +331,10 @@ constexpr Entry kTable[] = {
     ENTRY(attend),
     ENTRY(largest),
     ENTRY(each),
+    ENTRY(quantize),
+    ENTRY(quantized_linear),
+    ENTRY(quantized_glu),
+    ENTRY(highest),
 };
 constexpr int64_t kKernels = std::size(kTable);
 

@@ -67,18 +67,25 @@ inline Floats load_some(const T* p, int64_t count) {
   return count == kVector ? load(p) : load_part(p, count);
 }
 
+// y = act(gate) * up, of `count` elements; act(gate) where up is null.
+template <class T>
+void activate_some(ActivationKind kind, const T* gate, const T* up, int64_t count, T* y) {
+  each_vector(count, [&](int64_t i, int64_t n) {
+    Floats z = rounded<T>(activated(kind, load_some(gate + i, n)));
+    store_some(up ? z * load_some(up + i, n) : z, n, y + i);
+  });
+}
+
 template <class T>
 void activate_of(const Activate& p) {
   const T *gate = static_cast<const T*>(p.gate), *up = static_cast<const T*>(p.up);
   T* y = static_cast<T*>(p.y);
-  auto activate = [&](int64_t i, int64_t count) {
-    Floats z = rounded<T>(activated(p.kind, load_some(gate + i, count)));
-    store_some(up ? z * load_some(up + i, count) : z, count, y + i);
-  };
   int64_t stretches = (p.count + kMany - 1) / kMany;
 #pragma omp parallel for num_threads(p.threads) if (stretches > 1)
-  for (int64_t s = 0; s < stretches; s++)
-    each_vector(std::min(kMany, p.count - s * kMany), [&](int64_t i, int64_t n) { activate(s * kMany + i, n); });
+  for (int64_t s = 0; s < stretches; s++) {
+    int64_t at = s * kMany;
+    activate_some(p.kind, gate + at, up ? up + at : nullptr, std::min(kMany, p.count - at), y + at);
+  }
 }
 
 template <class T>

@@ -10,9 +10,12 @@
 #include "attend.h"
 #include "each.h"
 #include "finish.h"
+#include "highest.h"
 #include "linear.h"
 #include "pointwise.h"
 #include "project.h"
+#include "quantize.h"
+#include "quantized.h"
 
 namespace {
 

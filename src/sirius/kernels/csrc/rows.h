@@ -166,6 +166,50 @@ struct Attend {
   int threads;
 };
 
+// A weight of 4 or 8 bits, its rows one after the other; quantized.py describes the format. base: the bits of floats if
+// there are 8. bias null, or [height]
+struct QuantizedWeight {
+  const uint8_t *codes, *scales;
+  const int32_t* base;
+  const void* bias;
+};
+
+// The codes, scales and base of w [rows, width]
+struct Quantize {
+  Dtype dtype;
+  const void* w;
+  int64_t rows, width, stride;
+  int bits;
+  uint8_t *codes, *scales;
+  int32_t* base;
+  int threads;
+};
+
+// y[m][i] = dot(x[m], weight[index[i]]) + bias[i], of x rounded to 8 bits; act(that) * (the same of up) where there is
+// one. x [rows, width], y [rows, count], index [count], or null for 0 .. count - 1
+struct QuantizedProduct {
+  Dtype dtype;
+  ActivationKind kind;
+  const void* x;
+  int64_t rows, width;
+  int bits;
+  QuantizedWeight weight, up;  // up: codes null where there is none
+  int64_t count;
+  const int64_t* index;
+  void* y;
+  int threads;
+};
+
+// The places of the `count` largest values of each row, of equal ones the first     values [rows, width],
+// out [rows, count]
+struct Highest {
+  Dtype dtype;
+  const void* values;
+  int64_t rows, width, count;
+  int64_t* out;
+  int threads;
+};
+
 // The operations above: the name of each and its struct. rows.cpp has `name_of<T>(const Struct&)` for each of them.
 #define SIRIUS_OPERATIONS(X) \
   X(linear, Linear)          \
@@ -176,7 +220,10 @@ struct Attend {
   X(norm, Norm)              \
   X(rotate, Rotate)          \
   X(add, Add)                \
-  X(attend, Attend)
+  X(attend, Attend)          \
+  X(quantize, Quantize)      \
+  X(quantized, QuantizedProduct) \
+  X(highest, Highest)
 
 // Every sum runs in one order, whatever the number of rows or the place of a row among them: a token's result is the
 // same bit for bit in a draft step, in a batch and in a check.
