@@ -204,6 +204,14 @@ class SlotCache(Cache):
         self.lengths[target] = length
         self.lengths[source] = 0
 
+    def share(self, source: int, target: int, count: int) -> None:
+        """Copy the first `count` slots of a row to another row; lengths stay as they are."""
+        if not 0 <= count <= int(self.lengths[source]):
+            raise ValueError(f"row {source} holds {int(self.lengths[source])} slots, and {count} were asked for")
+        for layer in self.slot_layers:
+            for store in layer.stores:
+                store[target, :count] = store[source, :count]
+
     def copy(self, slots: Slots, count: int) -> list[Tensor]:
         """Return a copy of the first `count` slots of each row of a pass, of every layer's keys and values."""
         at = slots.rows, slots.written[:, :count]

@@ -26,6 +26,7 @@ from sirius.runtime.cache import SlotCache
 from sirius.runtime.capture import compile_model
 from sirius.runtime.mask import chain_mask, tree_mask
 from sirius.runtime.neurons import Chosen, Observe, Route, fixed_routes
+from sirius.runtime.prefix import BLOCK, Prefixes, block_names
 from sirius.runtime.workspace import borrow, drop_idle, keep_attention
 from sirius.shortage import ran_out
 from sirius.sparsity.base import PromptSparsity, Sparsity, TokenSparsity
@@ -88,6 +89,7 @@ class Session:
         self.dense: list[Route | None] = [None] * len(mlps)
         self.drafts: list[Route | None] | None
         self.methods: list[Sparsity | None] = []  # one for each row
+        self.prefixes = Prefixes()
         self._rows_changed()
 
     @property
@@ -123,8 +125,9 @@ class Session:
         self.space.reserve(rows, slots)
 
     def release(self) -> None:
-        """Free memory: idle workspaces, captured passes, and the cache where no row is open."""
+        """Free memory: idle workspaces, captured passes, copies of methods, and the cache where no row is open."""
         drop_idle(self.model)
+        self.prefixes.states.clear()
         if self.methods:
             self.space.passes.forget()
         else:
@@ -134,6 +137,7 @@ class Session:
     def open(self, prompt: Tensor, slots: int) -> Tensor:
         """Read prompt [P] int64 into a new row of `slots` slots, the sparsity method looking on.
 
+        Blocks that begin an open row's prompt too are copied from there. The row counts as open when all is read.
         Returns the scores of its next token [V], float32, or float64 of a float64 model. Raises RequestError where it
         cannot be read beside the rows at work.
         """
@@ -142,19 +146,47 @@ class Session:
         self._check_beside(row, length)
         self.space.look_at(self.model)
         self.space.reserve(row + 1, slots)
-        method = self.make() if isinstance(self.shared, PromptSparsity) else self.shared
-        at = self.cache.locate(torch.arange(length)[None], first=row)
-        mask = chain_mask(at.written, length, self.mask_dtype)
-        held = torch.zeros(1, dtype=torch.int64, device=self.device)
-        likely = torch.ones(1, length, device=self.device)
-        matrix, routes = self.prepared.matrix, self._observing(method)
-        now = Pass(routes, at, mask, held, likely, attends=False, invariant=False, matrix=matrix)
-        inputs = {"input_ids": prompt[None].to(self.device), "position_ids": at.written}
-        scores = _scores(self.model, self.prepared, self._cache_arguments(), now, inputs, last=1)
+        blocks = block_names(prompt.tolist()) if self._reads_blocks(length) else ()
+        method, done = self._share(row, blocks)
+        routes = self._observing(method)
+        for number in range(done, len(blocks)):
+            self._read_prompt(prompt, row, (number * BLOCK, (number + 1) * BLOCK), routes)
+            if isinstance(method, PromptSparsity):
+                self.prefixes.remember(blocks[number], method)
+        scores = self._read_prompt(prompt, row, (len(blocks) * BLOCK, length), routes)
         self.cache.advance(row, length)
         self.methods.append(method)
+        self.prefixes.rows.append(blocks)
         self._rows_changed()
         return scores[0, 0]
+
+    def _share(self, row: int, blocks: tuple[bytes, ...]) -> tuple[Sparsity | None, int]:
+        """Copy the keys and values of a new row's first blocks from a row that holds them.
+
+        Returns the new row's method, and how many blocks were copied; a method per prompt has seen those.
+        """
+        observed = isinstance(self.shared, PromptSparsity)
+        count, source = self.prefixes.find(blocks, observed)
+        if count:
+            self.cache.share(source, row, count * BLOCK)
+        if not observed:
+            return self.shared, count
+        return (self.prefixes.recall(blocks[count - 1]) if count else self.make()), count
+
+    def _reads_blocks(self, length: int) -> bool:
+        """Tell whether the blocks of a prompt have the same positions as the whole prompt would give them."""
+        limit = rescaling_length(self.model.config)
+        return limit is None or length <= limit
+
+    def _read_prompt(self, prompt: Tensor, row: int, part: tuple[int, int], routes: list[Route | None]) -> Tensor:
+        """Read a part of a prompt, from a first token to before a last one; return the scores after it [1, 1, V]."""
+        at = self.cache.locate(torch.arange(*part)[None], first=row)
+        mask = chain_mask(at.written, at.visible, self.mask_dtype)
+        held = torch.full((1,), part[0], dtype=torch.int64, device=self.device)
+        likely = torch.ones(1, part[1] - part[0], device=self.device)
+        now = Pass(routes, at, mask, held, likely, attends=False, invariant=False, matrix=self.prepared.matrix)
+        inputs = {"input_ids": prompt[None, slice(*part)].to(self.device), "position_ids": at.written}
+        return _scores(self.model, self.prepared, self._cache_arguments(), now, inputs, last=1)
 
     def read(self, tokens: Tensor, mode: Mode, window: Window) -> Tensor:
         """Feed tokens [B, T] int64, a line for each row, to the nodes of a window; return scores [B, T, V].
@@ -264,6 +296,7 @@ class Session:
         self.cache.move(len(self.methods) - 1, row)
         self.methods[row] = self.methods[-1]
         self.methods.pop()
+        self.prefixes.close(row)
         self.space.tally.move(len(self.methods), row)
         self._rows_changed()
 
