@@ -78,7 +78,7 @@ def evaluate(
     from sirius.model.loading import find_device
 
     load = {"dtype": dtype, "revision": revision, "max_context": max_context, "trust_remote_code": trust_remote_code}
-    load["completions"] = None if completions is None else str(completions)
+    load |= {"completions": completions and str(completions)}
     given = {name: value for name, value in load.items() if value not in (None, False)}
     given |= {"pretrained": model or "embedded", **setting_of(command)}
     if completions is not None:
@@ -86,10 +86,9 @@ def evaluate(
 
         make_folder(completions)  # before minutes of loading
     names = [each.strip() for each in tasks.split(",") if each.strip()]
-    own = ["--device", device, "--batch_size", str(batch_size), *options]
     use_threads(threads)
     find_device(device)  # lm-eval's own default, cuda:0, means any device there
-    run(names, data, given, own)
+    run(names, data, given, ["--device", device, "--batch_size", str(batch_size), *options])
 
 
 def _check_theirs(options: Sequence[str]) -> None:
