@@ -3,24 +3,27 @@
 python runs/acceptance.py [MODEL ...]   names of models/ (see runs/models.py) or folders; default: the small ones
 
 Each setting decodes every prompt, in turns, so that whatever else the machine does slows all of them alike. Speed wants
-an idle machine. Every combination of --sparsity, --keep, --accept, --period and --tree-width is a setting, beside full
-decoding.
+an idle machine. Every combination of --draft, --keep, --accept, --period, --tree-width, --confidence and --ngram is a
+setting, beside full decoding. A draft is none, int4, int8, coarse, fine, or two of them as in int4+coarse. --theirs
+times transformers' generate and its prompt lookup on the same questions first.
 """
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 from statistics import median
+from time import perf_counter
+from typing import Any, cast
 
 import torch
 from models import DEFAULTS, MODELS
 from prompts import DATA, FILES, as_prompt, questions
 from record import append
 
-from sirius import Completion, CorrectionConfig, Engine, SparsityConfig
+from sirius import Completion, CorrectionConfig, Engine, SparsityConfig, prepare, restore
 from sirius.benchmark.facts import facts
 from sirius.cli.terminal import quieten
 from sirius.errors import SiriusError
@@ -56,10 +59,13 @@ class Setting:
         ratios = [theirs.stats.tokens_per_second / mine for theirs, mine in zip(full.done, turns, strict=True)]
         return {
             "sparsity": self.sparsity.method,
+            "draft_bits": self.sparsity.draft_bits,
             "keep": None if rule is None else self.sparsity.keep,
             "accept": rule and rule.accept,
             "period": rule and rule.period,
             "tree_width": rule and rule.tree_width,
+            "draft_confidence": rule and rule.draft_confidence,
+            "draft_ngram": rule and rule.draft_ngram,
             "texts": len(self.done),
             "tokens": stats.tokens,
             "aal": stats.aal and round(stats.aal, 3),
@@ -67,6 +73,7 @@ class Setting:
             "density": round(stats.density, 4),
             "effective_density": round(stats.effective_density, 4),
             "drafted": stats.drafted,
+            "mb_per_token": round(stats.bytes_per_token / 1e6, 1),
             "tokens_per_second": round(stats.tokens_per_second, 2),
             "time_over_full": round(median(ratios), 3),
             "lossless": stats.lossless,
@@ -76,10 +83,32 @@ class Setting:
 def settings(options: argparse.Namespace) -> Iterator[Setting]:
     """Yield full decoding, and then every combination that was asked for."""
     yield Setting(SparsityConfig("none"), None)
-    asked = (options.sparsity, options.keep, options.accept, options.period, options.tree_width)
-    for method, keep, accept, period, width in product(*asked):
-        rule = CorrectionConfig(period=period, accept=accept, tree_width=width)
-        yield Setting(SparsityConfig(method, keep), rule)
+    rules = (options.accept, options.period, options.tree_width, options.confidence, options.ngram)
+    for draft, keep in product(options.draft, options.keep):
+        parts = draft.split("+")
+        bits = next((int(part.removeprefix("int")) for part in parts if part.startswith("int")), 0)
+        method = next((part for part in parts if not part.startswith("int")), "none")
+        for accept, period, width, confidence, ngram in product(*rules):
+            rule = CorrectionConfig(period, accept, tree_width=width, draft_confidence=confidence, draft_ngram=ngram)
+            yield Setting(SparsityConfig(method, keep if method != "none" else 0.5, draft_bits=bits), rule)
+
+
+def theirs(engine: Engine, asked: Sequence[str], tokens: int) -> dict[str, list[float]]:
+    """Return the seconds per token of transformers' generate on each question, plain and with its prompt lookup."""
+    restore(engine.model)
+    ways: dict[str, dict[str, object]] = {"transformers": {}, "transformers, lookup": {"prompt_lookup_num_tokens": 10}}
+    found: dict[str, list[float]] = {name: [] for name in ways}
+    for question in asked:
+        ids = torch.tensor([engine.encode(as_prompt(engine, question))])
+        for name, options in ways.items():
+            began = perf_counter()
+            with torch.inference_mode():
+                out = cast("Any", engine.model).generate(
+                    ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False, **options
+                )
+            found[name].append((perf_counter() - began) / (out.shape[1] - ids.shape[1]))
+    prepare(engine.model)
+    return found
 
 
 def measure(name: str, options: argparse.Namespace) -> list[dict[str, object]]:
@@ -89,6 +118,7 @@ def measure(name: str, options: argparse.Namespace) -> list[dict[str, object]]:
     rows: list[dict[str, object]] = []
     for task in options.task:
         asked = questions(task, options.prompts, options.data)
+        other = theirs(engine, asked, options.tokens) if options.theirs else {}
         ways = list(settings(options))
         for way in ways:
             way.run(engine, asked[0], WARM)
@@ -97,7 +127,12 @@ def measure(name: str, options: argparse.Namespace) -> list[dict[str, object]]:
             for way in ways:
                 way.done.append(way.run(engine, question, options.tokens))
         dtype = str(engine.model.dtype).removeprefix("torch.")
-        rows += [{"model": Path(name).name, "dtype": dtype, "task": task, **way.row(ways[0])} for way in ways]
+        known = {"model": Path(name).name, "dtype": dtype, "task": task}
+        rows += [{**known, **way.row(ways[0])} for way in ways]
+        full = [done.stats.seconds / done.stats.tokens for done in ways[0].done]
+        for peer, seconds in other.items():
+            ratios = [mine / ours for mine, ours in zip(seconds, full, strict=True)]
+            rows.append({**known, "peer": peer, "texts": len(seconds), "time_over_full": round(median(ratios), 3)})
     return rows
 
 
@@ -113,11 +148,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--task", nargs="+", default=list(FILES), choices=FILES)
     parser.add_argument("--prompts", type=int, default=8, help="questions of each task")
     parser.add_argument("--tokens", type=int, default=128, help="most new tokens of a text")
-    parser.add_argument("--sparsity", nargs="+", default=["coarse", "fine"])
+    parser.add_argument("--draft", nargs="+", default=["coarse", "fine", "int8", "int4"])
     parser.add_argument("--keep", nargs="+", type=float, default=[0.5])
     parser.add_argument("--accept", nargs="+", default=["lossless"])
     parser.add_argument("--period", nargs="+", type=period, default=[16, "auto"])
     parser.add_argument("--tree-width", nargs="+", type=int, default=[1])
+    parser.add_argument("--confidence", nargs="+", type=float, default=[0.0])
+    parser.add_argument("--ngram", nargs="+", type=int, default=[0])
+    parser.add_argument("--theirs", action="store_true", help="time transformers too")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
