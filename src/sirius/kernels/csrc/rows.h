@@ -171,6 +171,7 @@ struct Attend {
 struct QuantizedWeight {
   const uint8_t *codes, *scales;
   const int32_t* base;
+  int64_t height;
   const void* bias;
 };
 
