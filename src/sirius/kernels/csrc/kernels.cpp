@@ -233,7 +233,8 @@ int64_t run_quantized_linear(int dtype, const void* x, int64_t rows, int64_t wid
                              const int64_t* index, const void* bias, void* y, int threads) {
   int64_t outside = first_outside(index, count, height);
   QuantizedWeight weight{bytes(codes), bytes(scales), base, height, bias};
-  if (outside < 0) chosen().quantized({Dtype(dtype), kSilu, x, rows, width, bits, weight, {}, count, index, y, threads});
+  if (outside < 0)
+    chosen().quantized({Dtype(dtype), kSilu, x, rows, width, bits, weight, {}, count, index, y, threads});
   return outside;
 }
 
