@@ -15,7 +15,7 @@ import sirius
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
-TESTS = "tests/unit/test_cpu_kernels.py", "tests/unit/test_kernel_table.py"
+TESTS = [f"tests/unit/test_{name}.py" for name in ("cpu_kernels", "kernel_table", "quantized_kernels")]
 FLAGS = "-fsanitize=address,undefined", "-fno-omit-frame-pointer", "-g1", "-O1"
 OPTIONS = {
     "ASAN_OPTIONS": "detect_leaks=0",  # those of Python and PyTorch are not ours

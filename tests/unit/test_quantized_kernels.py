@@ -229,7 +229,8 @@ def test_a_captured_pass_is_replayed_with_the_tokens_there_are_by_then(monkeypat
         got = forward(x)
     assert tape.repeatable and len(tape.calls) == 1
     x.copy_(x.flip(0) * 2)
-    got[0].fill_(torch.nan), got[1].fill_(-1)
+    for each, wrong in zip(got, (torch.nan, -1), strict=True):
+        each.fill_(wrong)
     tape.replay()
     assert all(torch.equal(a, b) for a, b in zip(got, forward(x), strict=True))
 

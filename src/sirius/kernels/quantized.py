@@ -5,6 +5,7 @@ takes one byte: its sign, a 4-bit exponent and a 3-bit mantissa, so that every p
 in float32. With 8 bits, every row has a float32 scale.
 """
 
+from functools import reduce
 from typing import NamedTuple
 
 import torch
@@ -133,7 +134,8 @@ def _best_scales(groups: Tensor, near: Tensor, base: Tensor) -> Tensor:
             code = (near + step).clamp(0, LAST) + sign
             scale = scales_of(code, base)
             squares = (groups - _nearest(groups, scale) * scale[..., None]).square()
-            first, second, third, fourth = sum(squares.unflatten(-1, (-1, 4)).unbind(-2)).unbind(-1)
+            parts = squares.unflatten(-1, (-1, 4)).unbind(-2)
+            first, second, third, fourth = reduce(torch.add, parts).unbind(-1)
             error = (first + third) + (second + fourth)  # the order in which the kernel adds
             better = error < least
             best, least = torch.where(better, code, best), torch.where(better, error, least)

@@ -232,8 +232,9 @@ int64_t run_quantized_linear(int dtype, const void* x, int64_t rows, int64_t wid
                              const std::byte* scales, const int32_t* base, int64_t height, int64_t count,
                              const int64_t* index, const void* bias, void* y, int threads) {
   int64_t outside = first_outside(index, count, height);
-  QuantizedWeight weight{bytes(codes), bytes(scales), base, bias};
-  if (outside < 0) chosen().quantized({Dtype(dtype), kSilu, x, rows, width, bits, weight, {}, count, index, y, threads});
+  QuantizedWeight weight{bytes(codes), bytes(scales), base, height, bias};
+  if (outside < 0)
+    chosen().quantized({Dtype(dtype), kSilu, x, rows, width, bits, weight, {}, count, index, y, threads});
   return outside;
 }
 
@@ -243,8 +244,8 @@ int64_t run_quantized_glu(int dtype, int kind, const void* x, int64_t rows, int6
                           int64_t count, const int64_t* index, const void* gate_bias, const void* up_bias, void* y,
                           int threads) {
   int64_t outside = first_outside(index, count, height);
-  QuantizedWeight first{bytes(gate), bytes(gate_scales), gate_base, gate_bias};
-  QuantizedWeight second{bytes(up), bytes(up_scales), up_base, up_bias};
+  QuantizedWeight first{bytes(gate), bytes(gate_scales), gate_base, height, gate_bias};
+  QuantizedWeight second{bytes(up), bytes(up_scales), up_base, height, up_bias};
   if (outside < 0)
     chosen().quantized({Dtype(dtype), ActivationKind(kind), x, rows, width, bits, first, second, count, index, y,
                         threads});

@@ -20,7 +20,8 @@ inline Floats magnitude(Floats x) { return (Floats)((Words)x & 0x7fffffff); }
 inline Floats lesser(Floats a, Floats b) { return a < b ? a : b; }
 inline Floats greater(Floats a, Floats b) { return a > b ? a : b; }
 
-// Turns kVector groups, and writes the codes from which the search for their scales starts: of an eighth of the extreme.
+// Turns kVector groups. Writes the codes from which the search for their scales starts: those of an eighth of the
+// extreme.
 inline void turn(const float* groups, Turned& to, int32_t* near) {
   Floats most = {};
   for (int64_t i = 0; i < kScaleGroup; i++) {

@@ -104,17 +104,14 @@ template <int bits>
 #endif
 }
 
-// Writes the scales of `count` codes, at most a span's, as floats; see `scales_of` in quantized.py.
-[[gnu::always_inline]] inline Scales decoded(const uint8_t* codes, int64_t count, int32_t base) {
+// The scales of a span, as floats; see `scales_of` in quantized.py. A span that is not whole is read on into the next
+// row, whose scales nothing uses, but not past `end`.
+[[gnu::always_inline]] inline Scales decoded(const uint8_t* codes, const uint8_t* end, int32_t base) {
   ScaleCodes some = {};
-#if defined(__AVX512VNNI__)
-  some = (ScaleCodes)_mm_maskz_loadu_epi8(__mmask16((1 << count) - 1), codes);
-#else
-  if (count == kSpanScales)
+  if (end - codes >= kSpanScales)
     some = stored<ScaleCodes>(codes);
   else
-    for (int64_t i = 0; i < count; i++) some[i] = codes[i];
-#endif
+    memcpy(&some, codes, end - codes);
   ScaleBits wide = __builtin_convertvector(some, ScaleBits);
   return (Scales)((((wide & 127) << 20) + uint32_t(base)) ^ (wide & 128) << 24);
 }
@@ -203,13 +200,14 @@ Tokens round_tokens(const void* from, int64_t count, int64_t width, int threads)
 // Where the codes and scales of a row are.
 template <int bits>
 struct QuantizedRow {
-  const uint8_t *codes, *scales;
+  const uint8_t *codes, *scales, *end;  // end: of the scales of all rows
   int32_t base;
 
   QuantizedRow() = default;
   QuantizedRow(const QuantizedWeight& weight, int64_t row, int64_t blocks)
       : codes(weight.codes + row * blocks * kBlockBytes<bits>),
         scales(bits == 4 ? weight.scales + row * blocks * 2 : nullptr),
+        end(bits == 4 ? weight.scales + weight.height * blocks * 2 : nullptr),
         base(weight.base[row]) {}
 };
 
@@ -226,7 +224,7 @@ void dot_quantized(const Tokens& x, int64_t token, const QuantizedRow<bits>* row
       Scales own = stored<Scales>(x.scale(token + m) + 2 * span);
       if (bits == 8) products[m][0] = own;
       if (bits == 4)
-        for (int r = 0; r < R; r++) products[m][r] = own * decoded(row[r].scales + 2 * span, 2 * blocks, row[r].base);
+        for (int r = 0; r < R; r++) products[m][r] = own * decoded(row[r].scales + 2 * span, row[r].end, row[r].base);
     }
     if (bits == 4 && ahead)
       for (int r = 0; r < R; r++) __builtin_prefetch(ahead[r].scales + 2 * span);
@@ -281,9 +279,12 @@ template <int bits, class T>
                                                    T* y) {
   float totals[kFourRows];
   add_up(sums, totals);
-  for (int64_t i = first; i < std::min<int64_t>(first + kFourRows, p.count); i++) {
-    float dot = totals[i - first], scale;
-    memcpy(&scale, &row[i - first].base, sizeof scale);
+#pragma GCC unroll 4
+  for (int r = 0; r < kFourRows; r++) {
+    int64_t i = first + r;
+    if (i >= p.count) break;
+    float dot = totals[r], scale;
+    memcpy(&scale, &row[r].base, sizeof scale);
     if (bits == 8) dot *= scale;
     if (weight.bias) dot += widen(static_cast<const T*>(weight.bias)[p.index ? p.index[i] : i]);
     narrow(dot, y + i);

@@ -171,6 +171,7 @@ struct Attend {
 struct QuantizedWeight {
   const uint8_t *codes, *scales;
   const int32_t* base;
+  int64_t height;
   const void* bias;
 };
 
@@ -211,17 +212,17 @@ struct Highest {
 };
 
 // The operations above: the name of each and its struct. rows.cpp has `name_of<T>(const Struct&)` for each of them.
-#define SIRIUS_OPERATIONS(X) \
-  X(linear, Linear)          \
-  X(project, Project)        \
-  X(finish, Finish)          \
-  X(each, Each)              \
-  X(activate, Activate)      \
-  X(norm, Norm)              \
-  X(rotate, Rotate)          \
-  X(add, Add)                \
-  X(attend, Attend)          \
-  X(quantize, Quantize)      \
+#define SIRIUS_OPERATIONS(X)     \
+  X(linear, Linear)              \
+  X(project, Project)            \
+  X(finish, Finish)              \
+  X(each, Each)                  \
+  X(activate, Activate)          \
+  X(norm, Norm)                  \
+  X(rotate, Rotate)              \
+  X(add, Add)                    \
+  X(attend, Attend)              \
+  X(quantize, Quantize)          \
   X(quantized, QuantizedProduct) \
   X(highest, Highest)
 
