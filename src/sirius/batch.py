@@ -105,7 +105,7 @@ class Batch:
             mlps = prepare(model)
             neurons = tuple(mlp.size for mlp in mlps)
             make = RefreshingSession if chosen.refresh else Session
-            draft = twin_of(model, chosen.draft_bits) if self._reads_twin(correction) else None
+            draft = twin_of(model, chosen.draft_bits) if reads_twin(model, chosen, correction) else None
             self.session = make(model, mlps, lambda: sparsity.create(chosen, neurons), compiled, draft)
             self.draft = draft and count_parameters(model, draft)
         self.asked = correction
@@ -342,15 +342,6 @@ class Batch:
             basis,
         )
 
-    def _reads_twin(self, correction: CorrectionConfig | None) -> bool:
-        """Tell whether the draft reads weights of fewer bits.
-
-        Without a kernel for such weights each product makes the full ones anew, so no period pays: "auto" drafts none.
-        """
-        automatic = correction is not None and correction.period == AUTO
-        wanted = bool(self.sparsity.draft_bits) and (correction is None or correction.period != 1)
-        return wanted and not (automatic and not multiplies_quantized(self.model.device, self.model.dtype))
-
     def _period(self, compiled: bool) -> Period:
         """Return the period of this batch; an automatic one knows what earlier texts of this configuration taught."""
         asked = 1 if self.correction is None else self.correction.period
@@ -398,3 +389,14 @@ def _check_watches(entries: Sequence[_Entry]) -> None:
     for entry in entries:
         if entry.watch is not None and entry.row.error is None:
             entry.row.error = entry.watch.failure()
+
+
+def reads_twin(model: PreTrainedModel, chosen: SparsityConfig, correction: CorrectionConfig | None) -> bool:
+    """Tell whether a draft reads the model's weights at fewer bits.
+
+    Without a kernel for such weights each product makes the full ones anew, so no period pays: "auto" drafts none.
+    """
+    if not chosen.draft_bits or (correction is not None and correction.period == 1):
+        return False
+    automatic = correction is not None and correction.period == AUTO
+    return not automatic or multiplies_quantized(model.device, model.dtype)

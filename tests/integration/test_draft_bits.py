@@ -14,7 +14,7 @@ from sirius.kernels import cpu
 from sirius.kernels.quantized import dequantize
 from sirius.model.prepare import count_parameters, prepare
 from sirius.model.prepared import prepared_of
-from sirius.model.quantized import QuantizedRows, RescoredHead, Twin, twin_of
+from sirius.model.quantized import QuantizedRows, RescoredHead, Twin, extra_memory, twin_of
 
 pytestmark = pytest.mark.integration
 
@@ -145,6 +145,9 @@ def test_four_bits_take_27_percent_of_16():
     prepare(model)
     linears = sum(module.weight.nbytes for module in model.modules() if isinstance(module, torch.nn.Linear))
     assert twin_of(model, 4).nbytes <= 0.275 * linears
+    for bits in (4, 8):
+        whole = sum(each.nbytes for each in model.parameters())
+        assert extra_memory(model, bits) == pytest.approx(twin_of(model, bits).nbytes / whole)
 
 
 def test_progress_is_told_up_to_the_end():

@@ -96,9 +96,10 @@ def generate(
     @cache  # a file of which nothing is left to do loads no model
     def load() -> "Engine":
         hub = {"revision": revision, "trust_remote_code": trust_remote_code}
-        return terminal.load(
-            model, threads, dtype=dtype, device=device, compile=compile, max_context=max_context, **hub
-        )
+        kind = {"dtype": dtype, "device": device, "compile": compile, "max_context": max_context}
+        engine = terminal.load(model, threads, **kind, **hub)
+        terminal.round_weights(engine, options)
+        return engine
 
     form = Form(load, settings, options, json)
     if prompt is not None:

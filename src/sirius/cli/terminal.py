@@ -1,7 +1,7 @@
 """What all commands share: the terminal, a model's loading, and what is said when something is wrong."""
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -73,6 +73,20 @@ def load(model: str | None, threads: int | None = None, **options: Any) -> "Engi
         return Engine.load(model or str(FOLDER), **options)
 
 
+def round_weights(engine: "Engine", options: Mapping[str, Any]) -> None:
+    """Round the weights that a draft reads, and say how much memory they take; options of `Engine.generate`."""
+    from sirius.batch import reads_twin
+    from sirius.model.quantized import extra_memory, twin_of
+
+    chosen = options["sparsity"]
+    if not reads_twin(engine.model, chosen, options["correction"]):
+        return
+    share = extra_memory(engine.model, chosen.draft_bits)
+    what = f"the draft's weights at {chosen.draft_bits} bits, {share:.0%} more memory"
+    with progress(what, 100, passing=True) as advance:
+        twin_of(engine.model, chosen.draft_bits, lambda done: advance(to=round(100 * done)))
+
+
 def use_threads(count: int | None) -> None:
     """Let torch, and our kernels, run on so many threads of the CPU; None leaves it as it is."""
     if count is not None:
@@ -92,11 +106,14 @@ def quieten() -> None:
 
 
 @contextmanager
-def progress(what: str, total: int, shown: bool = True) -> Iterator[Callable[..., None]]:
-    """Show a progress bar on the terminal's error stream; yields what moves it on by one, or to a step."""
+def progress(what: str, total: int, shown: bool = True, passing: bool = False) -> Iterator[Callable[..., None]]:
+    """Show a progress bar on the terminal's error stream; yields what moves it on by one, or to a step.
+
+    passing  it goes away in the end, and is shown on a terminal alone
+    """
     figures = (MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     columns = figures[::2] if err.width < NARROW else (BarColumn(), *figures)
-    with Progress(TextColumn("{task.description}"), *columns, console=err, disable=not shown) as bar:
+    with Progress(TextColumn("{task.description}"), *columns, console=err, disable=not shown, transient=passing) as bar:
         task = bar.add_task(what, total=total)
 
         def advance(to: int | None = None, now: str = what) -> None:

@@ -73,6 +73,7 @@ def trace(
     text = as_message(read_prompt(prompt), model is None if chat is None else chat)
     hub = {"revision": revision, "trust_remote_code": trust_remote_code}
     engine = terminal.load(model, threads, dtype=dtype, device=device, max_context=max_context, **hub)
+    terminal.round_weights(engine, options)
     with err.status("decoding"):
         found = collect(engine, text, **options)
     _write(found if model else replace(found, model="embedded"), output, json)

@@ -68,6 +68,12 @@ def quantize(weight: Tensor, bits: int) -> Quantized:
     return Quantized(codes, scales, base, bits, weight.shape[1])
 
 
+def bytes_of(rows: int, length: int, bits: int) -> int:
+    """Return the bytes that a weight [rows, length] takes at 4 or 8 bits."""
+    blocks = -(-length // BLOCK)
+    return rows * (blocks * (BLOCK * bits // 8 + (BLOCK // GROUP if bits == 4 else 0)) + 4)
+
+
 def check_bits(bits: int) -> None:
     """Raise ConfigError where there is no format of so many bits."""
     if bits not in BITS:

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from sirius.kernels import ops
 from sirius.kernels.activations import Activation
-from sirius.kernels.quantized import Quantized, dequantize
+from sirius.kernels.quantized import Quantized, bytes_of, dequantize
 from sirius.model.adopt import parts_of
 from sirius.model.linear import MatrixLinear
 from sirius.model.matrix import Dense, Matrix, dense
@@ -152,6 +152,13 @@ class Twin:
             return QuantizedColumns(weight, layer.bias)
         rows = QuantizedRows(weight, layer.bias)
         return RescoredHead(rows, dense(layer)) if id(layer) == self.head else rows
+
+
+def extra_memory(model: PreTrainedModel, bits: int) -> float:
+    """Return the bytes of a prepared model's weights at 4 or 8 bits over those of all its parameters."""
+    layers = (cast("nn.Linear", layer) for _, layer in parts_of(model, MatrixLinear))
+    rounded = sum(bytes_of(layer.out_features, layer.in_features, bits) for layer in layers)
+    return rounded / sum(each.nbytes for each in model.parameters())
 
 
 def twin_of(model: PreTrainedModel, bits: int, advance: Callable[[float], None] = lambda done: None) -> Twin:
