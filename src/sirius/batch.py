@@ -23,10 +23,9 @@ from sirius.decoding.probe import probe_if_due
 from sirius.decoding.sampling import Noise
 from sirius.decoding.stateless import Watch, is_stateless
 from sirius.errors import ConfigError, OutOfMemoryError, RequestError, SiriusError
-from sirius.kernels.ops import multiplies_quantized
 from sirius.model.prepare import count_parameters, prepare
 from sirius.model.prepared import prepared_of
-from sirius.model.quantized import twin_of
+from sirius.model.quantized import reads_twin, twin_of
 from sirius.processors import look_at_lines
 from sirius.runtime.session import Session, ordinary
 from sirius.runtime.studies import RefreshingSession
@@ -112,7 +111,7 @@ class Batch:
         self.correction = correction
         if self.session.shared is None and draft is None:  # a draft with every weight would save nothing
             looks_up = correction is not None and correction.draft_ngram
-            self.correction, rule, period = (correction, rule, Period(1)) if looks_up else (PLAIN, None, None)
+            self.correction, rule, period = (correction, None, Period(1)) if looks_up else (PLAIN, None, None)
         self.plan = make_plan(self.correction, period or self._period(compiled), ends, rule)
         self.ruled = rule not in (None, accept_own)  # so that nobody knows whether texts are lossless
         self.window = (self.correction.longest - 1) * self.correction.tree_width if self.correction else 0
@@ -389,14 +388,3 @@ def _check_watches(entries: Sequence[_Entry]) -> None:
     for entry in entries:
         if entry.watch is not None and entry.row.error is None:
             entry.row.error = entry.watch.failure()
-
-
-def reads_twin(model: PreTrainedModel, chosen: SparsityConfig, correction: CorrectionConfig | None) -> bool:
-    """Tell whether a draft reads the model's weights at fewer bits.
-
-    Without a kernel for such weights each product makes the full ones anew, so no period pays: "auto" drafts none.
-    """
-    if not chosen.draft_bits or (correction is not None and correction.period == 1):
-        return False
-    automatic = correction is not None and correction.period == AUTO
-    return not automatic or multiplies_quantized(model.device, model.dtype)

@@ -27,7 +27,8 @@ THRESHOLD = 0.1  # of the other rules, where none is given
 LONGEST = 32  # the longest window that period "auto" chooses
 MOST_GUESSES = 1024  # of a check: it reads all of them in one pass, and each looks at every other one before it
 COLDEST = 1e-5  # the lowest temperature above 0: scores divided by less overflow
-BITS = (0, 4, 8)  # of the weights that a draft reads; 0: the model's own
+DRAFT_BITS = (0, 4, 8)  # of the weights that a draft reads; 0: the model's own
+LONGEST_NGRAM = 16  # tokens of the longest match that prompt lookup may look for
 SEEDS = 2**32  # as many as torch's generator on the CPU tells apart
 
 
@@ -40,7 +41,7 @@ class Mode(Enum):
 
 @dataclass(frozen=True)
 class SparsityConfig:
-    """Which neurons the draft model keeps.
+    """What the draft model reads: which neurons, and how many bits of each weight.
 
     method      a registered name: "coarse" (alias "griffin"), "fine" (alias "cats"), "none", or a third party's
     keep        the fraction of neurons kept, 0 < keep <= 1 (the papers' `spr`)
@@ -62,13 +63,12 @@ class SparsityConfig:
 
     def __post_init__(self) -> None:
         _check_kinds(self, method=str, keep=float, threshold=float | None, refresh=float)
-        _check_kinds(self, per_branch=bool, shared_set=bool)
+        _check_kinds(self, per_branch=bool, shared_set=bool, draft_bits=int)
         if not 0 < self.keep <= 1:
             raise ConfigError(f"keep is the fraction of neurons kept, above 0 and at most 1; got {self.keep}")
         if self.threshold is not None and not self.threshold >= 0:
             raise ConfigError(f"the sparsity threshold bounds an absolute value, so at least 0; got {self.threshold}")
-        _check_kinds(self, draft_bits=int)
-        if self.draft_bits not in BITS:
+        if self.draft_bits not in DRAFT_BITS:
             raise ConfigError(f"draft_bits are 4, 8, or 0 for the model's own weights; got {self.draft_bits}")
         if not 0 <= self.refresh <= 1:
             raise ConfigError(f"refresh is a share, from 0 (off) to 1; got {self.refresh}")
@@ -93,8 +93,8 @@ class CorrectionConfig:
     tree_width          w, branches drafted side by side
     draft_confidence    a chain ends after a guess to which the draft gives less probability, 0 to 1; 0 is off. On a GPU
                         it has no effect, as the host would have to wait for the answer
-    draft_ngram         prompt lookup: guesses are the tokens that followed the text's last ones, at most so many, where
-                        those stood before; used as long as that is faster. 0 is off
+    draft_ngram         prompt lookup, for lossless rules: the longest run of last tokens, 2 to 16, that is looked up
+                        earlier in the text. The guesses are the tokens after it. Used while it is faster; 0 is off
     prune               drop branches less likely than this share of the best one's probability; 0 keeps all
     ablate              for studies, all of them lossy: "rewrite" (keep the draft's K/V), "interleave" (no token of the
                         full model after a window that was accepted whole), "rollback" (keep every guess)
@@ -114,6 +114,7 @@ class CorrectionConfig:
         if self.period != AUTO:
             _check_kinds(self, period=int)
         _check_kinds(self, accept=str, threshold=float | None, accept_temperature=float, tree_width=int, prune=float)
+        _check_kinds(self, draft_confidence=float, draft_ngram=int)
         if self.period != AUTO and self.period < 1:
             raise ConfigError(f"period counts the tokens of a check, at least 1 (plain decoding); got {self.period}")
         if self.threshold is not None:
@@ -133,7 +134,6 @@ class CorrectionConfig:
                 f"tree_width {self.tree_width} with a period of up to {self.longest} makes {guesses} guesses, and a "
                 f"check reads at most {MOST_GUESSES} in its one pass; lower tree_width or period"
             )
-        _check_kinds(self, draft_confidence=float, draft_ngram=int)
         self._check_drafts()
         if not 0 <= self.prune <= 1:
             raise ConfigError(f"prune is a share of the best branch's probability, from 0 to 1; got {self.prune}")
@@ -142,21 +142,21 @@ class CorrectionConfig:
         object.__setattr__(self, "ablate", tuple(self.ablate))
 
     def _check_drafts(self) -> None:
-        if not 0 <= self.draft_confidence < 1:
+        confidence, ngram, given = self.draft_confidence, self.draft_ngram, self.draft_confidence or self.draft_ngram
+        if not 0 <= confidence < 1:
+            raise ConfigError(f"draft_confidence is a probability, from 0 (off) to below 1; got {confidence}")
+        if ngram and not 2 <= ngram <= LONGEST_NGRAM:
+            raise ConfigError(f"draft_ngram is a number of tokens, 2 to {LONGEST_NGRAM}, or 0 (off); got {ngram}")
+        if confidence and self.tree_width > 1:
             raise ConfigError(
-                f"draft_confidence is a probability, from 0 (off) to below 1; got {self.draft_confidence}"
+                f"draft_confidence {confidence} ends chains, and tree_width is {self.tree_width}; use prune for trees"
             )
-        if self.draft_confidence and self.tree_width > 1:
+        if given and self.period == 1:
+            raise ConfigError("draft_confidence and draft_ngram would change nothing at period 1, which drafts nothing")
+        if ngram and (self.accept not in OWN or self.ablate):
             raise ConfigError(
-                f"draft_confidence {self.draft_confidence} ends chains, and tree_width is {self.tree_width}; use prune"
-            )
-        if self.draft_ngram < 0 or self.draft_ngram == 1:
-            raise ConfigError(
-                f"draft_ngram is the length of the longest match, at least 2, or 0 (off); got {self.draft_ngram}"
-            )
-        if self.draft_ngram and self.ablate:
-            raise ConfigError(
-                "draft_ngram takes guesses from the text, and ablate studies a draft's; leave one of them out"
+                "draft_ngram is used as long as it is faster, so a lossy text would depend on time; "
+                "use a lossless accept and no ablate, or leave draft_ngram out"
             )
 
     @classmethod

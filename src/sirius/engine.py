@@ -12,11 +12,11 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sirius.batch import Batch
-from sirius.core import DRAFT, CorrectionConfig, Request, SamplingConfig, SparsityConfig, check_together
+from sirius.core import CorrectionConfig, Request, SamplingConfig, SparsityConfig, check_together
 from sirius.decoding.accept import Rule
 from sirius.decoding.period import Period
 from sirius.errors import ConfigError, RequestError, SiriusError
-from sirius.forms import as_config
+from sirius.forms import as_config, as_draft
 from sirius.likelihood import Likelihood, score_tokens
 from sirius.model.ends import end_tokens, stop_strings
 from sirius.model.limits import check_length, context_limit, rescaling_length, sliding_window
@@ -110,7 +110,7 @@ class Engine:
         max_new_tokens: int | None = None,
         stop: Stop = None,
         sampling: Sampling = None,
-        sparsity: Sparsity = DRAFT,
+        sparsity: Sparsity | None = None,
         correction: Correction = LOSSLESS,
     ) -> Completion:
         """Decode one prompt to its end.
@@ -120,7 +120,8 @@ class Engine:
         stop            strings that end the text; None: those of the checkpoint's generation config, () none
         sampling        a temperature, a SamplingConfig or a mapping of its fields; None is greedy
         sparsity        what the draft reads: a method's name at keep 0.5, a SparsityConfig, or a mapping of its fields.
-                        The default is every neuron, its weights at 4 bits; "none" drafts nothing
+                        None is every neuron, its weights at 4 bits, or beside the correction "paper" coarse, as in the
+                        paper; "none" drafts nothing
         correction      a CorrectionConfig, a mapping of its fields, a period, "auto", or "paper" (the paper's setting,
                         lossy). None decodes with the sparse model alone (lossy). The default is lossless, and drafts
                         where that is faster
@@ -145,7 +146,7 @@ class Engine:
         max_new_tokens: int | None = None,
         stop: Stop = None,
         sampling: Sampling = None,
-        sparsity: Sparsity = DRAFT,
+        sparsity: Sparsity | None = None,
         correction: Correction = LOSSLESS,
     ) -> Iterator[Update]:
         """Decode one prompt round by round; closing the iterator frees what it holds at once.
@@ -165,7 +166,7 @@ class Engine:
         max_new_tokens: int | None = None,
         stop: Stop = None,
         sampling: Sampling = None,
-        sparsity: Sparsity = DRAFT,
+        sparsity: Sparsity | None = None,
         correction: Correction = LOSSLESS,
     ) -> Iterator[tuple[int, Completion | SiriusError]]:
         """Decode prompts side by side, `batch_size` at a time; yield each one's index and completion as it finishes.
@@ -238,7 +239,7 @@ class Engine:
         self,
         *,
         rows: int = 8,
-        sparsity: Sparsity = DRAFT,
+        sparsity: Sparsity | None = None,
         correction: Correction = LOSSLESS,
         rule: Rule | None = None,
         period: Period | None = None,
@@ -255,7 +256,7 @@ class Engine:
         asked = None if correction is None else as_config(CorrectionConfig, correction)
         return Batch(
             self.model,
-            as_config(SparsityConfig, sparsity),
+            as_draft(sparsity, correction),
             asked,
             ends=self.ends,
             rows=rows,

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, TypeVar, cast
 
-from sirius.core import AUTO, PAPER, CorrectionConfig, SamplingConfig, SparsityConfig
+from sirius.core import AUTO, DRAFT, PAPER, CorrectionConfig, SamplingConfig, SparsityConfig
 from sirius.errors import ConfigError
 
 Config = TypeVar("Config", SparsityConfig, CorrectionConfig, SamplingConfig)
@@ -31,6 +31,8 @@ def as_config(kind: type[Config], value: Any) -> Config:
         raise ConfigError(f"{forms}; got {value!r}")
     if kind is CorrectionConfig and isinstance(value, str):
         return cast("Config", _correction(value))
+    if kind is SparsityConfig and isinstance(value, Mapping) and "draft_bits" in value:
+        value = {"method": DRAFT.method, **value}
     try:
         return kind(**value) if isinstance(value, Mapping) else kind(value)
     except TypeError as error:
@@ -42,3 +44,10 @@ def _correction(word: str) -> CorrectionConfig:
     if word not in (AUTO, PAPER):
         raise ConfigError(f"a correction by one word is {AUTO!r} or {PAPER!r}; got {word!r}")
     return CorrectionConfig.paper() if word == PAPER else CorrectionConfig()
+
+
+def as_draft(sparsity: Any, correction: Any) -> SparsityConfig:
+    """Return the draft that is asked for; None is the default one, beside the correction "paper" the paper's coarse."""
+    if sparsity is not None:
+        return as_config(SparsityConfig, sparsity)
+    return SparsityConfig("coarse") if isinstance(correction, str) and correction == PAPER else DRAFT

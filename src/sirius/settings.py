@@ -95,18 +95,24 @@ def make_setting(values: Mapping[str, Any]) -> Setting:
     if sparse.method == NONE:
         if idle := sorted(given & set(SPARSE) - {"sparsity", "draft_bits"}):
             raise ConfigError(f"{', '.join(idle)} would change nothing with sparsity none, which keeps every neuron")
-        if not sparse.draft_bits and not values.get("draft_ngram"):
-            if idle := sorted(given - {"sparsity", "draft_bits", "correct"}) + ["correct"] * bool(
-                values.get("correct")
-            ):
-                raise ConfigError(f"{', '.join(idle)} would change nothing with sparsity none, which drafts nothing")
-            return Setting(sparse, None)
+        if not sparse.draft_bits:
+            return _undrafted(sparse, values, given)
     correct = values.get("correct", True)
     if not isinstance(correct, bool):
         raise ConfigError(f"correct is true or false; got {correct!r}")
     if not correct and (idle := sorted(given & {"preset", "refresh", *CORRECTING})):
         raise ConfigError(f"{', '.join(idle)} would change nothing without correction; leave out correct: false")
     return Setting(sparse, make_correction(values) if correct else None)
+
+
+def _undrafted(sparse: SparsityConfig, values: Mapping[str, Any], given: set[str]) -> Setting:
+    """Return a setting without a draft model: the full model, or with prompt lookup."""
+    looks_up = bool(values.get("draft_ngram"))
+    useful = {"sparsity", "draft_bits", "correct", *(("draft_ngram", "period", "accept") if looks_up else ())}
+    idle = sorted(given - useful) + ["correct"] * (bool(values.get("correct")) and not looks_up)
+    if idle:
+        raise ConfigError(f"{', '.join(idle)} would change nothing with sparsity none, which drafts nothing")
+    return Setting(sparse, make_correction(values) if looks_up else None)
 
 
 def make_sparsity(values: Mapping[str, Any]) -> SparsityConfig:

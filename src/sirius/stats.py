@@ -11,7 +11,7 @@ from typing import Literal
 from sirius.core import AUTO, CorrectionConfig, Round
 
 Convention = Literal["published", "streamed"]
-SUMMED = "rounds rounds_complete drafted accepted corrections rolled_back tokens seconds".split()
+SUMMED = "rounds rounds_complete drafted looked_up accepted corrections rolled_back tokens seconds".split()
 PER_TOKEN = (
     "effective_density effective_density_streamed parameters_per_token bytes_per_token draft_bytes_per_token".split()
 )
@@ -79,6 +79,7 @@ class Stats:
     rounds               windows checked (without correction: sparse steps); the prompt's pass is not one
     rounds_complete      those drafted in full and not cut by a stop
     drafted, accepted    guesses of a branch that were checked, and those accepted into the text
+    looked_up            those of `drafted` that were found in the text itself and took no pass of the draft model
     corrections          windows that did not pass to the full depth of their draft, each a rollback of the cache
     rolled_back          guesses that those windows threw away, of the branch that went furthest
     corrections_per_token  corrections / tokens
@@ -109,6 +110,7 @@ class Stats:
     rounds: int
     rounds_complete: int
     drafted: int
+    looked_up: int
     accepted: int
     corrections: int
     rolled_back: int
@@ -171,7 +173,8 @@ def summarise(rounds: Sequence[Round], basis: Basis, seconds: float) -> Stats:
     windows = rounds[1:]
     correction = basis.correction
     period = correction.period if correction else 1
-    drafted = [w for w in windows if w.steps] if period == AUTO else windows
+    plain = period == AUTO or (correction is not None and correction.draft_ngram)  # steps stand between windows
+    drafted = [w for w in windows if w.steps] if plain else windows
     complete = [w for w in drafted if not w.cut and w.steps == w.period - 1]
     tokens = sum(len(r.tokens) for r in rounds)
     accepted = [w.accepted for w in drafted]
@@ -184,6 +187,7 @@ def summarise(rounds: Sequence[Round], basis: Basis, seconds: float) -> Stats:
         rounds=len(windows),
         rounds_complete=len(complete),
         drafted=sum(w.steps for w in windows),
+        looked_up=sum(w.steps - w.passes for w in windows),
         accepted=sum(accepted),
         corrections=len(corrected),
         rolled_back=sum(len(w.draft) - w.accepted for w in corrected),
@@ -227,7 +231,7 @@ def combine(parts: Sequence[Stats]) -> Stats:
     if not parts or len({(p.period, p.lossless) for p in parts}) > 1:
         raise ValueError("figures are combined over at least one generation, all of one setting")
     after_first = [p.tokens - 1 for p in parts]  # a prompt's first token belongs to no window
-    sparse = [p.drafted or p.rounds for p in parts]  # passes that the density is of
+    sparse = [p.drafted - p.looked_up or p.rounds for p in parts]  # passes that the density is of
     sums = {name: sum(getattr(p, name) for p in parts) for name in SUMMED}
     means = {name: _mean([getattr(p, name) for p in parts], after_first) for name in PER_TOKEN}
     means |= {name: _mean([getattr(p, name) for p in parts], sparse) for name in ("density", "density_streamed")}

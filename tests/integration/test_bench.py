@@ -48,10 +48,13 @@ def test_a_record_holds_every_setting_with_figures_that_fit_together(bench, shap
         "coarse 0.5",
         "fine 0.5",
         "fine 0.25",
+        "int4",
         "coarse 0.5 corrected",
         "fine 0.5 corrected",
+        "int4 corrected",
         "coarse 0.5 corrected, tree 2",
         "fine 0.5 corrected, tree 2",
+        "int4 corrected, tree 2",
     ]
     bar = max(record["ceiling"].values())
     for name, row in rows.items():
@@ -103,9 +106,21 @@ def test_the_widest_figures_fit_a_terminal_too():
         "coarse 0.5 corrected, tree 4", 12345.67, 1, 1, 9, 12.3, 12.34, 12.34, 12.34, 12 * 10**9, 0.85, 0.16, -0.01
     )
     console = Console(width=80, record=True, file=io.StringIO())
-    console.print(show.decoding([row], Ceiling(10, 10)))
+    console.print(show.decoding([row], Ceiling(10, 10), "AAL 3, given"))
     text = console.export_text()
     assert "\N{HORIZONTAL ELLIPSIS}" not in text and all(part in text for part in ("85/", "16/", "-1"))
+
+
+def test_the_acceptance_of_a_published_draft_may_be_played_back(bench, shape):
+    small = [each for each in SMALL if each not in ("--period", 4)]
+    code, out, err = bench("decode", "--shape", shape, *small, "--replay", "argmax-int4", "--period", 4)
+    assert code == 2 and out == "" and "argmax-int4 is of period 16; got --period 4" in err
+    code, out, _ = bench(
+        "decode", "--shape", shape, *small, "--replay", "argmax-int4", "--period", 16, "--tokens", 90, "--json"
+    )
+    rows = {row["name"]: row for row in json.loads(out)["rows"]}
+    assert code == 0 and rows["int4 corrected"]["aal"] == pytest.approx(12.7, abs=0.05)
+    assert "published trace" in json.loads(out)["workload"]["acceptance"]
 
 
 def test_a_histogram_that_cannot_be_read_is_refused(bench, shape):

@@ -378,10 +378,10 @@ def mistake(printed: Printed) -> str:
             "--keep would change nothing without a sparsity method, where every neuron is kept",
         ),
         (["--draft-bits", "3"], "draft_bits are 4, 8, or 0 for the model's own weights; got 3"),
-        (["--draft-ngram", "1"], "draft_ngram is the length of the longest match, at least 2, or 0 (off); got 1"),
+        (["--draft-ngram", "1"], "draft_ngram is a number of tokens, 2 to 16, or 0 (off); got 1"),
         (["--draft-confidence", "1"], "draft_confidence is a probability, from 0 (off) to below 1; got 1.0"),
         (["--draft-confidence", "0.5", "--tree-width", "2"], "draft_confidence 0.5 ends chains, and tree_width is 2"),
-        (["--draft-ngram", "3", "--ablate", "rewrite"], "draft_ngram takes guesses from the text, and ablate"),
+        (["--draft-ngram", "3", "--ablate", "rewrite"], "so a lossy text would depend on time"),
         (["--sparsity", "fine", "--sparsity-threshold", "-1"], "at least 0; got -1.0"),
         (["--threshold", "-1"], "threshold is a probability, from 0 to 1; got -1.0"),
         (["--threshold", "2"], "threshold is a probability, from 0 to 1; got 2.0"),
@@ -432,7 +432,7 @@ IDLE = [
         "--threshold 0.2 --accept relative", "--accept typical")),
     *((f"{option} --sparsity none", "without a sparsity method, where every neuron is kept") for option in (
         "--keep 0.4", "--sparsity-threshold 0.1", "--per-branch", "--shared-set", "--refresh 0.1")),
-    *((f"{option} --draft-bits 0", "with --sparsity none and --draft-bits 0, which draft nothing") for option in (
+    *((f"{option} --draft-bits 0", "with --sparsity none and --draft-bits 0, where no model drafts") for option in (
         "--tree-width 2", "--draft-confidence 0.5", "--ablate rewrite")),
     ("--draft-ngram 3 --period 1", "at --period 1, which drafts nothing"),
     *((option, "with one prompt; give --input") for option in ("--shared-set --sparsity coarse", "--batch-size 3")),

@@ -8,13 +8,18 @@ import torch
 from conftest import FAMILIES, greedy, tiny_model
 from sirius import restore
 from sirius.batch import Batch
-from sirius.core import DRAFT, CorrectionConfig, SparsityConfig
+from sirius.core import DRAFT, CorrectionConfig, SamplingConfig, SparsityConfig
+from sirius.decoding.tree import Tree
 from sirius.engine import Engine
+from sirius.errors import ConfigError
+from sirius.forms import as_draft
 from sirius.kernels import cpu
 from sirius.kernels.quantized import dequantize
+from sirius.model.matrix import dense
 from sirius.model.prepare import count_parameters, prepare
 from sirius.model.prepared import prepared_of
 from sirius.model.quantized import QuantizedRows, RescoredHead, Twin, extra_memory, twin_of
+from sirius.settings import make_setting
 
 pytestmark = pytest.mark.integration
 
@@ -116,6 +121,40 @@ def test_weights_are_rounded_once_and_anew_after_they_changed():
     assert again is not first
     name = id(model.lm_head)
     torch.testing.assert_close(dequantize(again.weights[name]), 2 * dequantize(first.weights[name]))
+
+
+def test_weights_that_change_by_their_data_are_rounded_anew():
+    """As adapters are merged; neither address nor version tells of it."""
+    model = tiny_model()
+    prepare(model)
+    first = twin_of(model, 4)
+    model.lm_head.weight.data += 0.5
+    assert twin_of(model, 4) is not first
+
+
+def test_weights_of_another_kind_are_not_rounded():
+    model = tiny_model(eos_token_id=None)
+    prepare(model, matrix=lambda layer, transposed: dense(layer, transposed))
+    engine = Engine(model)
+    assert not engine.generate(PROMPT, max_new_tokens=NEW).stats.drafted
+    with pytest.raises(ConfigError, match="set draft_bits to 0"):
+        engine.generate(PROMPT, correction=chain(4))
+
+
+DRAFTS = [  # what is asked for in Python, by the names of a command line or grid, and the draft that both mean
+    ({}, {}, DRAFT),
+    ({"sparsity": "none"}, {"sparsity": "none"}, SparsityConfig("none")),
+    ({"sparsity": "coarse"}, {"sparsity": "coarse"}, SparsityConfig("coarse")),
+    ({"sparsity": {"draft_bits": 8}}, {"draft_bits": 8}, SparsityConfig("none", draft_bits=8)),
+    ({"sparsity": {"draft_bits": 0}}, {"draft_bits": 0}, SparsityConfig("none")),
+    ({"correction": "paper"}, {"preset": "paper"}, SparsityConfig("coarse")),
+]
+
+
+@pytest.mark.parametrize(("asked", "named", "draft"), DRAFTS, ids=str)
+def test_python_grids_and_command_line_mean_the_same_draft(asked, named, draft):
+    assert make_setting(named).sparsity == draft
+    assert as_draft(asked.get("sparsity"), asked.get("correction")) == draft
 
 
 def test_rounded_weights_go_with_restore_and_are_in_no_copy():
@@ -240,6 +279,30 @@ def test_an_end_of_text_inside_looked_up_guesses_ends_the_text():
     assert got.finish_reason == "stop"
 
 
+def test_figures_tell_looked_up_guesses_apart():
+    got = Engine(repeating_model()).generate(
+        LOOPING, max_new_tokens=60, sparsity="none", correction=CorrectionConfig(16, draft_ngram=3)
+    )
+    stats = got.stats
+    assert stats.looked_up == stats.drafted > 0
+    assert sum(stats.acceptance_histogram) < stats.rounds, "plain steps are no windows"
+    assert stats.aal and stats.aal > 2 and stats.density == 1
+
+
+def test_guesses_of_rows_with_little_room_stand_where_a_drafts_would():
+    """Where a position past a limit would scale those of the whole pass anew."""
+    tree = Tree.chain(torch.tensor([[5, 6, 7, 8], [5, 6, 0, 0]]), torch.tensor([4, 2]))
+    assert tree.depths.tolist() == [[0, 1, 2, 3], [0, 1, 1, 1]]
+    assert tree.alive.tolist() == [[True] * 4, [True, True, False, False]]
+    assert tree.seen[1, 3].tolist() == [True, False, False, True]
+
+
+@pytest.mark.parametrize("options", [{"accept": "threshold"}, {"ablate": ("rewrite",)}], ids=str)
+def test_prompt_lookup_is_refused_where_a_lossy_text_would_depend_on_time(options):
+    with pytest.raises(ConfigError, match="a lossy text would depend on time"):
+        CorrectionConfig(8, draft_ngram=3, **options)
+
+
 # --- chains that end early
 
 
@@ -253,3 +316,12 @@ def test_a_chain_ends_after_a_guess_that_its_draft_doubts():
         assert list(got.token_ids) == want
         stats.append(got.stats)
     assert stats[0].drafted > stats[2].drafted > 0 and stats[2].drafted <= stats[1].drafted
+
+
+def test_a_sampled_text_is_its_seeds_own_whatever_ends_its_chains_or_is_looked_up():
+    engine = Engine(tiny_model(eos_token_id=None))
+    options = {"max_new_tokens": NEW, "sampling": SamplingConfig(temperature=1.0, seed=5)}
+    want = engine.generate(LOOPING, sparsity="none", **options).token_ids
+    for more in ({"draft_confidence": 0.3}, {"draft_ngram": 2}, {"draft_confidence": 0.9, "draft_ngram": 3}):
+        got = engine.generate(LOOPING, correction=CorrectionConfig(8, **more), **options)
+        assert got.token_ids == want and got.stats.lossless

@@ -26,7 +26,7 @@ def test_lm_evals_options_are_passed_through_and_our_figures_stored(sirius_comma
     ("arguments", "said"),
     [
         (("--tasks", "demo_reason"), "there is no task 'demo_reason'; close names are"),
-        (("--tasks", "demo_reasoning", "--keep", "7"), "keep is the fraction"),
+        (("--tasks", "demo_reasoning", "--sparsity", "coarse", "--keep", "7"), "keep is the fraction"),
         (("--tasks", "demo_reasoning", "--sparsity", "none", "--keep", "0.3"), "--keep would change nothing"),
         (("--tasks", "demo_reasoning", "--limt", "3"), "unrecognized arguments: --limt"),
         (("--tasks", "demo_reasoning", "--model_args", "keep=1"), "--model_args would undo"),

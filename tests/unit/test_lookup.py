@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sirius.decoding.lookup import FIRST_WAIT, TRIALS, Lookup, NGrams
+from sirius.decoding.lookup import FIRST_WAIT, OTHERS_EVERY, TRIALS, Lookup, NGrams, Used
 
 
 def test_the_tokens_after_an_earlier_match_are_proposed():
@@ -50,12 +50,19 @@ REPEATING = (NGrams(2), [1, 2, 3, 1, 2], 9)
 
 def test_windows_grow_while_whole_ones_are_accepted_and_shrink_after():
     lookup = Lookup(3, 15)
+    lookup.learn(None, 1, 1.0)
     sizes = []
-    for tokens in (5, 9, 16, 3):
+    for tokens, whole in ((5, True), (9, True), (10, True), (3, False), (1, False)):
         [found] = lookup.propose([REPEATING]) or [[]]
         sizes.append(len(found))
-        lookup.learn(True, tokens, 1.0)
-    assert sizes == [4, 8, 9, 9], "no more than the room of the text"
+        lookup.learn(Used(len(found), whole), tokens, 0.1)
+    assert sizes == [4, 8, 9, 9, 4], "no more than the room of the text"
+    assert lookup.count == 2
+
+
+def test_a_short_window_that_was_accepted_whole_does_not_shrink_the_next():
+    lookup = Lookup(3, 15)
+    lookup.learn(Used(1, True), 2, 0.1)
     assert lookup.count == 4
 
 
@@ -65,24 +72,42 @@ def test_one_row_without_a_match_leaves_the_guesses_to_the_draft():
 
 def test_lookup_stops_where_its_rounds_are_slower_and_is_tried_again_later():
     lookup = Lookup(3, 15)
-    lookup.learn(False, 4, 1.0)
+    lookup.learn(None, 4, 1.0)
     for _ in range(TRIALS):
         assert lookup.propose([REPEATING])
-        lookup.learn(True, 1, 1.0)
-    waited = 0
-    while lookup.propose([REPEATING]) is None:
-        waited += 1
-    assert waited == FIRST_WAIT
-    lookup.learn(True, 1, 1.0)
-    waited = 0
-    while lookup.propose([REPEATING]) is None:
-        waited += 1
-    assert waited == 2 * FIRST_WAIT, "each further failure waits twice as long"
+        lookup.learn(Used(4, False), 1, 1.0)
+    assert passed_over(lookup) == FIRST_WAIT
+    lookup.learn(Used(4, False), 1, 1.0)
+    assert passed_over(lookup) == 2 * FIRST_WAIT, "each further failure waits twice as long"
 
 
-def test_lookup_goes_on_where_its_rounds_are_faster():
+def passed_over(lookup: Lookup) -> int:
+    """Return how many offers are passed over before the next one is used."""
+    count = 0
+    while lookup.propose([REPEATING]) is None:
+        count += 1
+    return count
+
+
+def test_lookup_goes_on_where_its_rounds_are_faster_and_others_are_timed_now_and_then():
     lookup = Lookup(3, 15)
-    lookup.learn(False, 1, 1.0)
-    for _ in range(50):
-        assert lookup.propose([REPEATING])
-        lookup.learn(True, 3, 1.0)
+    lookup.learn(None, 1, 1.0)
+    others = 0
+    for _ in range(2 * OTHERS_EVERY + 2):
+        if lookup.propose([REPEATING]):
+            lookup.learn(Used(4, False), 3, 1.0)
+        else:
+            others += 1
+            lookup.learn(None, 1, 1.0)
+    assert others == 2
+
+
+def test_a_text_that_always_matches_and_is_always_wrong_is_not_looked_up_for_ever():
+    lookup, looked_up = Lookup(3, 15), 0
+    for _ in range(200):
+        if lookup.propose([REPEATING]):
+            looked_up += 1
+            lookup.learn(Used(4, False), 1, 2.0)
+        else:
+            lookup.learn(None, 1, 1.0)
+    assert looked_up <= 10

@@ -8,14 +8,16 @@ import typer
 Model = Annotated[str | None, typer.Option(help="A folder, GGUF file or hub id; the embedded model if left out.")]
 Sparsity = Annotated[
     str | None,
-    typer.Option(help="coarse (griffin), fine (cats), none, or a plug-in's name. [default: none, with --draft-bits 4]"),
+    typer.Option(help="coarse (griffin), fine (cats), none, or a plug-in. [default: none; coarse with --preset]"),
 ]
 DraftBits = Annotated[
     int | None,
-    typer.Option(help="Bits of the weights that the draft reads: 4, 8, or 0 for the model's own. [default: see above]"),
+    typer.Option(
+        help="Bits of the draft's weights: 4, 8, or 0 for the model's own. [default: 4; 0 with --sparsity or --preset]"
+    ),
 ]
 DraftNgram = Annotated[
-    int, typer.Option(help="Prompt lookup: guess what followed the last tokens, at most so many, earlier; 0 is off.")
+    int, typer.Option(help="Prompt lookup: longest run of last tokens that is looked up earlier in the text; 0 is off.")
 ]
 DraftConfidence = Annotated[
     float, typer.Option(help="End a chain after a guess to which the draft gives less probability; 0 is off.")

@@ -58,9 +58,9 @@ class CommandLine:
 
     @property
     def draftless(self) -> bool:
-        """Whether there is nothing to draft with."""
+        """Whether there is no draft model, so that guesses can only be looked up."""
         bits = self["draft_bits"] if self["draft_bits"] is not None else self["sparsity"] is None
-        return self.method == "none" and not bits and not self["draft_ngram"]
+        return self.method == "none" and not bits
 
     @property
     def own_rule(self) -> bool:
@@ -96,7 +96,7 @@ IDLE = (
     Idle(
         lambda a: a.draftless,
         ("preset", "tree_width", "prune", "ablate", "draft_confidence"),
-        "with --sparsity none and --draft-bits 0, which draft nothing; name a method, or give --draft-bits 4",
+        "with --sparsity none and --draft-bits 0, where no model drafts; name a method, or give --draft-bits 4",
     ),
     Idle(
         lambda a: a.plain,

@@ -75,8 +75,7 @@ def load(model: str | None, threads: int | None = None, **options: Any) -> "Engi
 
 def round_weights(engine: "Engine", options: Mapping[str, Any]) -> None:
     """Round the weights that a draft reads, and say how much memory they take; options of `Engine.generate`."""
-    from sirius.batch import reads_twin
-    from sirius.model.quantized import extra_memory, twin_of
+    from sirius.model.quantized import extra_memory, reads_twin, twin_of
 
     chosen = options["sparsity"]
     if not reads_twin(engine.model, chosen, options["correction"]):

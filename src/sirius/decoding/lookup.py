@@ -5,10 +5,12 @@ Source of the idea: prompt lookup decoding (A. Saxena, 2023).
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 SHORTEST = 2  # tokens of the shortest match: a single token stands nearly everywhere
-FIRST = 4  # guesses of the first window
+FIRST, FEWEST = 4, 2  # guesses of the first window, and of the shortest
 TRIALS = 3  # windows after which lookup is judged by its speed
+OTHERS_EVERY = 64  # windows after which one other round is made, to measure its speed again
 WEIGHT = 0.2  # of the newest round in a speed
 FIRST_WAIT, LONGEST_WAIT = 8, 256  # offers passed over after windows that were slower than drafting
 
@@ -43,7 +45,7 @@ class NGrams:
 
 @dataclass
 class _Speed:
-    """Tokens and seconds of the rounds of one kind; later rounds weigh more."""
+    """Moving means of the tokens and seconds of a kind of rounds."""
 
     tokens: float = 0.0
     seconds: float = 0.0
@@ -60,8 +62,19 @@ class _Speed:
         return self.tokens / self.seconds if self.seconds else 0.0
 
 
+class Used(NamedTuple):
+    """A window of guesses from the text.
+
+    guesses  of the row that had most
+    whole    whether all of them were accepted, in every row
+    """
+
+    guesses: int
+    whole: bool
+
+
 class Lookup:
-    """Whether the next window's guesses are looked up, and how many: as long as that is faster than drafting them.
+    """Whether the next window's guesses are looked up, and how many: as long as that is faster than the other rounds.
 
     longest  tokens of the longest match that is looked for
     most     guesses of the longest window
@@ -71,29 +84,36 @@ class Lookup:
         self.longest, self.most = longest, most
         self.count = min(FIRST, most)  # guesses of the next window
         self.looked_up, self.others = _Speed(), _Speed()
+        self.since = 0  # windows since the last other round
         self.wait, self.next_wait = 0, FIRST_WAIT
 
     def propose(self, texts: Sequence[tuple[NGrams, Sequence[int], int]]) -> list[list[int]] | None:
-        """Return guesses for each text, None where they are to be drafted: one has no match, or lookup is slower.
+        """Return guesses for each text, None where there are to be none: one has no match, or lookup is slower.
+
+        Now and then an other round is asked for, to measure its speed.
 
         texts  the n-grams of each, its tokens, and the most guesses that it has room for
         """
         if self.wait > 0:
             self.wait -= 1
             return None
+        if self.since >= (OTHERS_EVERY if self.others.rounds else TRIALS):
+            self.since = 0
+            return None
         found = [grams.propose(tokens, min(self.count, room)) for grams, tokens, room in texts]
         return found if all(found) else None
 
-    def learn(self, looked_up: bool, tokens: float, seconds: float) -> None:
+    def learn(self, used: Used | None, tokens: float, seconds: float) -> None:
         """Learn from a round.
 
-        tokens  that it brought, a row
+        used    the window, where it was looked up
+        tokens  that the round brought, a row
         """
-        (self.looked_up if looked_up else self.others).add(tokens, seconds)
-        if not looked_up:
+        (self.looked_up if used else self.others).add(tokens, seconds)
+        self.since = self.since + 1 if used else 0
+        if used is None:
             return
-        whole = tokens > self.count
-        self.count = min(2 * self.count if whole else max(int(tokens) + 1, SHORTEST), self.most)
+        self.count = min(max(self.count, 2 * used.guesses) if used.whole else max(int(tokens) + 1, FEWEST), self.most)
         if self.looked_up.rounds < TRIALS or not self.others.rounds:
             return
         if self.looked_up.per_second < self.others.per_second:

@@ -20,7 +20,7 @@ from torch import Tensor
 from sirius.core import LanguageModel, Mode, Round, Verdict, Window
 from sirius.decoding.accept import Check, Rule, Verified, accept, accept_own
 from sirius.decoding.host import Stopwatch, answers_at_once, fetch, send
-from sirius.decoding.lookup import Lookup, NGrams
+from sirius.decoding.lookup import Lookup, NGrams, Used
 from sirius.decoding.period import PROBE_TOKENS, Measured, Period
 from sirius.decoding.sampling import Noise
 from sirius.decoding.tree import Tree
@@ -118,9 +118,12 @@ def next_round(model: LanguageModel, rows: Sequence[Row], plan: Plan) -> list[Ro
     """Run one round: draft, verify, accept, keep. Returns each row's round, None for a row with an error."""
     watch = Stopwatch(model.device)
     stateless = all(row.stateless for row in rows)
-    period = plan.period.choose(len(rows)) if stateless else 1
     looked_up = look_up(model, rows, plan) if stateless else None
-    tree = looked_up or draft(model, rows, plan, period)
+    if looked_up is not None:
+        tree, period = looked_up, len(looked_up.levels) - 1
+    else:
+        period = plan.period.choose(len(rows)) if stateless else 1
+        tree = draft(model, rows, plan, period)
     watch.mark()
     raw, check = verify(model, rows, tree, plan)
     verified = plan.accept(check, raw, plan.rule)
@@ -132,7 +135,7 @@ def next_round(model: LanguageModel, rows: Sequence[Row], plan: Plan) -> list[Ro
     if looked_up is None:
         plan.period.learn(Measured(len(rows), drafted, checked, len(tree.levels) - 2, kept, rejected))
     if plan.lookup is not None:
-        plan.lookup.learn(looked_up is not None, 1 + kept / len(rows), drafted + checked)
+        plan.lookup.learn(looked_up and Used(period - 1, rejected == 0), 1 + kept / len(rows), drafted + checked)
     return rounds
 
 
@@ -169,9 +172,11 @@ def draft(model: LanguageModel, rows: Sequence[Row], plan: Plan, period: int) ->
         if answers_at_once(going) and not bool(going.any()):
             break
         scores = model.read(tree.tokens[:, here], Mode.SPARSE, tree.window(here))
-        scores = add_noise(rows, process_scores(rows, tree, [here], scores), level)
+        likelihood = process_scores(rows, tree, [here], scores)
+        scores = add_noise(rows, likelihood, level)
         if plan.confidence and answers_at_once(scores):
-            sure = scores.amax(-1) - scores.logsumexp(-1) >= log(plan.confidence)
+            guess = scores.argmax(-1, keepdim=True)
+            sure = likelihood.gather(-1, guess)[..., 0] - likelihood.logsumexp(-1) >= log(plan.confidence)
         chain = plan.width == 1  # its one branch is ranked against none
         likely = scores if chain else torch.log_softmax(scores / plan.temperature, dim=-1)
         tree = tree.grow(likely.masked_fill(~going[..., None], -torch.inf), plan.width, plan.prune)

@@ -11,7 +11,7 @@ A chain is the tree of width 1. A node that a row does not use is dead, because 
 or a branch was pruned. Its score is minus infinity, and nothing is accepted at it or after it.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -58,9 +58,21 @@ class Tree:
         nodes = torch.arange(count, device=tokens.device).expand(rows, -1)
         seen = torch.ones(count, count, dtype=torch.bool, device=tokens.device).tril().expand(rows, -1, -1)
         scores = torch.zeros(rows, count, device=tokens.device)
-        if counts is not None:
-            scores = scores.masked_fill(nodes >= counts[:, None], -torch.inf)
-        return cls(tokens, (nodes - 1).clamp_min(0), nodes, scores, seen, tuple(range(count + 1)))
+        chain = cls(tokens, (nodes - 1).clamp_min(0), nodes, scores, seen, tuple(range(count + 1)))
+        return chain if counts is None else chain._cut(nodes >= counts[:, None])
+
+    def _cut(self, dead: Tensor) -> "Tree":
+        """Return a chain without the nodes dead [B, N] bool; they stand after the root, as those of `grow` do."""
+        eye = torch.eye(dead.shape[1], dtype=torch.bool, device=dead.device)
+        alone = eye | torch.arange(dead.shape[1], device=dead.device).eq(0)
+        return replace(
+            self,
+            tokens=self.tokens.masked_fill(dead, 0),
+            parents=self.parents.masked_fill(dead, 0),
+            depths=self.depths.masked_fill(dead, 1),
+            scores=self.scores.masked_fill(dead, -torch.inf),
+            seen=torch.where(dead[..., None], alone, self.seen),
+        )
 
     @property
     def alive(self) -> Tensor:

@@ -111,7 +111,9 @@ def setting_for(name: str, values: Mapping[str, Any]) -> Setting:
     Raises ConfigError as `make_setting` does, and of a method or rule that is none.
     """
     known = task_of(name)
-    if values.get("preset") == PAPER and values.get("sparsity") != NONE:
+    if values.get("preset") == PAPER and not values.get("draft_bits"):
+        values = {"sparsity": "coarse", **values}
+    if values.get("preset") == PAPER and values.get("sparsity", NONE) != NONE:
         own = {} if known is None else known.preset(str(values.get("sparsity", "coarse")))
         if values.get("accept") in OWN:
             own.pop("threshold", None)

@@ -25,7 +25,6 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from sirius.batch import Batch
 from sirius.core import (
-    DRAFT,
     CorrectionConfig,
     Request,
     Round,
@@ -34,7 +33,7 @@ from sirius.core import (
     check_together,
 )
 from sirius.errors import ConfigError, RequestError
-from sirius.forms import as_config
+from sirius.forms import as_config, as_draft
 from sirius.hf.criteria import BatchCriteria, RowEnding, ends_rows, parted
 from sirius.hf.processors import BatchProcessors
 from sirius.model.inputs import check_inputs
@@ -90,7 +89,7 @@ def decode(  # noqa: PLR0913 - transformers' own arguments, and ours
     logits_processor: LogitsProcessorList | None,
     stopping_criteria: StoppingCriteriaList,
     generation_config: GenerationConfig,
-    sparsity: SparsityConfig | Mapping[str, Any] | str = DRAFT,
+    sparsity: SparsityConfig | Mapping[str, Any] | str | None = None,
     correction: CorrectionConfig | Mapping[str, Any] | int | str | None = CorrectionConfig(),  # noqa: B008 - frozen
     streamer: BaseStreamer | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -100,8 +99,8 @@ def decode(  # noqa: PLR0913 - transformers' own arguments, and ours
     """Decode a batch for transformers' `generate`; every row advances on its own, and the rows share each pass.
 
     input_ids   [B, P] int64, left-padded; `attention_mask` says which tokens count
-    sparsity    a method's name at keep 0.5, a SparsityConfig or a mapping of its fields; a keyword of `generate`. The
-                default is every neuron, its weights at 4 bits
+    sparsity    a method's name at keep 0.5, a SparsityConfig or a mapping of its fields; a keyword of `generate`.
+                None is every neuron, its weights at 4 bits; beside the correction "paper" it is coarse
     correction  a CorrectionConfig, a mapping of its fields, a period, "auto" or "paper"; None to decode with the sparse
                 model alone; likewise
     do_sample   samples as the processors and warpers of `generate` say, seeded by torch's generator
@@ -123,7 +122,7 @@ def decode(  # noqa: PLR0913 - transformers' own arguments, and ours
     check_inputs(input_ids, mask, model_kwargs)
     if streamer is not None and len(input_ids) > 1:
         raise ConfigError(f"a streamer takes one prompt at a time; got {len(input_ids)}")
-    chosen = as_config(SparsityConfig, sparsity)
+    chosen = as_draft(sparsity, correction)
     corrected = None if correction is None else as_config(CorrectionConfig, correction)
     check_together(SamplingConfig(float(generation_config.do_sample or 0)), corrected)
     criteria = [*stopping_criteria, *_stop_criteria(stop, tokenizer)]

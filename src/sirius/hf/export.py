@@ -12,7 +12,7 @@ from typing import Any
 from sirius.core import OWN
 from sirius.errors import FileError
 from sirius.hf.door import bind
-from sirius.settings import NAMES, Setting, make_setting
+from sirius.settings import NAMES, SPARSE, Setting, make_setting
 
 OURS = '"""Decodes with sirius (pip install sirius-llm); written by `sirius export`."""'  # by which a file is known
 BODY = '''
@@ -57,6 +57,8 @@ def generate_with(values: Mapping[str, Any], model: Any, *args: Any, **kwargs: A
     own = {name: kwargs.pop(name) for name in NAMES if name in kwargs}
     if own.get("accept") in OWN and "threshold" not in own:
         values = {name: value for name, value in values.items() if name != "threshold"}
+    if own.get("sparsity") is not None:  # another draft altogether
+        values = {name: value for name, value in values.items() if name not in SPARSE}
     setting = make_setting({**values, **own})
     for name in ("custom_generate", "trust_remote_code"):
         kwargs.pop(name, None)

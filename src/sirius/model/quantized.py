@@ -1,12 +1,16 @@
 """A model's weights rounded to 4 or 8 bits, kept beside the full ones: a draft reads these in their place."""
 
+import logging
 from collections.abc import Callable
+from time import perf_counter
 from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from sirius.core import AUTO, CorrectionConfig, SparsityConfig
+from sirius.errors import ConfigError
 from sirius.kernels import ops
 from sirius.kernels.activations import Activation
 from sirius.kernels.quantized import Quantized, bytes_of, dequantize
@@ -15,6 +19,7 @@ from sirius.model.linear import MatrixLinear
 from sirius.model.matrix import Dense, Matrix, dense
 from sirius.model.prepared import prepared_of
 
+SAMPLED = 8  # rows and columns of each weight that are looked at to notice a change
 RESCORED = 16  # candidates of the rounded output head whose scores are computed anew from the full weights
 
 
@@ -154,6 +159,32 @@ class Twin:
         return RescoredHead(rows, dense(layer)) if id(layer) == self.head else rows
 
 
+def reads_twin(model: PreTrainedModel, chosen: SparsityConfig, correction: CorrectionConfig | None) -> bool:
+    """Tell whether a draft reads the model's weights at fewer bits.
+
+    Without a kernel for such weights each product makes the full ones anew, so no period pays: "auto" drafts none. Nor
+    does it where the weights are of another kind than dense; a fixed period raises ConfigError there.
+    """
+    if not chosen.draft_bits or (correction is not None and correction.period == 1):
+        return False
+    automatic = correction is not None and correction.period == AUTO
+    if prepared_of(model).matrix is not dense:
+        if automatic:
+            return False
+        raise ConfigError(
+            f"draft_bits {chosen.draft_bits} rounds weights in memory, and this model's are of another kind; set "
+            "draft_bits to 0, and name a sparsity method to draft with"
+        )
+    fast = ops.multiplies_quantized(model.device, model.dtype)
+    if not fast and not automatic:
+        logging.getLogger("sirius").warning(
+            "no kernel multiplies weights of %d bits in %s on %s: each product makes the full ones anew; "
+            "set draft_bits to 0, or period to 'auto', which then drafts nothing",
+            *(chosen.draft_bits, model.dtype, model.device),
+        )
+    return fast or not automatic
+
+
 def extra_memory(model: PreTrainedModel, bits: int) -> float:
     """Return the bytes of a prepared model's weights at 4 or 8 bits over those of all its parameters."""
     layers = (cast("nn.Linear", layer) for _, layer in parts_of(model, MatrixLinear))
@@ -167,16 +198,30 @@ def twin_of(model: PreTrainedModel, bits: int, advance: Callable[[float], None] 
     with kept.lock:
         known, twin = kept.twins.get(bits, (None, None))
         if twin is None or known != state:
+            began = perf_counter()
             twin = Twin(model, bits, advance)
             kept.twins[bits] = state, twin
+            logging.getLogger("sirius").info(
+                "weights rounded to %d bits for drafts: %.0f MB in %.1f s",
+                bits,
+                twin.nbytes / 1e6,
+                perf_counter() - began,
+            )
         return twin
 
 
-def _state_of(model: PreTrainedModel) -> list[tuple[int, int, int]]:
-    """Return what tells whether weights are the ones that were rounded: where each lies, and how often it changed."""
-    layers = (cast("nn.Linear", layer) for _, layer in parts_of(model, MatrixLinear))
-    return [(id(each), each.weight.data_ptr(), _version(each.weight)) for each in layers]
+def _state_of(model: PreTrainedModel) -> list[object]:
+    """Return what tells whether weights are the ones that were rounded: which they are, where they lie, and a sample.
+
+    Changes by `weight.data` leave no other trace than the numbers themselves.
+    """
+    layers = [cast("nn.Linear", layer) for _, layer in parts_of(model, MatrixLinear)]
+    lie = [(id(each), id(each.weight), each.weight.data_ptr()) for each in layers]
+    with torch.no_grad():
+        sums = torch.stack([_sample(each.weight).double().sum() for each in layers])
+    return [*lie, *sums.tolist()]
 
 
-def _version(weight: Tensor) -> int:
-    return 0 if weight.is_inference() else weight._version
+def _sample(weight: Tensor) -> Tensor:
+    rows, columns = (max(1, size // SAMPLED) for size in weight.shape)
+    return weight[::rows, ::columns]

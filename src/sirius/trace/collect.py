@@ -10,9 +10,9 @@ from typing import Any, Literal
 from transformers import PreTrainedTokenizerBase
 
 from sirius import __version__
-from sirius.core import DRAFT, CorrectionConfig, FinishReason, Origin, Round, SamplingConfig, SparsityConfig
+from sirius.core import CorrectionConfig, FinishReason, Origin, Round, SamplingConfig
 from sirius.engine import LOSSLESS, Correction, Engine, Prompt, Sampling, Sparsity, Stop
-from sirius.forms import as_config
+from sirius.forms import as_config, as_draft
 from sirius.texts import Completion
 from sirius.trace.pieces import Piece, piece_after, split
 
@@ -129,7 +129,7 @@ def collect(
     max_new_tokens: int | None = None,
     stop: Stop = None,
     sampling: Sampling = None,
-    sparsity: Sparsity = DRAFT,
+    sparsity: Sparsity | None = None,
     correction: Correction = LOSSLESS,
 ) -> Trace:
     """Decode a prompt as `Engine.generate` does, with the same arguments and errors, and return its trace."""
@@ -161,7 +161,7 @@ def collect(
         tokens=tuple(_tokens(engine.tokenizer, done, rounds)),
         rounds=tuple(_rounds(engine.tokenizer, rounds)),
         stats=_stats(done),
-        sparsity=asdict(as_config(SparsityConfig, sparsity)),
+        sparsity=asdict(as_draft(sparsity, correction)),
         correction=None if basis.correction is None else asdict(basis.correction),
         sampling=asdict(sampled),
         kept=basis.kept,
