@@ -216,7 +216,7 @@ def test_hooks_on_an_mlp_are_called_before_meanwhile_and_after_and_never_with_nu
     handle = mlp.register_forward_hook(lambda module, given, result: seen.append(tuple(result.shape)))
     engine = Engine(model)
     assert seen == []
-    engine.generate([3, 1, 4], max_new_tokens=8, correction=None)
+    engine.generate([3, 1, 4], max_new_tokens=8, sparsity="coarse", correction=None)
     assert seen[0] == (1, 3, 36) and set(seen[1:]) == {(1, 1, 36)} and len(seen) == 8
     late = []
     mlp.register_forward_hook(lambda module, given, result: late.append(1))

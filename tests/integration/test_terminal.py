@@ -232,7 +232,9 @@ def test_tables_are_whole_at_any_width(width):
     text = shown(show.table([row, replace(row, task="understanding")]), width)
     assert all(part in text for part in ("coarse + correction", "0.995 ± 0.010", "13.78", "effective", "lossy"))
     timed = DecodeFigures("coarse 0.5, tree 4", 12.67, 1, 1, 9, 12.3, 12.34, 12.34, 12.34, 12 * 10**9, 0.8, 0.1, 0.1)
-    assert "\N{HORIZONTAL ELLIPSIS}" not in text + shown(bench_show.decoding([timed], Ceiling(10, 10)), width)
+    assert "\N{HORIZONTAL ELLIPSIS}" not in text + shown(
+        bench_show.decoding([timed], Ceiling(10, 10), "AAL 3, given"), width
+    )
 
 
 @pytest.mark.parametrize("width", [40, 80])

@@ -10,10 +10,10 @@ from sirius.core import (
     Request,
     SamplingConfig,
     SparsityConfig,
-    as_config,
     check_together,
 )
 from sirius.errors import ConfigError
+from sirius.forms import as_config
 
 NAN, INF = float("nan"), float("inf")
 

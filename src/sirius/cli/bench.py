@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from sirius.benchmark.growth import Point, Workload
+
+T = TypeVar("T", int, float)
 
 bench_app = typer.Typer(rich_markup_mode=None, no_args_is_help=True, help="Measure speed beside the physical limit.")
 
@@ -83,9 +85,8 @@ def decode(
 
     played, histogram = _played_back(aal, replay, period)
     where = _device(device)
-    fines, widths = dict.fromkeys(fine_keep or [0.5, 0.25]), dict.fromkeys(tree_width or [1, 4])
-    bits = list(dict.fromkeys(draft_bits or [4]))
-    settings = measure.make_settings(keep, list(fines), bits, period, list(widths), where)
+    fines, bits, widths = _each(fine_keep, 0.5, 0.25), _each(draft_bits, 4), _each(tree_width, 1, 4)
+    settings = measure.make_settings(keep, fines, bits, period, widths, where)
     workload = measure.Workload(context, tokens, cycles, histogram, where, compile, played)
     measure.check_context(workload, make_config(shape, layers))
     model = _model(shape, layers, dtype, where, seed)
@@ -233,6 +234,11 @@ def _print(record: Mapping[str, Any], table: "Callable[[], RenderableType]", jso
         sys.stdout.write(to_line(record))
     else:
         out.print(table())
+
+
+def _each(given: list[T] | None, *default: T) -> list[T]:
+    """Return values of an option that may be given again, each once."""
+    return list(dict.fromkeys(given or default))
 
 
 def _played_back(aal: float | None, replay: str | None, period: int) -> tuple[str, tuple[float, ...]]:

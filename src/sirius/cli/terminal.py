@@ -110,9 +110,10 @@ def progress(what: str, total: int, shown: bool = True, passing: bool = False) -
 
     passing  it goes away in the end, and is shown on a terminal alone
     """
+    hidden = not shown or (passing and not err.is_terminal)
     figures = (MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     columns = figures[::2] if err.width < NARROW else (BarColumn(), *figures)
-    with Progress(TextColumn("{task.description}"), *columns, console=err, disable=not shown, transient=passing) as bar:
+    with Progress(TextColumn("{task.description}"), *columns, console=err, disable=hidden, transient=passing) as bar:
         task = bar.add_task(what, total=total)
 
         def advance(to: int | None = None, now: str = what) -> None:

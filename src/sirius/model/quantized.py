@@ -219,7 +219,7 @@ def _state_of(model: PreTrainedModel) -> list[object]:
     lie = [(id(each), id(each.weight), each.weight.data_ptr()) for each in layers]
     with torch.no_grad():
         sums = torch.stack([_sample(each.weight).double().sum() for each in layers])
-    return [*lie, *sums.tolist()]
+    return [*lie, *sums.cpu().tolist()]
 
 
 def _sample(weight: Tensor) -> Tensor:

@@ -151,7 +151,7 @@ class Session:
         self._check_beside(row, length)
         self.space.look_at(self.model)
         self.space.reserve(row + 1, slots)
-        blocks = block_names(prompt.tolist()) if self._reads_blocks(length) else ()
+        blocks = block_names(prompt.cpu().tolist()) if self._reads_blocks(length) else ()
         method, done = self._share(row, blocks)
         routes = self._observing(method)
         for number in range(done, len(blocks)):
