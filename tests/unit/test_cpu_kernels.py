@@ -34,7 +34,7 @@ TOLERANCE = {
     torch.bfloat16: 2**-8,
     torch.float16: 2**-10,
 }  # of the sum of magnitudes, and rounding
-LEVELS = ["generic", "avx2", "avx512", "avx512bf16", "emulated"]
+LEVELS = ["generic", "avx2", "avx512", "avx512bf16", "amx", "emulated"]
 DOTS = LEVELS[3:]  # these multiply pairs of bfloat16
 
 

@@ -191,4 +191,5 @@ extern const Kernels kernels_generic;
 extern const Kernels kernels_avx2;
 extern const Kernels kernels_avx512;
 extern const Kernels kernels_avx512bf16;
+extern const Kernels kernels_amx;  // where the compiler knows it (SIRIUS_AMX)
 extern const Kernels kernels_emulated;  // its bfloat16 dot products by AVX2
