@@ -84,7 +84,9 @@ struct TileSets {
         end.push_back(column < last ? tiles_of(p.counts[b], kSheetRows) : 0);
       }
       auto first = [&](int64_t b, int64_t sheet) { return of[b].index[sheet * kSheetRows]; };
-      go_side_by_side(next, end, first, [&](int64_t b, int64_t sheet) { adders[b].add(sheet * kSheetRows, column, last); });
+      go_side_by_side(next, end, first, [&](int64_t b, int64_t sheet) {
+        adders[b].add(sheet * kSheetRows, column, last);
+      });
       for (int64_t b = 0; b < p.rows; b++)
         for (int64_t m = 0; m < p.tokens; m++)
           for (int64_t c = column; c < last; c += kDeepTile) join_parts(of[b], all[b], m, c);

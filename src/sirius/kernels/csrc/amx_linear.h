@@ -46,7 +46,8 @@ inline void write_tile(const Linear& p, const TileOfRows& rows, int64_t token, i
   Words places;
   for (int r = 0; r < kVector; r++) places[r] = r * tokens;
   if (bias)
-    for (int64_t r = 0, i = rows.first; r < count; r++, i += rows.apart) added[r] = widen(bias[p.index ? p.index[i] : i]);
+    for (int64_t r = 0, i = rows.first; r < count; r++, i += rows.apart)
+      added[r] = widen(bias[p.index ? p.index[i] : i]);
   for (int64_t m = 0; m < std::min(tokens, p.rows - token); m++) {
     Floats column = (Floats)_mm512_i32gather_ps((__m512i)places, sums + m, sizeof(float));
     auto* to = static_cast<BFloat16*>(p.y) + (token + m) * p.count + rows.first;
@@ -60,7 +61,7 @@ inline void write_tile(const Linear& p, const TileOfRows& rows, int64_t token, i
 
 // Two neighbouring tiles of rows where they lie, while those after them are fetched.
 struct InPlace {
-  static constexpr int kTiles = 2;
+  static constexpr int kBeside = 2;
   const Linear& p;
   const Unit& unit;
   TileAhead ahead;
@@ -70,7 +71,7 @@ struct InPlace {
   InPlace(const Linear& p, const Unit& unit)
       : p(p), unit(unit), ahead({static_cast<const BFloat16*>(p.w), p.stride, p.count, p.index}, &unit, &unit + 1),
         stride(p.stride * sizeof(BFloat16)) {
-    ahead.fetch(kTiles * kTileRows * tiles_of(p.width, kDeepTile));
+    ahead.fetch(kBeside * kTileRows * tiles_of(p.width, kDeepTile));
   }
 
   static bool fits(const Linear& p) { return !p.index && p.width % kDeepTile == 0 && p.count % kTileRows == 0; }
@@ -89,7 +90,7 @@ struct InPlace {
 // A tile of rows that do not lie evenly, copied some columns at a time, with zeros behind the width. A tile has every
 // run-th row of a unit, and the next one its neighbours: 16 long runs are read side by side.
 struct Copied {
-  static constexpr int kTiles = 1;
+  static constexpr int kBeside = 1;
   const Linear& p;
   Unit unit;
   int64_t run, step;  // from a row of a tile to the next one, and to that of the next tile
@@ -156,13 +157,13 @@ void dot_tiles(const Linear& p, const TileTokens& x, int64_t tile, int64_t group
       write_tile(p, source.rows(group + g), (tile + t) * kTileRows, tokens, sums[2 * g + t]);
 }
 
-// The products of up to Source::kTiles tiles of rows, from the `group`th on and before `groups`, with all tokens.
+// The products of up to Source::kBeside tiles of rows, from the `group`th on and before `groups`, with all tokens.
 template <class Source>
 void dot_group(const Linear& p, const TileTokens& x, int64_t group, int64_t groups, Source& source) {
-  bool two = Source::kTiles == 2 && group + 1 < groups;
+  bool two = Source::kBeside == 2 && group + 1 < groups;
   for (int64_t tile = 0; tile < x.tiles; tile += 2) {
-    if (two && tile + 1 < x.tiles) dot_tiles<Source::kTiles, 2>(p, x, tile, group, source);
-    else if (two) dot_tiles<Source::kTiles, 1>(p, x, tile, group, source);
+    if (two && tile + 1 < x.tiles) dot_tiles<Source::kBeside, 2>(p, x, tile, group, source);
+    else if (two) dot_tiles<Source::kBeside, 1>(p, x, tile, group, source);
     else if (tile + 1 < x.tiles) dot_tiles<1, 2>(p, x, tile, group, source);
     else dot_tiles<1, 1>(p, x, tile, group, source);
   }
@@ -173,7 +174,7 @@ template <class Source>
 void dot_unit(const Linear& p, const TileTokens& x, const Unit& unit) {
   Source source(p, unit);
   int64_t groups = tiles_of(unit.last - unit.row, kTileRows);
-  for (int64_t group = 0; group < groups; group += Source::kTiles) dot_group(p, x, group, groups, source);
+  for (int64_t group = 0; group < groups; group += Source::kBeside) dot_group(p, x, group, groups, source);
 }
 
 inline TileShapes linear_shapes(int64_t tokens) {

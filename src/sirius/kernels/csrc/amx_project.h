@@ -55,7 +55,9 @@ struct PartSums {
       for (int64_t& row : index) row = p.index[row];
   }
 
-  Rows<BFloat16> of(const Project& p) const { return {static_cast<const BFloat16*>(p.w), p.stride, rows, index.data()}; }
+  Rows<BFloat16> of(const Project& p) const {
+    return {static_cast<const BFloat16*>(p.w), p.stride, rows, index.data()};
+  }
   int64_t begin(int64_t part) const { return std::min(rows, part * each); }
   float* at(int64_t row, int64_t column) const { return sums.get() + row / each * size + column / kVector * across; }
 };
@@ -150,7 +152,7 @@ struct OneToken {
     for (int64_t i = 0; i < p.count; i++) pairs[i / 2] |= uint32_t(z[all.order[i]].bits) << (1 - i % 2) * 16;
   }
 
-  // Adds kFewRows rows of a tile, from place `first` on, to its own sums, or after its last ones these to all the others.
+  // Adds kFewRows rows of a tile, from place `first` on, to the tile's own sums; the last of them adds these to `sums`.
   // Columns are from `column` to `end`, in the paired order of formats.h.
   void add_few(int64_t first, int64_t column, int64_t end, float* sums) {
     const BFloat16 *from[kFewRows], *next[kFewRows];
