@@ -21,6 +21,7 @@ X86 = {
     "avx2": (8, ["-march=x86-64-v3"]),
     "avx512": (16, ["-march=x86-64-v4"]),
     "avx512bf16": (16, ["-march=x86-64-v4", "-mavx512bf16", "-mavx512vnni"]),  # all such CPUs have both
+    "amx": (16, ["-march=x86-64-v4", "-mavx512bf16", "-mavx512vnni", "-mamx-tile", "-mamx-bf16"]),  # newer compilers
     "emulated": (16, ["-march=x86-64-v3", "-DSIRIUS_EMULATED", "-O1"]),  # avx512bf16 by other instructions, for tests
 }
 
@@ -47,22 +48,33 @@ class KernelBuild(BuildHookInterface):
 def build(compiler: str, root: Path, library: Path = LIBRARY, flags: Sequence[str] = ()) -> None:
     """Compile rows.cpp once for each instruction set, and link; raise CalledProcessError where that fails.
 
+    The instruction set `amx` is left out where the compiler does not know its flags.
+
     library  the file to write, relative to root unless it is absolute
     flags    further ones for every command, those that link too
     """
     sets = X86 if platform.machine().lower() in ("x86_64", "amd64") else GENERIC
+    if "amx" in sets and not knows(compiler, sets["amx"][1]):
+        sets = {name: each for name, each in sets.items() if name != "amx"}
+    tiles = ["-DSIRIUS_AMX"] if "amx" in sets else []
     with TemporaryDirectory() as folder, ThreadPoolExecutor() as pool:
         commands = [
             [f"-DSIRIUS_ISA={name}", f"-DSIRIUS_WIDTH={width}", *own, "-c", str(root / SOURCE / "rows.cpp")]
             for name, (width, own) in sets.items()
         ]
-        commands.append(["-c", str(root / SOURCE / "kernels.cpp")])
+        commands.append([*tiles, "-c", str(root / SOURCE / "kernels.cpp")])
         objects = [str(Path(folder) / f"{i}.o") for i in range(len(commands))]
         jobs = [[compiler, *FLAGS, *command, *flags, "-o", out] for command, out in zip(commands, objects, strict=True)]
         list(pool.map(run, jobs))
         linked = Path(folder) / library.name
         run([compiler, "-shared", "-fopenmp", *flags, *objects, "-o", str(linked)])
         shutil.move(linked, root / library)  # a running process keeps the one it has
+
+
+def knows(compiler: str, flags: Sequence[str]) -> bool:
+    """Tell whether a compiler takes such flags."""
+    command = [compiler, *flags, "-x", "c++", "-fsyntax-only", os.devnull]
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
 def run(command: list[str]) -> None:

@@ -34,7 +34,7 @@ TOLERANCE = {
     torch.bfloat16: 2**-8,
     torch.float16: 2**-10,
 }  # of the sum of magnitudes, and rounding
-LEVELS = ["generic", "avx2", "avx512", "avx512bf16", "emulated"]
+LEVELS = ["generic", "avx2", "avx512", "avx512bf16", "amx", "emulated"]
 DOTS = LEVELS[3:]  # these multiply pairs of bfloat16
 
 
@@ -129,6 +129,49 @@ def test_a_row_is_the_same_bit_for_bit_in_any_company_and_with_any_threads(level
                     assert torch.equal(cpu.linear(x[:rows], weight), products[:rows]), case
                     assert torch.equal(cpu.project(z[:rows], weight), sums[:rows]), case
                     assert torch.equal(cpu.linear(x[:rows], weight, None, index), products[:rows, index]), case
+
+
+@pytest.mark.parametrize("level", ["avx512bf16", "amx"], indirect=True)
+@pytest.mark.parametrize("scale", [1.0, 1e-19], ids=["usual", "products that are denormal"])
+def test_a_token_is_the_same_bit_for_bit_among_seventy(level, scale):
+    for f, h in ((16, 32), (33, 31), (129, 66), (301, 97), (1040, 64)):
+        weight, x, z = (random(torch.bfloat16, *shape) * scale for shape in ((f, h), (70, h), (70, f)))
+        index, apart = some(f, 0.6), side_by_side(weight, weight)[1]
+        products, sums = (
+            torch.stack([run(row, weight) for row in rows]) for run, rows in ((cpu.linear, x), (cpu.project, z))
+        )
+        chosen = torch.stack([cpu.project(row[index], weight, None, index) for row in z])
+        for many, rows in product((1, 2), (1, 2, 3, 15, 16, 17, 31, 32, 33, 48, 64, 65, 70)):
+            with threads(many):
+                for w in (weight, apart):
+                    case = f"{f} x {h}, {many} threads, {rows} rows"
+                    assert torch.equal(cpu.linear(x[:rows], w), products[:rows]), case
+                    assert torch.equal(cpu.linear(x[:rows], w, None, index), products[:rows, index]), case
+                    assert torch.equal(cpu.project(z[:rows], w), sums[:rows]), case
+                    assert torch.equal(cpu.project(z[:rows, index], w, None, index), chosen[:rows]), case
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_an_infinite_weight_reaches_its_own_column_alone(level, dtype):
+    weight = random(dtype, 40, 70)
+    want = weight.double().sum(0)
+    weight[3, 4] = torch.inf
+    for rows in (1, 3):
+        got = cpu.project(torch.ones(rows, 40, dtype=dtype), weight)
+        assert got[:, 4].isposinf().all() and got.isfinite().sum() == 69 * rows
+        assert torch.equal(got[0], got[-1])
+        others = torch.arange(70) != 4
+        close(got[0, others], want[others], weight[:, others].double().abs().sum(0))
+
+
+@pytest.mark.parametrize("level", ["amx"], indirect=True)
+def test_pytorchs_own_tiles_are_left_alone(level):
+    weight, x = random(torch.bfloat16, 128, 256), random(torch.bfloat16, 64, 256)
+    before = torch.nn.functional.linear(x, weight)
+    ours = cpu.linear(x, weight)
+    for _ in range(3):
+        assert torch.equal(torch.nn.functional.linear(x, weight), before)
+        assert torch.equal(cpu.linear(x, weight), ours)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

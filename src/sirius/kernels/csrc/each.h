@@ -7,6 +7,7 @@
 #include <memory>
 #include <vector>
 
+#include "amx_each.h"
 #include "linear.h"
 #include "pointwise.h"
 #include "project.h"
@@ -15,19 +16,6 @@ namespace {
 
 constexpr int kRun = 2 * kFewRows;  // neurons of a row at a time
 constexpr int64_t kReach = 64;      // neurons that are fetched ahead
-
-// Goes through the rows' pieces of work, from next[b] to end[b]: always that of the lowest first neuron among the rows'
-// next ones. Where sets are no ascending ones the rows only meet less often.
-template <class First, class Do>
-void go_side_by_side(std::vector<int64_t> next, const std::vector<int64_t>& end, First first, Do piece) {
-  for (;;) {
-    int64_t lowest = INT64_MAX, row = -1;
-    for (int64_t b = 0; b < int64_t(next.size()); b++)
-      if (next[b] < end[b] && first(b, next[b]) < lowest) lowest = first(b, next[b]), row = b;
-    if (row < 0) return;
-    piece(row, next[row]++);
-  }
-}
 
 // Fetches rows of a weight that some token needs, before it does.
 template <class T>
@@ -145,7 +133,8 @@ struct Sets {
 
 template <class T>
 void each_of(const Each& p) {
-  Sets<T> sets(p);
+  using Its = std::conditional_t<kTiles<T>, TileSets, Sets<T>>;
+  Its sets(p);
   int64_t size = sets.begin[p.rows] * p.tokens;
   std::unique_ptr<T[]> gated(new T[size]), z(new T[size]);
   sets.linear(p.gate, p.gate_stride, p.gate_bias, gated.get());

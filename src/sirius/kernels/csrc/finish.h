@@ -105,7 +105,7 @@ template <class T>
 void finish_of(const Finish& p) {
   bool stream = kDots<T> && !p.index;
   bool few = p.rows > 0 && p.rows <= kTileTokens;
-  if (stream || !few || Chunks(p.count).count < p.threads) return finish_many<T>(p);
+  if (kTiles<T> || stream || !few || Chunks(p.count).count < p.threads) return finish_many<T>(p);
   for_tokens(p.rows, [&](auto M) __attribute__((always_inline)) { finish_few<T, M>(p); });
 }
 

@@ -13,9 +13,26 @@
 #include <utility>
 #include <vector>
 
+#if defined(SIRIUS_AMX) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include "rows.h"
 
 namespace {
+
+#if defined(SIRIUS_AMX) && defined(__linux__)
+// Whether this machine has tiles of bfloat16, and lets this process use them: a process must ask Linux for them once.
+bool has_tiles() {
+  constexpr long kAskFor = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  constexpr unsigned kBFloat16Tiles = 1u << 22, kTiles = 1u << 24;
+  unsigned a, b, c, d = 0;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & kTiles) || !(d & kBFloat16Tiles)) return false;
+  return !syscall(SYS_arch_prctl, kAskFor, kTileData);
+}
+#endif
 
 // An instruction set's kernels, and whether this machine has it.
 struct Level {
@@ -29,9 +46,12 @@ const Kernels& best() {
   bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                 __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
   const Level levels[] = {
-      {kernels_avx512bf16,
-       avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni")},
+#if defined(SIRIUS_AMX) && defined(__linux__)
+      {kernels_amx, bf16 && has_tiles()},
+#endif
+      {kernels_avx512bf16, bf16},
       {kernels_avx512, avx512},
       {kernels_avx2, avx2},
       {kernels_emulated, avx2},  // behind what it needs: taken only by name

@@ -5,6 +5,7 @@
 #include <array>
 #include <vector>
 
+#include "amx_linear.h"
 #include "readers.h"
 #include "rows.h"
 
@@ -235,6 +236,7 @@ std::vector<typename Row::Vector> unpack_tokens(const Linear& p, int64_t stretch
 template <class T, class Row = DotRow<T>>
 void linear_of(const Linear& p) {
   if (!p.rows) return;
+  if constexpr (kTiles<T>) return amx_linear(p);
   bool stream = kDots<T> && !p.index && p.stride == p.width, few = p.rows <= (stream ? 4 : 2);
   int64_t stretch = few || kDots<T> ? (p.width + Row::kLanes - 1) / Row::kLanes * Row::kLanes : kStretch;
   auto unpacked = unpack_tokens<T>(p, stretch);

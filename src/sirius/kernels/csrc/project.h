@@ -5,6 +5,7 @@
 #include <memory>
 #include <vector>
 
+#include "amx_project.h"
 #include "readers.h"
 #include "rows.h"
 
@@ -291,6 +292,7 @@ Terms<T> terms_of(const Project& p) {
 
 template <class T>
 void project_of(const Project& p) {
+  if constexpr (kTiles<T>) return amx_project(p);
   auto terms = terms_of<T>(p);
   if (p.rows == 1) return project_one<T>(p, terms);
 #pragma omp parallel num_threads(p.threads)

@@ -2,8 +2,8 @@
 // begins `stride` elements after the last one.
 //
 // A product runs in one of several ways, which give the same bits. "Dots" is bfloat16 where an instruction multiplies
-// it as it is (kDots: avx512bf16, emulated); "widened" is everything else. "Packed" rows have no index and no gaps
-// between them (stride = width).
+// it as it is (kDots: avx512bf16, emulated); "widened" is everything else, but for "tiles": bfloat16 in the instruction
+// set amx (kTiles). "Packed" rows have no index and no gaps between them (stride = width).
 //
 //   operation  numbers  rows             tokens   way     function         what it does
 //   linear     dots     packed           1 - 4    stream  linear_few       a thread reads its rows as one run
@@ -12,13 +12,21 @@
 //              dots     index or gaps    3 -      tiles   linear_tiles
 //              widened  any              1 - 2    few     linear_few
 //              widened  any              3 -      panels  linear_panels    rows are widened once for 16 tokens
+//              tiles    no index (1)     any      amx     InPlace          tiles are loaded from where rows lie
+//              tiles    others           any      amx     Copied           tiles are copied from 16 runs side by side
 //   project    any      any              1        few     project_one      rows are added up where they lie
 //              any      any              2 -      panels  project_columns  rows are unpacked once for 16 tokens
+//              tiles    any              1        few     OneToken         the sums of tiles by other instructions
+//              tiles    any              2 -      amx     Prepared         128 rows at a time, by tiles
 //   finish     dots     no index         any      many    finish_many      linear, then project
 //              dots     index            1 - 4    few     finish_few       up and down of a neuron in one run
 //              widened  any              1 - 4    few     finish_few
 //              any      any              5 -      many    finish_many
+//              tiles    any              any      many    finish_many
 //   each       any      index            any      few     each_of          4 tokens of a row at a time
+//              tiles    index            any      amx     TileSets         linear and project of all rows side by side
+//
+// (1) and the width a multiple of 32, the number of rows one of 16.
 //
 // finish also takes finish_many where there are fewer chunks (Chunks in project.h) than threads.
 
@@ -239,4 +247,5 @@ extern const Kernels kernels_generic;
 extern const Kernels kernels_avx2;
 extern const Kernels kernels_avx512;
 extern const Kernels kernels_avx512bf16;
+extern const Kernels kernels_amx;  // where the compiler knows it (SIRIUS_AMX)
 extern const Kernels kernels_emulated;  // its bfloat16 dot products by AVX2
