@@ -3,7 +3,7 @@
 // The instruction adds the products of pairs, and a pair in a row is two neighbouring columns. So A has each token's
 // weights twice: in pairs (z, 0), which add up the even columns, and (0, z), which add up the odd ones.
 //
-// Rows are cut into kParts parts, whatever the number of tokens and threads. The sums of a part run from its first row
+// Rows are cut into kTileParts parts, whatever the number of tokens and threads. The sums of a part run from its first row
 // to its last; those of the parts are added in turn. Threads share parts and columns.
 
 #pragma once
@@ -17,7 +17,7 @@ namespace {
 
 #if defined(__AMX_BF16__)
 
-constexpr int64_t kParts = 8, kSheet = 8;           // tiles of rows whose columns are read together
+constexpr int64_t kTileParts = 8, kSheet = 8;           // tiles of rows whose columns are read together
 constexpr int64_t kSheetRows = kSheet * kTileRows;  // their rows
 constexpr int64_t kSharing = 64;                   // tokens that share a reading of the weight
 
@@ -47,7 +47,7 @@ struct PartSums {
   std::unique_ptr<float[]> sums;
 
   explicit PartSums(const Project& p)
-      : rows(p.count), each(tiles_of(rows, kParts * kSheetRows) * kSheetRows), parts(each ? tiles_of(rows, each) : 0),
+      : rows(p.count), each(tiles_of(rows, kTileParts * kSheetRows) * kSheetRows), parts(each ? tiles_of(rows, each) : 0),
         tokens(std::min(p.rows, kTileRows)), tiles(tiles_of(p.rows, kTileRows)), across(tokens * tiles * kVector),
         size(tiles_of(p.width, kLine) * kLine / kVector * across), order(tile_order(rows)), index(order),
         sums(new float[parts * size]) {
