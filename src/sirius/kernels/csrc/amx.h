@@ -1,5 +1,5 @@
 // bfloat16 products by AMX: tiles of 16 rows of 64 bytes, and an instruction that multiplies two of them. It reads
-// weights once for up to 32 tokens, and takes no longer for 16 tokens than for one.
+// weights once for up to 32 tokens, and multiplies as fast for 16 tokens as for one.
 //
 // C += A B, where each number of C is a sum of its own: a token's result does not depend on the tokens beside it. The
 // instruction takes denormals as zeros and rounds each sum to nearest, ties to even (Intel's manual, TDPBF16PS).
