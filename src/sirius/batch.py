@@ -90,7 +90,7 @@ class Batch:
     ) -> None:
         """Open an empty batch.
 
-        correction    None decodes with the sparse model alone
+        correction    None decodes with the draft model alone
         ends          token ids at which drafts stop
         compiled      compile a GPU's passes: minutes at first, then less time a token
         rule, period  in place of those that the correction names, see `Engine.batch`

@@ -300,7 +300,7 @@ class Round:
     origins   where each token comes from: "full" (nothing was drafted), "draft", "bonus" (after a draft accepted to
               its full depth) or "correction" (before that: the guess there was rejected, or dropped from the tree)
     logprobs  the natural log of the full model's probability of each token, at temperature 1 before any processor
-              (of the sparse model's where it decodes alone)
+              (of the draft model's where it decodes alone)
     draft     the branch of the draft that went furthest; draft[accepted:] was rolled back
     guessed   the natural log of the full model's probability of each token of `draft`, after those before it; at
               temperature 1 before any processor

@@ -123,7 +123,7 @@ class Engine:
                         None is every neuron, its weights at 4 bits, or beside the correction "paper" coarse, as in the
                         paper; "none" drafts nothing
         correction      a CorrectionConfig, a mapping of its fields, a period, "auto", or "paper" (the paper's setting,
-                        lossy). None decodes with the sparse model alone (lossy). The default is lossless, and drafts
+                        lossy). None decodes with the draft model alone (lossy). The default is lossless, and drafts
                         where that is faster
 
         Raises RequestError of a prompt that cannot be decoded, ConfigError of options that do not fit.

@@ -24,7 +24,7 @@ NAMES = (*SPARSE, "correct", "preset", *CORRECTING)
 class Setting:
     """A way to decode: which neurons the draft keeps, and how the full model checks it.
 
-    correction  None: the sparse model decodes alone, or with sparsity "none" the full model
+    correction  None: the draft model decodes alone, or with sparsity "none" the full model
     """
 
     sparsity: SparsityConfig

@@ -149,7 +149,7 @@ class Stats:
 class Basis:
     """What the figures of a generation depend on besides its rounds.
 
-    correction  None where the sparse model decodes alone
+    correction  None where the draft model decodes alone
     touched     what a sparse token read; DENSE where nothing is sparse
     kept        the share of its neurons that a sparse token kept in each layer, 0 to 1; none where nothing is sparse
     draft       the bytes of the weights that the draft reads; None: the model's own

@@ -182,7 +182,7 @@ def test_the_rule_of_sampling_is_called_lossless_and_a_threshold_with_a_temperat
     lossy = CorrectionConfig(5, "threshold", threshold)
     assert not decoded(lossy).stats.lossless
     assert decoded(lossy, chosen=0.0).stats.lossless == (threshold > 0.5)
-    assert not decoded(None).stats.lossless, "the sparse model alone"
+    assert not decoded(None).stats.lossless, "the draft model alone"
 
 
 @pytest.mark.parametrize("shape", CORRECTIONS)

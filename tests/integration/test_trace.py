@@ -171,8 +171,8 @@ def test_the_sparse_model_alone_is_named_as_the_writer(engine, prompt):
     found = collect(engine, prompt, max_new_tokens=8, correction=None, sparsity={"keep": 0.2})
     assert [token.origin for token in found.tokens] == ["full"] + ["sparse"] * 7
     page = Page(to_html(found))
-    assert "LOSSY" in page.words and "sparse model alone" in page.words
-    assert page.data["rule"] == "None: the sparse model decoded alone."
+    assert "LOSSY" in page.words and "draft model alone" in page.words
+    assert page.data["rule"] == "None: the draft model decoded alone."
 
 
 def test_layers_have_the_shares_of_their_neurons(engine, prompt, drafted):

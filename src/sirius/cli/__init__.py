@@ -24,7 +24,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # its boxes cut the options' names at 80 columns
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="Faster decoding of large language models: a sparse model drafts, the full model corrects.",
+    help="Faster decoding of large language models: a cheap version of the model drafts, the full model corrects.",
 )
 app.command()(generate)
 app.command()(demo)
@@ -79,4 +79,4 @@ def root(
         bool, typer.Option("--version", "-V", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    """Faster decoding of large language models: a sparse model drafts, the full model corrects."""
+    """Faster decoding of large language models: a cheap version of the model drafts, the full model corrects."""

@@ -29,12 +29,18 @@ def _drafting(stats: "Stats", options: Mapping[str, Any]) -> str:
     if stats.period == 1 or (options["sparsity"].method == "none" and not guesses):
         return "nothing drafted"
     if not stats.drafted:
-        return "nothing drafted: " + ("it did not promise to be faster" if stats.period == "auto" else "a short text")
+        return "nothing drafted: " + _why_undrafted(stats, options)
     windows = sum(stats.acceptance_histogram)
     kept, guessed = (f"{count / windows:.1f}".removesuffix(".0") for count in (stats.accepted, stats.drafted))
     share = stats.effective_density_streamed
     paid = "" if share < 1 else ", so it saved nothing"
     return f"drafted: {kept} of {guessed} guesses accepted, {share:.0%} of the weights read per token{paid}"
+
+
+def _why_undrafted(stats: "Stats", options: Mapping[str, Any]) -> str:
+    if options["sparsity"].method == "none" and not options["sparsity"].draft_bits:
+        return "the last tokens stood nowhere before"
+    return "it did not promise to be faster" if stats.period == "auto" else "a short text"
 
 
 def _faith(stats: "Stats", options: Mapping[str, Any]) -> str:

@@ -4,7 +4,7 @@ Between rounds each row holds every token but the newest, all of it written by t
 holds n tokens, by slots of the cache:
 
     held    [0 ........ n)
-    draft   [0 ........ n)[n .. )        a tree of guesses, level by level, written by the sparse model: provisional
+    draft   [0 ........ n)[n .. )        a tree of guesses, level by level, written by the draft model: provisional
     verify  [0 ........ n)[n .... )      the same slots again and the deepest level's, written by the full model
     keep    [0 .......... n+kept+1)      the accepted branch, gathered into place; the rest is free
 """
@@ -35,7 +35,7 @@ class Plan:
 
     period       K, from round to round; 1 drafts nothing, so every round is one pass of the verifier
     rule         tells which guesses are accepted
-    verifier     the mode of the pass that ends a round: DENSE, or SPARSE to decode with the sparse model alone
+    verifier     the mode of the pass that ends a round: DENSE, or SPARSE to decode with the draft model alone
     ends         token ids that end a text: a branch that reaches one goes no further
     width, prune, temperature   of the tree, see `CorrectionConfig`
     confidence   a chain ends after a guess to which the draft gives less probability

@@ -14,7 +14,7 @@ from sirius.errors import ConfigError
 def make_plan(
     correction: CorrectionConfig | None, period: Period, ends: frozenset[int], rule: Rule | None = None
 ) -> Plan:
-    """Return how texts are decoded under a correction, None being the sparse model alone.
+    """Return how texts are decoded under a correction, None being the draft model alone.
 
     period  at most as long as the correction allows, so that the cache has room for its drafts
     rule    in place of the one that the correction names

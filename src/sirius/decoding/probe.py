@@ -29,9 +29,9 @@ def probe_if_due(model: LanguageModel, rows: Sequence[Row], plan: Plan) -> None:
 
 
 def probe(model: LanguageModel, rows: Sequence[Row], plan: Plan, count: int) -> Probed:
-    """Read each row's `count` tokens before the newest one with the sparse model, and count the right guesses.
+    """Read each row's `count` tokens before the newest one with the draft model, and count the right guesses.
 
-    At each token the guess is the sparse model's likeliest one, or in a tree its `width` likeliest ones. It is right if
+    At each token the guess is the draft model's likeliest one, or in a tree its `width` likeliest ones. It is right if
     it, or one of them, would pass the check there.
     """
     earlier = [replace(row, tokens=row.tokens[:-count], new=row.new - count) for row in rows]

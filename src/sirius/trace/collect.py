@@ -31,9 +31,9 @@ class TracedToken:
     text     its part of the text. Where tokens hold the bytes of one character, the first of them has all of their text
     unused   what it would show after the place where a stop string ended the text
     part, parts  its number among the tokens that share a character, from 1, and how many they are; else 1 and 1
-    origin   where it comes from, see `Round`; "sparse" where the sparse model decodes alone
+    origin   where it comes from, see `Round`; "sparse" where the draft model decodes alone
     logprob  the natural log of the full model's probability of it, at temperature 1 before any processor; None of
-             probability 0. Where the origin is "sparse", it is the sparse model's
+             probability 0. Where the origin is "sparse", it is the draft model's
     round    the index of its round in `Trace.rounds`
     """
 
@@ -70,7 +70,7 @@ class TracedRound:
     tokens       how many tokens it added to the text
     accepted     how many of these are guesses
     period       K
-    steps        passes of the draft model
+    steps        how many guesses deep the draft was
     rolled_back  the guesses that the check threw away, oldest first, of the branch that went furthest
     cut          whether the end of the text fell inside this round
     """
@@ -95,7 +95,7 @@ class Trace:
     faith       "lossless"; "lossy"; or "rounding": the rule is lossless, but rounding may differ with the number of
                 tokens in a pass
     stats       the fields of `Stats`, with acceptance_rate and mean_acceptance_length
-    correction  the one that was in force: of period 1 where the sparsity keeps every neuron; None is the sparse model
+    correction  the one that was in force: of period 1 where the sparsity keeps every neuron; None is the draft model
                 alone
     kept        the share of its neurons that a draft token kept in each layer, over the whole text; none where no
                 sparsity is at work

@@ -105,7 +105,7 @@ def _strip(trace: Trace) -> dict[str, Any]:
     names = {
         "draft": "accepted guess",
         "own": "the full model's token",
-        "sparse": "the sparse model's token",
+        "sparse": "the draft model's token",
         "back": "guess rolled back",
     }
     stats = trace.stats

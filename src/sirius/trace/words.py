@@ -9,10 +9,10 @@ from sirius.trace.collect import Faith, Trace, Writer
 
 ORIGINS: dict[Writer, tuple[str, str]] = {
     "full": ("full model", "Written by the full model where nothing was drafted."),
-    "draft": ("draft", "Guessed by the sparse model, and accepted."),
+    "draft": ("draft", "Guessed by the draft model, or looked up in the text, and accepted."),
     "bonus": ("bonus", "The full model's token after a draft that was accepted whole."),
     "correction": ("correction", "The full model's token where the next guess was rejected or dropped from the tree."),
-    "sparse": ("sparse model", "Written by the sparse model alone, unchecked."),
+    "sparse": ("draft model", "Written by the draft model alone, unchecked."),
 }
 FAITH: dict[Faith, tuple[str, str]] = {
     "lossless": ("Lossless.", "The text is, token for token, what the full model alone writes."),
@@ -29,7 +29,7 @@ def rule(trace: Trace) -> str:
     """Return the rule of acceptance in words, with its threshold."""
     asked = trace.correction
     if asked is None:
-        return "None: the sparse model decoded alone."
+        return "None: the draft model decoded alone."
     if asked["period"] == 1:
         return "None: nothing is drafted."
     left_out = f" Left out of the method: {', '.join(asked['ablate'])}." if asked["ablate"] else ""
@@ -77,7 +77,9 @@ def _correction(trace: Trace) -> str:
     if asked is None:
         return "no correction"
     tree = f", {asked['tree_width']} branches side by side" if asked["tree_width"] > 1 else ""
-    return "nothing drafted" if asked["period"] == 1 else f"period {asked['period']}{tree}"
+    looked_up = f", looked up by up to {asked['draft_ngram']} tokens" if asked["draft_ngram"] else ""
+    sure = f", confidence {asked['draft_confidence']:g}" if asked["draft_confidence"] else ""
+    return "nothing drafted" if asked["period"] == 1 else f"period {asked['period']}{tree}{sure}{looked_up}"
 
 
 def figures(trace: Trace) -> list[dict[str, str]]:
