@@ -317,7 +317,6 @@ def test_no_sampling_is_greedy(engine):
     [
         {"max_new_tokens": 2.5},
         {"max_new_tokens": "5"},
-        {"sparsity": None},
         {"sparsity": {"keeps": 1}},
         {"sparsity": {"keep": "0.5"}},
         {"correction": {"period": 2.5}},

@@ -231,9 +231,10 @@ SPARSITIES = st.one_of(
     st.builds(SparsityConfig, st.just("fine"), threshold=st.floats(0, 2), per_branch=st.booleans(), draft_bits=BITS),
     st.builds(SparsityConfig, st.just("none"), draft_bits=BITS),
 )
-PERIOD = st.one_of(st.integers(1, 24), st.just("auto"))
+PERIOD = st.one_of(st.integers(2, 24), st.just("auto"))
 NGRAMS = st.sampled_from([0, 2, 3])
 CORRECTIONS = st.one_of(
+    st.builds(CorrectionConfig, period=st.just(1), accept=st.just("argmax"), tree_width=st.sampled_from(WIDTHS)),
     st.builds(
         CorrectionConfig,
         period=PERIOD,
