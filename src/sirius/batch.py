@@ -352,7 +352,8 @@ class Batch:
         parameters = count_parameters(self.model)
         touched = self.session.least_touched()
         floor, probe_share = (density(parameters, each, "streamed", self.draft) for each in touched)
-        return AutoPeriod(floor, learnt, probe_share=probe_share, width=self.correction.tree_width)
+        own = {"probe_share": probe_share, "width": self.correction.tree_width, "alike": self.draft is None}
+        return AutoPeriod(floor, learnt, **own)
 
     def _lossless(self, sampled: bool) -> bool:
         plain = self.correction is not None and self.correction.period == 1

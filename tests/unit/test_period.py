@@ -7,7 +7,17 @@ from itertools import pairwise
 import pytest
 
 from sirius.core import LONGEST
-from sirius.decoding.period import CHOICES, WARM_UP, AutoPeriod, Learnt, Measured, Period, Probed
+from sirius.decoding.period import (
+    CHOICES,
+    PROBE_TOKENS,
+    UNLIKE_COST,
+    WARM_UP,
+    AutoPeriod,
+    Learnt,
+    Measured,
+    Period,
+    Probed,
+)
 
 FIXED = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 TEXT = 200  # tokens
@@ -212,3 +222,15 @@ def test_a_fixed_period_never_changes_and_makes_no_probe():
 
 def test_what_it_chooses_among_fits_the_longest_window():
     assert list(CHOICES) == sorted(set(CHOICES)) and CHOICES[0] == 1 and CHOICES[-1] == LONGEST
+
+
+def test_a_probe_of_other_kernels_says_nothing_of_what_checks_cost():
+    """Sixteen tokens of a draft of few bits are bound by arithmetic where a check is not."""
+    costs = []
+    for alike in (True, False):
+        period = AutoPeriod(0.25, alike=alike)
+        for _ in range(PROBE_TOKENS + 2):
+            period.learn(Measured(1, 0.0, 1.0, 0, 0, 0))
+        period.learn_probe(Probed(1, 1.0, PROBE_TOKENS, PROBE_TOKENS - 1, PROBE_TOKENS))
+        costs.append(period.costs(1).token_cost)
+    assert costs[0] > 0.15 and costs[1] == UNLIKE_COST

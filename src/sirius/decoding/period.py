@@ -13,6 +13,7 @@ DECAY = 0.99  # by which each draft pass lowers the weight of earlier guesses
 WARM_UP = 3  # first passes of a shape in a session; they are slower than later ones, which run as captured passes
 TIMES_KEPT = 9  # latest times of a shape after its warm-up, whose median counts
 TOKEN_COST = 0.02  # cost of a further token of a check, in plain steps, until it is measured
+UNLIKE_COST = 0.05  # the same where a probe says nothing of checks, as its weights have other kernels
 PROBE_TOKENS = 16  # tokens that a probe reads
 PROBE_LEAST = 8  # fewest tokens that a probe is made of
 FIRST_WAIT, LONGEST_WAIT = 256, 4096  # tokens between probes; each probe that promises nothing doubles the wait
@@ -199,16 +200,23 @@ class AutoPeriod(Period):
     """
 
     def __init__(
-        self, floor: float, learnt: Learnt | None = None, *, probe_share: float | None = None, width: int = 1
+        self,
+        floor: float,
+        learnt: Learnt | None = None,
+        *,
+        probe_share: float | None = None,
+        width: int = 1,
+        alike: bool = True,
     ) -> None:
         """Begin a session with what earlier ones have learnt.
 
         floor        the share of the weights that a draft pass reads, 0 to 1
         probe_share  the share of the weights that a probe reads; None is the same
         width        branches of a tree
+        alike        whether a probe runs the kernels of a check, so that its time tells what a further token costs
         """
         super().__init__(1)
-        self.floor, self.width = floor, width
+        self.floor, self.width, self.alike = floor, width, alike
         self.probe_share = floor if probe_share is None else probe_share
         self.learnt = Learnt() if learnt is None else learnt
         self.learnt.sessions += 1
@@ -267,7 +275,7 @@ class AutoPeriod(Period):
         further = ((probed.seconds - costs.early_excess) / max(self.probe_share, 0.1) / costs.plain - 1) / (
             probed.tokens - 1
         )
-        costs.token_cost = min(max(further, TOKEN_COST), 1.0)
+        costs.token_cost = min(max(further, TOKEN_COST), 1.0) if self.alike else UNLIKE_COST
         self.learnt.count_guesses(probed.kept, probed.judged, probed.tokens)
         self._decide(probed.rows)
 
