@@ -362,7 +362,8 @@ class Batch:
         whole = self.sparsity.keep == 1 and self.sparsity.threshold is None and not self.sparsity.draft_bits
         if self.correction is None:
             return whole
-        chain = self.correction.tree_width == 1  # the likeliest branch of a whole draft need not be the greedy one
+        # the likeliest branch of a whole draft need not be the greedy one, and a guess from the text is no draft's
+        chain = self.correction.tree_width == 1 and not self.correction.draft_ngram
         return (whole and chain) or (self.correction.lossless(sampled) and (plain or not self.ruled))
 
     def _failed(self, entry: _Entry, error: SiriusError) -> Update:

@@ -209,6 +209,16 @@ def test_the_heads_best_candidates_have_the_scores_of_the_full_weights():
     assert torch.equal(got[others], rough[others]) and not torch.equal(rough, full)
 
 
+def test_down_adds_up_the_kept_neurons_columns_alone():
+    model = tiny_model()
+    prepare(model)
+    layer = model.model.layers[0].mlp.down_proj
+    matrix, index = twin_of(model, 8)(layer, True), torch.tensor([3, 7, 20, 44])
+    z = torch.randn(2, 4, generator=torch.Generator().manual_seed(0))
+    want = z @ layer.weight[:, index].T
+    assert (matrix.project(z, index) - want).norm() < 0.03 * want.norm()
+
+
 def test_the_matrix_of_a_fused_layer_is_parted_by_rows():
     model = tiny_model("phi3")
     prepare(model)
@@ -279,6 +289,17 @@ def test_an_end_of_text_inside_looked_up_guesses_ends_the_text():
     assert got.finish_reason == "stop"
 
 
+def test_guesses_from_the_text_that_a_rule_of_its_own_accepts_are_not_called_lossless():
+    """A draft with every neuron guesses as the full model writes; the text itself does not."""
+    engine = Engine(tiny_model(eos_token_id=None))
+    options = {"sparsity": SparsityConfig("coarse", keep=1.0), "rule": lambda check: torch.ones_like(check.own())}
+    for ngram, lossless in ((0, True), (3, False)):
+        batch = engine.batch(rows=1, correction=CorrectionConfig(8, draft_ngram=ngram), **options)
+        batch.add(engine.text(LOOPING, max_new_tokens=NEW))
+        done = [update.completion for _ in range(NEW) if batch.busy for update in batch.step() if update.completion]
+        assert [each.stats.lossless for each in done] == [lossless]
+
+
 def test_figures_tell_looked_up_guesses_apart():
     got = Engine(repeating_model()).generate(
         LOOPING, max_new_tokens=60, sparsity="none", correction=CorrectionConfig(16, draft_ngram=3)
@@ -287,6 +308,7 @@ def test_figures_tell_looked_up_guesses_apart():
     assert stats.looked_up == stats.drafted > 0
     assert sum(stats.acceptance_histogram) < stats.rounds, "plain steps are no windows"
     assert stats.aal and stats.aal > 2 and stats.density == 1
+    assert stats.effective_density == pytest.approx(stats.rounds / (stats.tokens - 1)), "guesses cost nothing"
 
 
 def test_guesses_of_rows_with_little_room_stand_where_a_drafts_would():
