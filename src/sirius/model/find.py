@@ -10,7 +10,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from sirius.errors import ModelError, UnsupportedModelError
 from sirius.model.limits import FULL, SLIDING
+from sirius.model.matrix import Placed
 from sirius.model.mlp import Roles, check_layers
+from sirius.model.prepared import prepared_of
 
 SEPARATE = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
 FUSED = {"gate_up": "gate_up_proj", "down": "down_proj"}
@@ -24,7 +26,7 @@ def gated_mlps(model: PreTrainedModel) -> list[tuple[str, nn.Module, Roles]]:
     Raises UnsupportedModelError, naming the module and the reason, where a block has none or several, or where one is
     more than plain layers.
     """
-    found = {module: (path, roles) for path, module, roles in (_gated_mlp(*block) for block in _blocks(model))}
+    found = {module: (path, roles) for path, module, roles in (gated_mlp(*block) for block in blocks(model))}
     return [(path, module, roles) for module, (path, roles) in found.items()]
 
 
@@ -97,7 +99,8 @@ def check_weights(model: PreTrainedModel) -> None:
             "the model was made within torch.inference_mode(), which keeps its weights from being laid out anew; "
             "make or load it outside"
         )
-    devices = {p.device for p in model.parameters()}
+    placed = isinstance(prepared_of(model).matrix, Placed)
+    devices = {p.device for p in model.parameters() if not (placed and p.is_meta)}
     if devices == {torch.device("meta")}:
         raise UnsupportedModelError("the model is on meta, where it has no weights; load it on cpu or cuda")
     if len(devices) > 1:
@@ -115,7 +118,7 @@ def check_finite(path: str, module: nn.Module) -> None:
             )
 
 
-def _blocks(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
+def blocks(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
     """Yield the decoder blocks with their names: the list of modules that has one for each hidden layer."""
     layers = model.config.get_text_config().num_hidden_layers
     decoder = cast("Any", model).get_decoder()
@@ -127,7 +130,7 @@ def _blocks(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
     raise UnsupportedModelError(f"{type(model).__name__} holds no list of {layers} decoder blocks")
 
 
-def _gated_mlp(path: str, block: nn.Module) -> tuple[str, nn.Module, Roles]:
+def gated_mlp(path: str, block: nn.Module) -> tuple[str, nn.Module, Roles]:
     """Return the one gated MLP of a block with its path and roles, all of its layers plain."""
     for name, parameter in block.named_parameters():
         if parameter.ndim == 3:

@@ -3,8 +3,8 @@
 import logging
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,17 @@ from huggingface_hub.errors import RepositoryNotFoundError, StrictDataclassError
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars
 from huggingface_hub.utils import logging as hub_logging
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.initialization import no_init_weights
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file
@@ -127,6 +137,24 @@ def _load_gguf(source: Source, dtype: torch.dtype) -> PreTrainedModel:
 
 def _load(source: Source, dtype: str | torch.dtype, **options: Any) -> PreTrainedModel:
     """Load what transformers can load, and check that it is whole."""
+    config = load_config(source)
+    model, report = _attempt(
+        source,
+        "weights",
+        AutoModelForCausalLM.from_pretrained,
+        config=config,
+        dtype=dtype,
+        ignore_mismatched_sizes=True,  # `check_complete` refuses them by name
+        output_loading_info=True,
+        **options,
+        **source.options,
+    )
+    check_complete(source, report)
+    return model
+
+
+def load_config(source: Source) -> PreTrainedConfig:
+    """Load a model's configuration; raise ModelError and UnsupportedModelError as `load_model` does."""
     config = _attempt(source, "config.json", AutoConfig.from_pretrained, **source.options)
     check_config(config)
     remote = source.trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
@@ -134,20 +162,38 @@ def _load(source: Source, dtype: str | torch.dtype, **options: Any) -> PreTraine
         raise UnsupportedModelError(f"{source.name} is a {config.model_type} model, not a causal language model")
     if heads := [name for name in getattr(config, "architectures", None) or () if HEADS.search(name)]:
         raise UnsupportedModelError(f"{source.name} is a {heads[0]}, not a causal language model")
-    model, report = _attempt(
-        source,
-        "weights",
-        AutoModelForCausalLM.from_pretrained,
-        config=config,
-        dtype=dtype,
-        ignore_mismatched_sizes=True,  # `_check_complete` refuses them by name
-        output_loading_info=True,
-        **options,
-        **source.options,
-    )
-    _check_complete(source, report)
-    _tell_left_out(source, report)
-    return model
+    return config
+
+
+def load_empty(source: Source, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """Return a model without weights: its parameters are on meta, its buffers in memory.
+
+    Raises ModelError where transformers cannot make one.
+    """
+    with no_init_weights(), _parameters_on_meta():
+        options = {"dtype": dtype, "trust_remote_code": source.trust_remote_code}
+        model = _attempt(source, "config.json", lambda _: AutoModelForCausalLM.from_config(config, **options))
+    with suppress(OSError):  # a model need not have one
+        model.generation_config = GenerationConfig.from_pretrained(
+            source.location, **{k: v for k, v in source.options.items() if k == "revision"}
+        )
+    model.name_or_path = source.location
+    return model.eval()
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Let modules made within have their parameters on meta; memory that is not written to costs nothing."""
+    register = nn.Module.register_parameter
+
+    def register_on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        register(self, name, None if param is None else nn.Parameter(param.detach().to("meta"), param.requires_grad))
+
+    nn.Module.register_parameter = register_on_meta
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register
 
 
 def load_tokenizer(source: Source) -> PreTrainedTokenizerBase | None:
@@ -273,8 +319,11 @@ def quiet() -> Iterator[None]:
             disable_progress_bars()
 
 
-def _check_complete(source: Source, report: dict[str, Any]) -> None:
-    """Refuse weights that transformers would fill with random numbers, and blocks that the configuration leaves out."""
+def check_complete(source: Source, report: Mapping[str, Any]) -> None:
+    """Raise ModelError where a checkpoint lacks weights of the model, or has whole blocks that the model lacks.
+
+    report  transformers' account of loading: missing_keys, mismatched_keys, unexpected_keys, error_msgs
+    """
     for problem in ("missing_keys", "mismatched_keys", "error_msgs"):
         if found := sorted(_named(key) for key in report.get(problem) or ()):
             raise ModelError(
@@ -283,9 +332,10 @@ def _check_complete(source: Source, report: dict[str, Any]) -> None:
             )
     if left := sorted(key for key in report.get("unexpected_keys") or () if ".layers." in key):
         raise ModelError(f"config.json of {source.name} has no place for {len(left)} of its weights, first {left[0]}")
+    _tell_left_out(source, report)
 
 
-def _tell_left_out(source: Source, report: dict[str, Any]) -> None:
+def _tell_left_out(source: Source, report: Mapping[str, Any]) -> None:
     """Say in one line of the log which weights of a checkpoint the model has no place for."""
     if left := sorted(key for key in report.get("unexpected_keys") or () if not HARMLESS.search(key)):
         logging.getLogger("sirius").warning(

@@ -4,6 +4,7 @@
 and is put in by `prepare(model, matrix=...)`; docs/adding-a-matrix.md shows one.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -96,12 +97,28 @@ class Dense(NamedTuple):
 MakeMatrix = Callable[[nn.Linear, bool], Matrix]
 
 
+class Placed(ABC):
+    """Makes dense matrices of layers whose weights lie elsewhere between passes; they are brought when they are used.
+
+    The weights of such layers are on PyTorch's device meta.
+    """
+
+    @abstractmethod
+    def __call__(self, layer: nn.Linear, transposed: bool = False) -> Dense:
+        """Return a layer's weights, which stay only until the next block's are asked for; see `dense`."""
+
+
 def dense(layer: nn.Linear, transposed: bool = False) -> Dense:
     """Return a layer's weights where they lie.
 
     transposed  take the columns of the layer's weight for rows: its inputs are the neurons, as in an MLP's down layer
     """
     return Dense(layer.weight.t() if transposed else layer.weight, layer.bias)
+
+
+def makes_dense(make: MakeMatrix) -> bool:
+    """Tell whether weights are plain numbers in memory at the time of a product."""
+    return make is dense or isinstance(make, Placed)
 
 
 def check_matrix(make: object, layer: nn.Linear) -> None:

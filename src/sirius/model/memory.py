@@ -29,6 +29,12 @@ def side_by_side(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
     return one.copy_(first), other.copy_(second)
 
 
+def page_aligned(count: int) -> Tensor:
+    """Return fresh memory [count] uint8 that begins where a page does."""
+    memory = np.empty(count + PAGE, dtype=np.uint8)
+    return torch.from_numpy(memory)[-memory.ctypes.data % PAGE :][:count]
+
+
 def _views(like: Tensor, count: int, offsets: list[int]) -> list[Tensor]:
     """Return fresh memory for `count` numbers, as they are seen from each offset on."""
     width = like.element_size()

@@ -50,6 +50,11 @@ class SparseMLP(Part):
         return self._linear("down").in_features
 
     @property
+    def in_memory(self) -> bool:
+        """Whether its weights stay in memory between passes."""
+        return not any(each.is_meta for each in self.parameters())
+
+    @property
     def neurons(self) -> Neurons:
         """All neurons of the full model."""
         return self.neurons_by(self.prepared.matrix)
@@ -104,9 +109,10 @@ class SparseMLP(Part):
     def lay_out(self) -> None:
         """Put the rows of each neuron together where they are not; in training lay weights out as PyTorch does.
 
-        Nothing is done where layers were changed since the model was prepared, or another process shares the weights.
+        Nothing is done where layers were changed since the model was prepared, where another process shares the
+        weights, or where they are not in memory.
         """
-        if not self._is_plain():
+        if not self._is_plain() or not self.in_memory:
             return
         up = self._linear("up").weight if "up" in self.roles.layers else None
         down = self._linear("down").weight

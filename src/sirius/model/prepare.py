@@ -13,7 +13,7 @@ from sirius.model.attention import adopt_attention
 from sirius.model.find import check_config, check_finite, check_head, check_kind, check_weights, gated_mlps
 from sirius.model.inputs import check_preparing
 from sirius.model.linear import MatrixLinear, adopt_linears
-from sirius.model.matrix import MakeMatrix, check_matrix, dense
+from sirius.model.matrix import MakeMatrix, Placed, check_matrix, dense, makes_dense
 from sirius.model.mlp import Roles, SparseMLP, adopt_mlp, agrees, check_layers
 from sirius.model.norm import adopt_norms
 from sirius.model.prepared import Prepared, prepared_of
@@ -76,11 +76,15 @@ def _give_back_all(model: nn.Module) -> None:
 def restore(model: PreTrainedModel) -> None:
     """Make the modules what they were before the model was prepared.
 
-    Raises UnsupportedModelError, and changes nothing, where an MLP has got a forward of its own since, or a module
-    another class.
+    Raises UnsupportedModelError, and changes nothing, where an MLP has got a forward of its own since, a module
+    another class, or where weights are not in memory.
     """
     check_kind(model)
     with (kept := prepared_of(model)).lock:
+        if isinstance(kept.matrix, Placed):
+            raise UnsupportedModelError(
+                "some weights of this model are not in memory, as it was loaded with a memory budget; load it without"
+            )
         mlps = dict(parts_of(model, SparseMLP))
         for path, mlp in mlps.items():
             if own_forward(mlp):
@@ -109,7 +113,8 @@ def count_parameters(model: PreTrainedModel, matrix: MakeMatrix | None = None) -
 
     matrix  makes the weights of a linear layer; None: those of the full model
     """
-    mlps, make = sparse_mlps(model), matrix or prepared_of(model).matrix
+    made = prepared_of(model).matrix
+    mlps, make = sparse_mlps(model), matrix or (dense if makes_dense(made) else made)
     neurons = [mlp.neurons_by(make) for mlp in mlps]
     linears = [cast("nn.Linear", layer) for _, layer in parts_of(model, MatrixLinear)]
     known = {id(layer.weight): make(layer, False).nbytes for layer in linears}
@@ -134,6 +139,10 @@ def count_parameters(model: PreTrainedModel, matrix: MakeMatrix | None = None) -
 def _adopt(path: str, module: nn.Module, roles: Roles, number: int, kept: Prepared, undo: ExitStack) -> SparseMLP:
     """Make a gated MLP a `SparseMLP`, which `undo` undoes, and check that it computes what it did."""
     gate = getattr(module, roles.layers.get("gate") or roles.layers["gate_up"]).weight
+    if gate.is_meta:  # `offload.load` has a block of the same class tried
+        mlp = adopt_mlp(module, roles, number, kept)
+        undo.callback(mlp.restore)
+        return mlp
     x = torch.randn(2, gate.shape[1], generator=torch.Generator().manual_seed(0)).to(gate)
     try:
         want = module.forward(x)  # past its hooks, which are not to see this

@@ -16,7 +16,7 @@ from sirius.kernels.activations import Activation
 from sirius.kernels.quantized import Quantized, bytes_of, dequantize
 from sirius.model.adopt import parts_of
 from sirius.model.linear import MatrixLinear
-from sirius.model.matrix import Dense, Matrix, dense
+from sirius.model.matrix import Dense, Matrix, Placed, dense, makes_dense
 from sirius.model.prepared import prepared_of
 
 SAMPLED = 8  # rows and columns of each weight that are looked at to notice a change
@@ -143,10 +143,12 @@ class Twin:
         self.weights: dict[int, Quantized] = {}
         self.head = id(cast("nn.Module", model.get_output_embeddings()))
         layers = [cast("nn.Linear", layer) for _, layer in parts_of(model, MatrixLinear)]
+        made = prepared_of(model).matrix
+        weight_of = (lambda layer: made(layer).weight) if isinstance(made, Placed) else (lambda layer: layer.weight)
         total, done = sum(layer.weight.numel() for layer in layers), 0
         with torch.no_grad():
             for layer in layers:
-                self.weights[id(layer)] = ops.quantize(layer.weight.detach(), bits)
+                self.weights[id(layer)] = ops.quantize(weight_of(layer).detach(), bits)
                 advance((done := done + layer.weight.numel()) / total)
         self.nbytes = sum(each.nbytes for each in self.weights.values())
 
@@ -168,7 +170,7 @@ def reads_twin(model: PreTrainedModel, chosen: SparsityConfig, correction: Corre
     if not chosen.draft_bits or (correction is not None and correction.period == 1):
         return False
     automatic = correction is not None and correction.period == AUTO
-    if prepared_of(model).matrix is not dense:
+    if not makes_dense(prepared_of(model).matrix):
         if automatic:
             return False
         raise ConfigError(
@@ -216,6 +218,7 @@ def _state_of(model: PreTrainedModel) -> list[object]:
     Changes by `weight.data` leave no other trace than the numbers themselves.
     """
     layers = [cast("nn.Linear", layer) for _, layer in parts_of(model, MatrixLinear)]
+    layers = [each for each in layers if not each.weight.is_meta]  # files are not looked at
     lie = [(id(each), id(each.weight), each.weight.data_ptr()) for each in layers]
     with torch.no_grad():
         sums = torch.stack([_sample(each.weight).double().sum() for each in layers])

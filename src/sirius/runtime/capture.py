@@ -18,6 +18,7 @@ from sirius.kernels.launch import is_plain
 from sirius.kernels.tape import Tape
 from sirius.model.adopt import parts_of
 from sirius.model.linear import MatrixLinear
+from sirius.model.matrix import Placed
 from sirius.model.prepared import prepared_of
 from sirius.shortage import SHORTAGE, ran_out
 
@@ -212,7 +213,8 @@ def _identity(weight: Tensor) -> int:
 
 def capture_of(model: PreTrainedModel) -> Capture | None:
     """Return the way to capture a model's passes on its device, None where there is none."""
-    if not all(layer.matrix.replayable for _, layer in parts_of(model, MatrixLinear)):
+    placed = isinstance(prepared_of(model).matrix, Placed)  # its passes are not captured, those of a draft may be
+    if not placed and not all(layer.matrix.replayable for _, layer in parts_of(model, MatrixLinear)):
         return None
     on_gpu = model.device.type == "cuda"
     if not on_gpu and (gpu.runs_on(model.device) or not cpu.runs_on(model.device, model.dtype)):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sirius.errors import ConfigError
-from sirius.model.matrix import MakeMatrix, Neurons, dense
+from sirius.model.matrix import MakeMatrix, Neurons, Placed, dense
 from sirius.model.mlp import SparseMLP
 from sirius.model.prepared import Pass
 from sirius.sparsity.base import PromptSparsity, Sparsity, TokenSparsity
@@ -142,13 +142,14 @@ def fixed_routes(
     else:
         sets = [[method.select(layer) for method in methods] for layer in range(len(mlps))]
     _check(first, sets, mlps)
-    return [_fixed_route(each, mlp.neurons_by(matrix)) for each, mlp in zip(sets, mlps, strict=True)]
+    return [_fixed_route(each, mlp, matrix) for each, mlp in zip(sets, mlps, strict=True)]
 
 
-def _fixed_route(sets: list[Tensor], neurons: Neurons) -> Route | None:
-    if all(len(index) == neurons.gate.shape[0] for index in sets):
+def _fixed_route(sets: list[Tensor], mlp: SparseMLP, matrix: MakeMatrix) -> Route | None:
+    if all(len(index) == mlp.size for index in sets):
         return None
-    return Packed(neurons.rows(sets)) if neurons.copied else Indexed(*sets)
+    neurons, away = mlp.neurons_by(matrix), isinstance(matrix, Placed) and not mlp.in_memory
+    return Packed(neurons.rows(sets)) if away or neurons.copied else Indexed(*sets)
 
 
 def overwrite(old: Route | None, new: Route | None) -> bool:

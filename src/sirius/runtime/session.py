@@ -19,7 +19,7 @@ from sirius.model.attention import MaskChanged
 from sirius.model.find import check_mode, dropouts
 from sirius.model.inputs import cache_argument
 from sirius.model.limits import rescaling_length
-from sirius.model.matrix import MakeMatrix, dense
+from sirius.model.matrix import MakeMatrix, Placed, makes_dense
 from sirius.model.mlp import SparseMLP, check_layers
 from sirius.model.prepared import Pass, Prepared, Slots, prepared_of
 from sirius.runtime.cache import SlotCache
@@ -33,6 +33,7 @@ from sirius.sparsity.base import PromptSparsity, Sparsity, TokenSparsity
 from sirius.stats import DENSE, Touched
 
 DEVICES = "cpu", "cuda"
+PART = 1024  # most tokens of a prompt that are read in one pass, which bounds the memory for it
 WIDTH = 64  # masks are as wide as a multiple of so many slots, so that the levels of a draft share a captured pass
 Forward = Callable[..., Any]
 MakeMethod = Callable[[], Sparsity | None]
@@ -117,7 +118,7 @@ class Session:
         if self.device.type != "cpu":
             return False
         wide = self.model.dtype in (torch.float32, torch.float64)
-        ours = self.space.attends and self.prepared.matrix is dense
+        ours = self.space.attends and makes_dense(self.prepared.matrix)
         return wide or (ours and is_plain(*self.model.parameters()))
 
     def reserve(self, rows: int, slots: int) -> None:
@@ -158,7 +159,7 @@ class Session:
             self._read_prompt(prompt, row, (number * BLOCK, (number + 1) * BLOCK), routes)
             if isinstance(method, PromptSparsity):
                 self.prefixes.remember(blocks[number], method)
-        scores = self._read_prompt(prompt, row, (len(blocks) * BLOCK, length), routes)
+        scores = self._read_rest(prompt, row, len(blocks) * BLOCK, routes)
         self.cache.advance(row, length)
         self.methods.append(method)
         self.prefixes.rows.append(blocks)
@@ -180,8 +181,21 @@ class Session:
 
     def _reads_blocks(self, length: int) -> bool:
         """Tell whether the blocks of a prompt have the same positions as the whole prompt would give them."""
+        return not self._rescales(length) and not isinstance(self.prepared.matrix, Placed)
+
+    def _rescales(self, length: int) -> bool:
         limit = rescaling_length(self.model.config)
-        return limit is None or length <= limit
+        return limit is not None and length > limit
+
+    def _read_rest(self, prompt: Tensor, row: int, begin: int, routes: list[Route | None]) -> Tensor:
+        """Read a prompt from a token on and return the scores after it [1, 1, V]: in as few passes as memory allows.
+
+        Where weights come from elsewhere, each pass brings all of them.
+        """
+        step = len(prompt) if self._rescales(len(prompt)) else PART
+        firsts = range(begin, len(prompt), step)
+        parts = [(first, min(first + step, len(prompt))) for first in firsts]
+        return [self._read_prompt(prompt, row, part, routes) for part in parts][-1]
 
     def _read_prompt(self, prompt: Tensor, row: int, part: tuple[int, int], routes: list[Route | None]) -> Tensor:
         """Read a part of a prompt, from a first token to before a last one; return the scores after it [1, 1, V]."""
@@ -217,7 +231,7 @@ class Session:
         tensors = {"written": now.slots.written, "mask": now.mask, "held": now.held, "branches": now.branches}
         cache = self._cache_arguments()
         model, compiled = (partial(_read, each, self.prepared, cache, now) for each in (self.model, self.forward))
-        if not self.captures:
+        if not self.captures or isinstance(now.matrix, Placed):
             return model(**inputs, **tensors)
         apart = window.apart and isinstance(self.shared, TokenSparsity)
         key = mode, now.mask.shape, apart, torch.get_num_threads()

@@ -1,0 +1,188 @@
+"""Load a model of which a part stays in memory, while the rest comes from its files or from the host's memory."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import torch
+from huggingface_hub import snapshot_download
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from sirius.errors import ModelError, UnsupportedModelError
+from sirius.kernels.ops import best_side_by_side
+from sirius.model.find import blocks, gated_mlp
+from sirius.model.loading import Source, check_complete
+from sirius.model.prepare import prepare
+from sirius.model.prepared import prepared_of
+from sirius.offload.checkpoint import Stored, read_checkpoint
+from sirius.offload.ring import Mover, Ring
+from sirius.offload.stream import Block, Held, Stream, Streamed, put
+
+
+@dataclass(frozen=True)
+class Layers:
+    """The linear layers of one decoder block.
+
+    attention  those outside of its gated MLP
+    mlp        gate, up and down by their roles; gate and up may be one layer
+    """
+
+    attention: tuple[nn.Linear, ...]
+    mlp: dict[str, nn.Linear]
+
+
+def layers_of(model: PreTrainedModel) -> list[Layers]:
+    """Return the linear layers of each decoder block, those of an MLP that several blocks share at the first one.
+
+    Raises UnsupportedModelError where a block has no gated MLP, or blocks have MLPs of different classes.
+    """
+    found: list[Layers] = []
+    known: set[nn.Module] = set()
+    for path, block in blocks(model):
+        _, module, roles = gated_mlp(path, block)
+        mlp = {role: cast("nn.Linear", getattr(module, name)) for role, name in roles.layers.items()}
+        inside = set(module.modules())
+        others = [each for each in block.modules() if type(each) is nn.Linear and each not in inside | known]
+        found.append(Layers(tuple(cast("list[nn.Linear]", others)), {} if module in known else mlp))
+        known |= {module, *others}
+    kinds = sorted({type(module).__name__ for module in known if not isinstance(module, nn.Linear)})
+    if len(kinds) > 1:
+        raise UnsupportedModelError(
+            f"a memory budget needs blocks whose MLPs are alike; this model's are {', '.join(kinds)}: load it without"
+        )
+    return found
+
+
+def find_weights(source: Source) -> dict[str, Stored]:
+    """Return the tensors of a model's files by name; those of a hub id are fetched.
+
+    Raises ModelError where files are missing or broken, UnsupportedModelError of a GGUF file.
+    """
+    if source.gguf_file:
+        raise UnsupportedModelError(
+            f"{source.name} is a GGUF file, whose weights cannot be read in part; a memory budget needs safetensors"
+        )
+    folder = Path(source.location)
+    if not folder.is_dir():
+        folder = Path(snapshot_download(source.location, revision=source.revision, allow_patterns=["*.safetensors*"]))
+    return read_checkpoint(folder)
+
+
+def match(source: Source, model: PreTrainedModel, stored: dict[str, Stored]) -> dict[int, Stored]:
+    """Return where each parameter of a model is stored, by the parameter's id.
+
+    Raises ModelError where the files lack parameters, or hold others.
+    """
+    model.tie_weights()
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    parameters = {id(each): each for each in model.parameters()}
+    found = {key: next((stored[name] for name in own if name in stored), None) for key, own in names.items()}
+    shapes = {key: tuple(parameters[key].shape) for key in found}
+    known = {name for own in names.values() for name in own}
+    report = {
+        "missing_keys": [names[key][0] for key, each in found.items() if each is None],
+        "mismatched_keys": [
+            (each.name, each.shape, shapes[key]) for key, each in found.items() if each and each.shape != shapes[key]
+        ],
+        "unexpected_keys": sorted(stored.keys() - known),
+    }
+    check_complete(source, report)
+    return {key: each for key, each in found.items() if each is not None}
+
+
+@dataclass(frozen=True)
+class Staying:
+    """Which linear layers of each block stay in memory, block by block.
+
+    buffers  how many blocks' other layers may be there at a time
+    """
+
+    attention: Sequence[bool]
+    mlp: Sequence[bool]
+    buffers: int
+
+
+def fill(
+    model: PreTrainedModel, where: dict[int, Stored], staying: Staying, make_mover: Callable[[], Mover], held: bool
+) -> None:
+    """Bring a model's weights from meta to its device, but for those that do not stay; then prepare it.
+
+    where       each parameter's place, by its id
+    make_mover  makes what brings the others
+    held        keep the others in the host's memory; otherwise they are read from their files each time
+
+    Raises what `prepare` raises, FileError where a file cannot be read, and ModelError of numbers that are not finite.
+    """
+    found = layers_of(model)
+    away = _away(found, where, staying)
+    layers = {id(each.layer.weight): each.layer for block in away for each in block.layers}
+    _bring(model, {key: each for key, each in where.items() if key not in layers})
+    if away:
+        units = [Held(block, pin=False) if held else block for block in away]
+        prepared_of(model).matrix = Stream(away, Ring(units, staying.buffers, make_mover()))
+        tried = [each for each in found[0].mlp.values() if each.weight.is_meta]
+        sources = {id(each): where[id(each.weight)] for each in tried}
+        for layer in tried:
+            layer.weight = nn.Parameter(_whole(sources[id(layer)], layer.weight))
+        prepare(model)
+        for layer in tried:
+            layer.weight = nn.Parameter(layer.weight.detach().to("meta"))
+    else:
+        prepare(model)
+
+
+def _away(found: Sequence[Layers], where: dict[int, Stored], staying: Staying) -> list[Block]:
+    """Return the blocks of which layers do not stay, with these layers."""
+    away: list[Block] = []
+    for number, layers in enumerate(found):
+        out = [] if staying.attention[number] else [Streamed(each, where[id(each.weight)]) for each in layers.attention]
+        if not staying.mlp[number]:
+            out += _mlp(layers.mlp, where)
+        if out:
+            away.append(Block(out, out[0].layer.weight.dtype))
+    return away
+
+
+def _mlp(layers: dict[str, nn.Linear], where: dict[int, Stored]) -> list[Streamed]:
+    """Return an MLP's layers as they lie in memory when the MLP is prepared; see `SparseMLP.lay_out`."""
+    beside = False
+    if "up" in layers:
+        like = [torch.empty(shape, dtype=layers["up"].weight.dtype) for shape in _shapes(layers)]
+        beside = best_side_by_side(*like)
+    return [
+        Streamed(each, where[id(each.weight)], transposed=role == "down", beside=beside and role == "down")
+        for role, each in layers.items()
+    ]
+
+
+def _shapes(layers: dict[str, nn.Linear]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    return tuple(layers["up"].weight.shape), tuple(layers["down"].weight.t().shape)
+
+
+def _bring(model: PreTrainedModel, where: dict[int, Stored]) -> None:
+    """Put parameters of a model into memory, shared ones once."""
+    brought: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is None or (stored := where.get(id(parameter))) is None:
+                continue
+            if id(parameter) not in brought:
+                brought[id(parameter)] = nn.Parameter(_whole(stored, parameter), parameter.requires_grad)
+            module._parameters[name] = brought[id(parameter)]
+
+
+def _whole(stored: Stored, like: Tensor) -> Tensor:
+    """Return a stored tensor in memory, in the dtype of a parameter."""
+    found = torch.empty(stored.shape, dtype=like.dtype)
+    if not stored.shape:
+        return found.copy_(stored.whole())
+    for begin, end in stored.chunks(1 << 23):
+        rows = stored.rows(begin, end)
+        if not bool(rows.isfinite().all()):
+            raise ModelError(f"{stored.name} holds numbers that are not finite (NaN or infinite); it is damaged")
+        put(found[begin:end], rows)
+    return found

@@ -1,0 +1,159 @@
+"""The layers of a model whose blocks partly lie elsewhere: on disk, or in the host's memory."""
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from sirius.errors import ModelError
+from sirius.model.matrix import Dense, Placed, dense
+from sirius.offload.checkpoint import Stored
+from sirius.offload.ring import Ring, Task
+
+CHUNK = 1 << 23  # bytes that a thread brings at a time
+ALIGNED = 4096  # bytes; where weights begin in a buffer
+WHOLE = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # what numbers of a width are copied as
+Views = dict[int, Tensor]
+
+
+class Streamed(NamedTuple):
+    """A layer that is not in memory.
+
+    layer       whose weight [out, in] is on meta
+    source      where its numbers are
+    transposed  its rows in memory are the columns of its weight: a down layer's, whose inputs are the neurons
+    beside      it lies in memory beside the layer before it, row by row
+    """
+
+    layer: nn.Linear
+    source: Stored
+    transposed: bool = False
+    beside: bool = False
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows in memory, and their length."""
+        outputs, inputs = self.layer.weight.shape
+        return (inputs, outputs) if self.transposed else (outputs, inputs)
+
+
+class Block:
+    """The layers of a block that come together, read from the checkpoint; see `Unit`."""
+
+    def __init__(self, layers: Sequence[Streamed], dtype: torch.dtype) -> None:
+        self.layers, self.dtype = layers, dtype
+        self.checked = False
+        self.nbytes = sum(-(-self._size(each) // ALIGNED) * ALIGNED for each in layers)
+        self.moved = sum(each.source.nbytes for each in layers)
+
+    def views(self, memory: Tensor) -> Views:
+        """Return each layer's weight as it lies in a buffer, its rows those of memory, by the layer's id."""
+        found: Views = {}
+        begin = 0
+        for place, each in enumerate(self.layers):
+            rows, length = each.shape
+            if each.beside:
+                continue
+            pair = place + 1 < len(self.layers) and self.layers[place + 1].beside
+            width = 2 * length if pair else length
+            size = rows * width * self.dtype.itemsize
+            whole = memory[begin : begin + size].view(self.dtype).view(rows, width)
+            found[id(each.layer)] = whole[:, :length]
+            if pair:
+                found[id(self.layers[place + 1].layer)] = whole[:, length:]
+            begin += -(-size // ALIGNED) * ALIGNED
+        return found
+
+    def tasks(self, views: Views, memory: Tensor) -> Iterator[Task]:
+        """Yield what reads the layers, some rows at a time; each task raises FileError where they cannot be read."""
+        check, self.checked = not self.checked, True
+        for each in self.layers:
+            target = views[id(each.layer)]
+            target = target.t() if each.transposed else target
+            for begin, end in each.source.chunks(CHUNK):
+                yield partial(_fill, target[begin:end], each.source, (begin, end), check)
+
+    def _size(self, each: Streamed) -> int:
+        rows, length = each.shape
+        return rows * length * self.dtype.itemsize
+
+
+def _fill(target: Tensor, source: Stored, rows: tuple[int, int], check: bool) -> int:
+    """Read rows of a tensor into target [n, length] of any strides; return how many bytes were read.
+
+    check  raise ModelError where a number is not finite
+    """
+    found = source.rows(*rows)
+    if check and not bool(found.isfinite().all()):
+        raise ModelError(
+            f"{source.name} holds numbers that are not finite (NaN or infinite), among rows {rows[0]} to {rows[1]}; "
+            "the checkpoint is damaged"
+        )
+    put(target, found)
+    return (rows[1] - rows[0]) * source.row_bytes
+
+
+def put(target: Tensor, source: Tensor) -> None:
+    """Copy a tensor into another one of any strides, in this thread alone where both are of one dtype."""
+    if target.dtype is source.dtype and target.device.type == "cpu":
+        np.copyto(_numbers(target), _numbers(source))
+    else:
+        target.copy_(source)
+
+
+def _numbers(tensor: Tensor) -> np.ndarray:
+    return tensor.detach().view(WHOLE[tensor.dtype.itemsize]).numpy()
+
+
+class Held:
+    """The same layers kept in the host's memory, as they lie in a buffer; see `Unit`."""
+
+    def __init__(self, block: Block, pin: bool = False) -> None:
+        """Read the block's layers once."""
+        self.block, self.nbytes, self.moved = block, block.nbytes, block.nbytes
+        self.memory = torch.empty(block.nbytes, dtype=torch.uint8, pin_memory=pin)
+        for task in block.tasks(block.views(self.memory), self.memory):
+            task()
+
+    def views(self, memory: Tensor) -> Views:
+        """Return each layer's weight as it lies in a buffer, by the layer's id."""
+        return self.block.views(memory)
+
+    def tasks(self, views: Views, memory: Tensor) -> Iterator[Task]:
+        """Yield what copies the layers into a buffer, part by part; a GPU's are copied as a whole."""
+        step = CHUNK if memory.device.type == "cpu" else self.nbytes
+        for begin in range(0, self.nbytes, step):
+            yield partial(_copy, memory[begin : begin + step], self.memory[begin : begin + step])
+
+
+def _copy(target: Tensor, source: Tensor) -> int:
+    if target.device.type == "cpu":
+        np.copyto(target.numpy(), source.numpy())
+    else:
+        target.copy_(source, non_blocking=True)
+    return len(target)
+
+
+class Stream(Placed):
+    """Makes the matrices of a model's layers; those that lie elsewhere come through a ring of buffers."""
+
+    def __init__(self, blocks: Sequence[Block], ring: Ring[Views]) -> None:
+        """Bring `blocks` by a ring of theirs; they come in the order in which passes use them."""
+        self.ring = ring
+        self.of = {id(each.layer): number for number, block in enumerate(blocks) for each in block.layers}
+        self.turned = {id(each.layer) for block in blocks for each in block.layers if each.transposed}
+
+    @property
+    def moved(self) -> int:
+        """The bytes that have crossed the link so far."""
+        return self.ring.mover.moved
+
+    def __call__(self, layer: nn.Linear, transposed: bool = False) -> Dense:
+        number = self.of.get(id(layer))
+        if number is None:
+            return dense(layer, transposed)
+        rows = self.ring.enter(number)[id(layer)]
+        return Dense(rows if transposed == (id(layer) in self.turned) else rows.t(), layer.bias)
