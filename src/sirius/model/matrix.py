@@ -97,6 +97,22 @@ class Dense(NamedTuple):
 MakeMatrix = Callable[[nn.Linear, bool], Matrix]
 
 
+class Shelf(Protocol):
+    """Holds what drafts read of layers whose blocks do not stay in memory; it is filled before it is read."""
+
+    def takes(self, layer: nn.Linear) -> bool:
+        """Tell whether a layer's block does not stay."""
+        ...
+
+    def put(self, layer: nn.Linear, value: Any) -> None:
+        """Take what a draft reads of a layer: a named tuple that holds tensors."""
+        ...
+
+    def get(self, layer: nn.Linear) -> Any:
+        """Return it; it stays only until that of another block is asked for."""
+        ...
+
+
 class Placed(ABC):
     """Makes dense matrices of layers whose weights lie elsewhere between passes; they are brought when they are used.
 
@@ -107,6 +123,14 @@ class Placed(ABC):
     def __call__(self, layer: nn.Linear, transposed: bool = False) -> Dense:
         """Return a layer's weights, which stay only until the next block's are asked for; see `dense`."""
 
+    @abstractmethod
+    def rounded_shelf(self) -> Shelf:
+        """Return an empty shelf for weights of fewer bits, by their layers."""
+
+    @abstractmethod
+    def kept_shelf(self) -> Shelf:
+        """Return an empty shelf for the neurons that a draft keeps, by their down layers."""
+
 
 def dense(layer: nn.Linear, transposed: bool = False) -> Dense:
     """Return a layer's weights where they lie.
@@ -114,6 +138,11 @@ def dense(layer: nn.Linear, transposed: bool = False) -> Dense:
     transposed  take the columns of the layer's weight for rows: its inputs are the neurons, as in an MLP's down layer
     """
     return Dense(layer.weight.t() if transposed else layer.weight, layer.bias)
+
+
+def is_replayable(make: MakeMatrix) -> bool:
+    """Tell whether passes with the matrices made may be captured, as far as it is known before they are made."""
+    return getattr(make, "replayable", not isinstance(make, Placed))
 
 
 def makes_dense(make: MakeMatrix) -> bool:

@@ -50,6 +50,11 @@ class SparseMLP(Part):
         return self._linear("down").in_features
 
     @property
+    def down(self) -> nn.Linear:
+        """Its down layer."""
+        return self._linear("down")
+
+    @property
     def in_memory(self) -> bool:
         """Whether its weights stay in memory between passes."""
         return not any(each.is_meta for each in self.parameters())

@@ -135,26 +135,44 @@ class Twin:
 
     bits    4 or 8
     nbytes  bytes of the rounded weights
+    shelf   holds those that do not stay in memory
     """
 
     def __init__(self, model: PreTrainedModel, bits: int, advance: Callable[[float], None] = lambda done: None) -> None:
         """Round every linear layer of a prepared model; `advance` is told the share that is done, 0 to 1."""
-        self.bits = bits
+        self.bits, self.nbytes, self.shelved = bits, 0, False
         self.weights: dict[int, Quantized] = {}
         self.head = id(cast("nn.Module", model.get_output_embeddings()))
         layers = [cast("nn.Linear", layer) for _, layer in parts_of(model, MatrixLinear)]
-        made = prepared_of(model).matrix
-        weight_of = (lambda layer: made(layer).weight) if isinstance(made, Placed) else (lambda layer: layer.weight)
         total, done = sum(layer.weight.numel() for layer in layers), 0
+        made = prepared_of(model).matrix
+        placed = made if isinstance(made, Placed) else None
+        self.shelf = placed.rounded_shelf() if placed else None
         with torch.no_grad():
             for layer in layers:
-                self.weights[id(layer)] = ops.quantize(weight_of(layer).detach(), bits)
+                weight = placed(layer).weight if placed else layer.weight
+                self._add(layer, ops.quantize(weight.detach(), bits))
                 advance((done := done + layer.weight.numel()) / total)
-        self.nbytes = sum(each.nbytes for each in self.weights.values())
+
+    @property
+    def replayable(self) -> bool:
+        """Whether all rounded weights stay where they are."""
+        return not self.shelved
+
+    def _add(self, layer: nn.Linear, weight: Quantized) -> None:
+        self.nbytes += weight.nbytes
+        if self.shelf is not None and self.shelf.takes(layer):
+            self.shelf.put(layer, weight)
+            self.shelved = True
+        else:
+            self.weights[id(layer)] = weight
 
     def __call__(self, layer: nn.Linear, transposed: bool = False) -> Matrix:
         """Return a layer's matrix, see `MakeMatrix`."""
-        weight = self.weights[id(layer)]
+        weight = self.weights.get(id(layer))
+        if weight is None:
+            assert self.shelf is not None
+            weight = self.shelf.get(layer)
         if transposed:
             return QuantizedColumns(weight, layer.bias)
         rows = QuantizedRows(weight, layer.bias)

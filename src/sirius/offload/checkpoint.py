@@ -109,6 +109,13 @@ class File:
                 os.posix_fadvise(self._opened(), first, span, os.POSIX_FADV_DONTNEED)
         return memory[begin - first : begin - first + count]
 
+    def open(self) -> None:
+        """Open the file now; raise FileError where that cannot be."""
+        try:
+            self._opened()
+        except OSError as error:
+            raise FileError(f"cannot open {self.path}: {error.strerror or error}") from error
+
     def close(self) -> None:
         """Close the file; a later read opens it again."""
         with self.lock:

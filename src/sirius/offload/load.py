@@ -18,7 +18,8 @@ from sirius.model.prepare import prepare
 from sirius.model.prepared import prepared_of
 from sirius.offload.checkpoint import Stored, read_checkpoint
 from sirius.offload.ring import Mover, Ring
-from sirius.offload.stream import Block, Held, Stream, Streamed, put
+from sirius.offload.shelf import FileStore, HostStore
+from sirius.offload.stream import Block, Held, Shelves, Stream, Streamed, put
 
 
 @dataclass(frozen=True)
@@ -96,13 +97,18 @@ def match(source: Source, model: PreTrainedModel, stored: dict[str, Stored]) -> 
 
 @dataclass(frozen=True)
 class Staying:
-    """Which linear layers of each block stay in memory, block by block.
+    """What stays in memory of each block, block by block.
 
-    buffers  how many blocks' other layers may be there at a time
+    attention, mlp  its linear layers
+    rounded         their weights of fewer bits
+    kept            the neurons that a draft keeps
+    buffers         how many blocks' other layers may be there at a time
     """
 
     attention: Sequence[bool]
     mlp: Sequence[bool]
+    rounded: Sequence[bool]
+    kept: Sequence[bool]
     buffers: int
 
 
@@ -123,7 +129,10 @@ def fill(
     _bring(model, {key: each for key, each in where.items() if key not in layers})
     if away:
         units = [Held(block, pin=False) if held else block for block in away]
-        prepared_of(model).matrix = Stream(away, Ring(units, staying.buffers, make_mover()))
+        shelves = Shelves(
+            _shelved(found, staying.rounded), _shelved(found, staying.kept), HostStore if held else FileStore
+        )
+        prepared_of(model).matrix = Stream(away, Ring(units, staying.buffers, make_mover()), shelves)
         tried = [each for each in found[0].mlp.values() if each.weight.is_meta]
         sources = {id(each): where[id(each.weight)] for each in tried}
         for layer in tried:
@@ -133,6 +142,16 @@ def fill(
             layer.weight = nn.Parameter(layer.weight.detach().to("meta"))
     else:
         prepare(model)
+
+
+def _shelved(found: Sequence[Layers], stays: Sequence[bool]) -> dict[int, int]:
+    """Return the block of each layer, by the layer's id, where something of the block does not stay."""
+    return {
+        id(each): number
+        for number, layers in enumerate(found)
+        if not stays[number]
+        for each in (*layers.attention, *layers.mlp.values())
+    }
 
 
 def _away(found: Sequence[Layers], where: dict[int, Stored], staying: Staying) -> list[Block]:

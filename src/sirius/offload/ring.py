@@ -15,6 +15,7 @@ from torch import Tensor
 from sirius.model.memory import page_aligned
 
 V = TypeVar("V")
+CHUNK = 1 << 23  # bytes that a thread brings at a time
 READERS = 3  # threads; a disk gives its bandwidth to several reads at a time
 Task = Callable[[], int]  # brings a part of a unit and returns its bytes
 

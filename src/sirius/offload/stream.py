@@ -1,6 +1,6 @@
 """The layers of a model whose blocks partly lie elsewhere: on disk, or in the host's memory."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from sirius.errors import ModelError
 from sirius.model.matrix import Dense, Placed, dense
 from sirius.offload.checkpoint import Stored
-from sirius.offload.ring import Ring, Task
+from sirius.offload.ring import CHUNK, Ring, Task
+from sirius.offload.shelf import BlockShelf, HostStore, Store
 
-CHUNK = 1 << 23  # bytes that a thread brings at a time
 ALIGNED = 4096  # bytes; where weights begin in a buffer
 WHOLE = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # what numbers of a width are copied as
 Views = dict[int, Tensor]
@@ -137,12 +137,20 @@ def _copy(target: Tensor, source: Tensor) -> int:
     return len(target)
 
 
+class Shelves(NamedTuple):
+    """Which blocks have what drafts read of them elsewhere, each layer's block by its id, and where."""
+
+    rounded: dict[int, int]
+    kept: dict[int, int]
+    make_store: Callable[[], Store]
+
+
 class Stream(Placed):
     """Makes the matrices of a model's layers; those that lie elsewhere come through a ring of buffers."""
 
-    def __init__(self, blocks: Sequence[Block], ring: Ring[Views]) -> None:
+    def __init__(self, blocks: Sequence[Block], ring: Ring[Views], shelves: Shelves) -> None:
         """Bring `blocks` by a ring of theirs; they come in the order in which passes use them."""
-        self.ring = ring
+        self.ring, self.shelves = ring, shelves
         self.of = {id(each.layer): number for number, block in enumerate(blocks) for each in block.layers}
         self.turned = {id(each.layer) for block in blocks for each in block.layers if each.transposed}
 
@@ -157,3 +165,15 @@ class Stream(Placed):
             return dense(layer, transposed)
         rows = self.ring.enter(number)[id(layer)]
         return Dense(rows if transposed == (id(layer) in self.turned) else rows.t(), layer.bias)
+
+    def rounded_shelf(self) -> BlockShelf:
+        """Return an empty shelf for weights of fewer bits."""
+        return self._shelf(self.shelves.rounded)
+
+    def kept_shelf(self) -> BlockShelf:
+        """Return an empty shelf for the neurons that a draft keeps."""
+        return self._shelf(self.shelves.kept)
+
+    def _shelf(self, of: dict[int, int]) -> BlockShelf:
+        ring = self.ring
+        return BlockShelf(of, self.shelves.make_store() if of else HostStore(), len(ring.memories), ring.mover)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sirius.errors import ConfigError
-from sirius.model.matrix import MakeMatrix, Neurons, Placed, dense
+from sirius.model.matrix import MakeMatrix, Neurons, Placed, Shelf, dense
 from sirius.model.mlp import SparseMLP
 from sirius.model.prepared import Pass
 from sirius.sparsity.base import PromptSparsity, Sparsity, TokenSparsity
@@ -35,6 +35,17 @@ class Packed:
 
     def __call__(self, mlp: SparseMLP, x: Tensor, now: Pass) -> Tensor:
         return self.neurons.mlp(x, mlp.activation, None, now.invariant)
+
+
+class Shelved:
+    """The sparse route of fixed neurons that were copied once, and do not stay in memory between passes."""
+
+    def __init__(self, shelf: Shelf) -> None:
+        self.shelf = shelf
+
+    def __call__(self, mlp: SparseMLP, x: Tensor, now: Pass) -> Tensor:
+        neurons: Neurons = self.shelf.get(mlp.down)
+        return neurons.mlp(x, mlp.activation, None, now.invariant)
 
 
 class Indexed:
@@ -142,14 +153,28 @@ def fixed_routes(
     else:
         sets = [[method.select(layer) for method in methods] for layer in range(len(mlps))]
     _check(first, sets, mlps)
+    if isinstance(matrix, Placed):
+        shelf = matrix.kept_shelf()
+        return [_placed_route(each, mlp, matrix, shelf) for each, mlp in zip(sets, mlps, strict=True)]
     return [_fixed_route(each, mlp, matrix) for each, mlp in zip(sets, mlps, strict=True)]
 
 
 def _fixed_route(sets: list[Tensor], mlp: SparseMLP, matrix: MakeMatrix) -> Route | None:
     if all(len(index) == mlp.size for index in sets):
         return None
-    neurons, away = mlp.neurons_by(matrix), isinstance(matrix, Placed) and not mlp.in_memory
-    return Packed(neurons.rows(sets)) if away or neurons.copied else Indexed(*sets)
+    neurons = mlp.neurons_by(matrix)
+    return Packed(neurons.rows(sets)) if neurons.copied else Indexed(*sets)
+
+
+def _placed_route(sets: list[Tensor], mlp: SparseMLP, matrix: Placed, shelf: Shelf) -> Route | None:
+    """Return the route of an MLP whose weights may lie elsewhere: its neurons are copied while they are here."""
+    if mlp.in_memory or all(len(index) == mlp.size for index in sets):
+        return _fixed_route(sets, mlp, matrix)
+    neurons = mlp.neurons_by(matrix).rows(sets)
+    if not shelf.takes(mlp.down):
+        return Packed(neurons)
+    shelf.put(mlp.down, neurons)
+    return Shelved(shelf)
 
 
 def overwrite(old: Route | None, new: Route | None) -> bool:

@@ -19,7 +19,7 @@ from sirius.model.attention import MaskChanged
 from sirius.model.find import check_mode, dropouts
 from sirius.model.inputs import cache_argument
 from sirius.model.limits import rescaling_length
-from sirius.model.matrix import MakeMatrix, Placed, makes_dense
+from sirius.model.matrix import MakeMatrix, Placed, is_replayable, makes_dense
 from sirius.model.mlp import SparseMLP, check_layers
 from sirius.model.prepared import Pass, Prepared, Slots, prepared_of
 from sirius.runtime.cache import SlotCache
@@ -231,7 +231,7 @@ class Session:
         tensors = {"written": now.slots.written, "mask": now.mask, "held": now.held, "branches": now.branches}
         cache = self._cache_arguments()
         model, compiled = (partial(_read, each, self.prepared, cache, now) for each in (self.model, self.forward))
-        if not self.captures or isinstance(now.matrix, Placed):
+        if not self.captures or not is_replayable(now.matrix):
             return model(**inputs, **tensors)
         apart = window.apart and isinstance(self.shared, TokenSparsity)
         key = mode, now.mask.shape, apart, torch.get_num_threads()
@@ -361,6 +361,8 @@ class Session:
             return [Chosen(self.shared, layer, None) for layer in range(len(self.mlps))]
         if self.drafts is None:
             prompts = [method for method in self.methods if isinstance(method, PromptSparsity)]
+            if isinstance(self.draft, Placed):  # there is no memory for another copy of neurons beside the last one
+                self.space.drafts.clear()
             chosen = fixed_routes(prompts, self.mlps, self.draft)
             self.drafts = self.space.renew(chosen, len(prompts))
         return self.drafts

@@ -1,0 +1,198 @@
+"""What drafts read and memory has no room for: made once, written to a slower place, brought at each draft pass."""
+
+import os
+import tempfile
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from sirius.errors import FileError
+from sirius.offload.checkpoint import PAGE, File
+from sirius.offload.ring import CHUNK, Mover, Ring, Task
+
+Read = Callable[[int, Tensor], int]  # brings bytes, from a first one on, into a buffer; returns how many
+
+
+class Store(ABC):
+    """A place outside of the device's memory."""
+
+    @abstractmethod
+    def write(self, parts: Sequence[Tensor]) -> Read:
+        """Write parts [n] uint8 one behind the other, each at a multiple of `PAGE`; return what reads them."""
+
+
+class HostStore(Store):
+    """The host's memory.
+
+    pin  keep it where a GPU can read it
+    """
+
+    def __init__(self, pin: bool = False) -> None:
+        self.pin = pin
+
+    def write(self, parts: Sequence[Tensor]) -> Read:
+        held = torch.empty(sum(_room(len(each)) for each in parts), dtype=torch.uint8, pin_memory=self.pin)
+        begin = 0
+        for each in parts:
+            held[begin : begin + len(each)] = each
+            begin += _room(len(each))
+        return partial(_copy, held)
+
+
+class FileStore(Store):
+    """A file without a name, which is gone with the process."""
+
+    def __init__(self, folder: Path | None = None) -> None:
+        """Make a file in a folder, None: the system's for temporary files; raise FileError where that cannot be."""
+        self.end = 0
+        try:
+            self.handle, path = tempfile.mkstemp(prefix="sirius-", dir=folder)
+        except OSError as error:
+            raise FileError(f"cannot make a temporary file: {error}; set TMPDIR to a folder with room") from error
+        self.file = File(Path(path))
+        self.file.open()
+        os.unlink(path)
+
+    def __del__(self) -> None:
+        if hasattr(self, "file"):
+            self.file.close()
+            os.close(self.handle)
+
+    def write(self, parts: Sequence[Tensor]) -> Read:
+        begin = self.end
+        for each in parts:
+            self._write(each.cpu().numpy())
+        os.fdatasync(self.handle)
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self.handle, begin, self.end - begin, os.POSIX_FADV_DONTNEED)
+        return partial(self._read, begin)
+
+    def _write(self, part: np.ndarray) -> None:
+        """Write bytes at the end, up to a whole page; raise FileError where there is no room."""
+        padded = memoryview(np.concatenate([part, np.zeros(_room(len(part)) - len(part), np.uint8)]))
+        until = self.end + len(padded)
+        try:
+            while padded:
+                count = os.pwrite(self.handle, padded, self.end)
+                padded, self.end = padded[count:], self.end + count
+        except OSError as error:
+            raise FileError(
+                f"cannot write byte {self.end} of {until} to a temporary file in {self.file.path.parent}: "
+                f"{error.strerror}; set TMPDIR to a folder with more room, or raise the memory budget"
+            ) from error
+
+    def _read(self, first: int, begin: int, target: Tensor) -> int:
+        np.copyto(target.numpy(), self.file.read(first + begin, len(target)))
+        return len(target)
+
+
+class _Place(NamedTuple):
+    """A tensor among the bytes of a bag."""
+
+    begin: int
+    dtype: torch.dtype
+    shape: torch.Size
+
+    @property
+    def nbytes(self) -> int:
+        return self.shape.numel() * self.dtype.itemsize
+
+
+class _Bag:
+    """What drafts read of one block, by its layers; see `Unit`."""
+
+    def __init__(self, values: dict[int, Any], store: Store) -> None:
+        """Write values, named tuples that hold tensors, to a store."""
+        self.places: list[_Place] = []
+        parts: list[Tensor] = []
+        self.values = {key: self._taken(value, parts) for key, value in values.items()}
+        self.nbytes = self.moved = sum(_room(each.nbytes) for each in self.places)
+        self.read = store.write(parts)
+
+    def views(self, memory: Tensor) -> dict[int, Any]:
+        """Return the values as they lie in a buffer."""
+        return {key: _rebuilt(value, memory) for key, value in self.values.items()}
+
+    def tasks(self, views: Any, memory: Tensor) -> Iterator[Task]:
+        """Yield what copies the tensors into a buffer, part by part."""
+        step = CHUNK if memory.device.type == "cpu" else self.nbytes
+        for begin in range(0, self.nbytes, step):
+            yield partial(self.read, begin, memory[begin : min(begin + step, self.nbytes)])
+
+    def _taken(self, value: Any, parts: list[Tensor]) -> Any:
+        """Return a value with places for its tensors, which are added to `parts` as bytes; biases stay."""
+        if isinstance(value, Tensor):
+            begin = sum(_room(each.nbytes) for each in self.places)
+            self.places.append(place := _Place(begin, value.dtype, value.shape))
+            parts.append(value.contiguous().view(-1).view(torch.uint8))
+            return place
+        if isinstance(value, tuple):
+            return type(value)(*(self._taken(each, parts) for each in value))
+        return value
+
+
+class BlockShelf:
+    """Values by layers; those of one block come together, in the order in which they were put here.
+
+    It is filled before it is read.
+    """
+
+    def __init__(self, blocks: dict[int, int], store: Store, buffers: int, mover: Mover) -> None:
+        """Take values of the layers in `blocks`, each layer's block by its id."""
+        self.blocks, self.store, self.buffers, self.mover = blocks, store, buffers, mover
+        self.open: dict[int, Any] = {}  # of the block that is being filled
+        self.bags: list[_Bag] = []
+        self.of: dict[int, int] = {}  # each block's bag
+        self.ring: Ring[dict[int, Any]] | None = None
+
+    def takes(self, layer: nn.Linear) -> bool:
+        """Tell whether a layer's block does not stay in memory."""
+        return id(layer) in self.blocks
+
+    def put(self, layer: nn.Linear, value: Any) -> None:
+        """Take a layer's value, a named tuple with tensors; raise FileError where there is no room for it."""
+        block = self.blocks[id(layer)]
+        if self.open and block not in self.of:
+            self._close()
+        self.of.setdefault(block, len(self.bags))
+        self.open[id(layer)] = value
+
+    def get(self, layer: nn.Linear) -> Any:
+        """Return a layer's value, which stays only until another block's is asked for; raise FileError."""
+        if self.ring is None:
+            self._close()
+            self.ring = Ring(self.bags, self.buffers, self.mover)
+        return self.ring.enter(self.of[self.blocks[id(layer)]])[id(layer)]
+
+    def _close(self) -> None:
+        self.bags.append(_Bag(self.open, self.store))
+        self.open = {}
+
+
+def _room(count: int) -> int:
+    """Return the bytes of whole pages that hold so many."""
+    return -(-count // PAGE) * PAGE
+
+
+def _copy(held: Tensor, begin: int, target: Tensor) -> int:
+    source = held[begin : begin + len(target)]
+    if target.device.type == "cpu":
+        np.copyto(target.numpy(), source.numpy())
+    else:
+        target.copy_(source, non_blocking=True)
+    return len(target)
+
+
+def _rebuilt(value: Any, memory: Tensor) -> Any:
+    """Return a value with tensors where their places are."""
+    if isinstance(value, _Place):
+        return memory[value.begin : value.begin + value.nbytes].view(value.dtype).view(value.shape)
+    if isinstance(value, tuple):
+        return type(value)(*(_rebuilt(each, memory) for each in value))
+    return value
