@@ -1,7 +1,8 @@
 """Load a model of which a part stays in memory, while the rest comes from its files or from the host's memory."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -17,7 +18,7 @@ from sirius.model.loading import Source, check_complete
 from sirius.model.prepare import prepare
 from sirius.model.prepared import prepared_of
 from sirius.offload.checkpoint import Stored, read_checkpoint
-from sirius.offload.ring import Mover, Ring
+from sirius.offload.ring import CudaMover, Mover, Pool, Ring, ThreadMover, Throttle
 from sirius.offload.shelf import FileStore, HostStore
 from sirius.offload.stream import Block, Held, Shelves, Stream, Streamed, put
 
@@ -112,36 +113,48 @@ class Staying:
     buffers: int
 
 
-def fill(
-    model: PreTrainedModel, where: dict[int, Stored], staying: Staying, make_mover: Callable[[], Mover], held: bool
-) -> None:
-    """Bring a model's weights from meta to its device, but for those that do not stay; then prepare it.
+@dataclass(frozen=True)
+class Way:
+    """How weights that do not stay in memory come to a device.
 
-    where       each parameter's place, by its id
-    make_mover  makes what brings the others
-    held        keep the others in the host's memory; otherwise they are read from their files each time
+    held        from the host's memory, where they are kept; otherwise from their files
+    throttle    what bounds the bytes per second, on a CPU
+    """
+
+    device: torch.device
+    held: bool
+    throttle: float | None = None
+
+    def make_mover(self) -> Mover:
+        """Return what brings them."""
+        return ThreadMover(Throttle(self.throttle)) if self.device.type == "cpu" else CudaMover(self.device)
+
+
+def fill(model: PreTrainedModel, where: dict[int, Stored], staying: Staying, way: Way) -> None:
+    """Bring a model's weights from meta to a device, but for those that do not stay; then prepare it.
+
+    where  each parameter's place, by its id
 
     Raises what `prepare` raises, FileError where a file cannot be read, and ModelError of numbers that are not finite.
     """
     found = layers_of(model)
     away = _away(found, where, staying)
-    layers = {id(each.layer.weight): each.layer for block in away for each in block.layers}
-    _bring(model, {key: each for key, each in where.items() if key not in layers})
-    if away:
-        units = [Held(block, pin=False) if held else block for block in away]
-        shelves = Shelves(
-            _shelved(found, staying.rounded), _shelved(found, staying.kept), HostStore if held else FileStore
-        )
-        prepared_of(model).matrix = Stream(away, Ring(units, staying.buffers, make_mover()), shelves)
-        tried = [each for each in found[0].mlp.values() if each.weight.is_meta]
-        sources = {id(each): where[id(each.weight)] for each in tried}
-        for layer in tried:
-            layer.weight = nn.Parameter(_whole(sources[id(layer)], layer.weight))
+    absent = {id(each.layer.weight) for block in away for each in block.layers}
+    _bring(model, {key: each for key, each in where.items() if key not in absent}, way.device)
+    if not away:
         prepare(model)
-        for layer in tried:
-            layer.weight = nn.Parameter(layer.weight.detach().to("meta"))
-    else:
-        prepare(model)
+        return
+    units = [Held(block, pin=way.device.type == "cuda") if way.held else block for block in away]
+    pool = Pool(max(each.nbytes for each in units), staying.buffers, way.make_mover())
+    store = partial(HostStore, way.device.type == "cuda") if way.held else FileStore
+    shelves = Shelves(_shelved(found, staying.rounded), _shelved(found, staying.kept), store)
+    prepared_of(model).matrix = Stream(away, Ring(units, pool), shelves)
+    tried = [each for each in found[0].mlp.values() if each.weight.is_meta]  # the other blocks' MLPs are alike
+    for layer in tried:
+        layer.weight = nn.Parameter(_whole(where[id(layer.weight)], layer.weight, way.device))
+    prepare(model)
+    for layer in tried:
+        layer.weight = nn.Parameter(layer.weight.detach().to("meta"))
 
 
 def _shelved(found: Sequence[Layers], stays: Sequence[bool]) -> dict[int, int]:
@@ -182,7 +195,7 @@ def _shapes(layers: dict[str, nn.Linear]) -> tuple[tuple[int, ...], tuple[int, .
     return tuple(layers["up"].weight.shape), tuple(layers["down"].weight.t().shape)
 
 
-def _bring(model: PreTrainedModel, where: dict[int, Stored]) -> None:
+def _bring(model: PreTrainedModel, where: dict[int, Stored], device: torch.device) -> None:
     """Put parameters of a model into memory, shared ones once."""
     brought: dict[int, nn.Parameter] = {}
     for module in model.modules():
@@ -190,13 +203,13 @@ def _bring(model: PreTrainedModel, where: dict[int, Stored]) -> None:
             if parameter is None or (stored := where.get(id(parameter))) is None:
                 continue
             if id(parameter) not in brought:
-                brought[id(parameter)] = nn.Parameter(_whole(stored, parameter), parameter.requires_grad)
+                brought[id(parameter)] = nn.Parameter(_whole(stored, parameter, device), parameter.requires_grad)
             module._parameters[name] = brought[id(parameter)]
 
 
-def _whole(stored: Stored, like: Tensor) -> Tensor:
+def _whole(stored: Stored, like: Tensor, device: torch.device) -> Tensor:
     """Return a stored tensor in memory, in the dtype of a parameter."""
-    found = torch.empty(stored.shape, dtype=like.dtype)
+    found = torch.empty(stored.shape, dtype=like.dtype, device=device)
     if not stored.shape:
         return found.copy_(stored.whole())
     for begin, end in stored.chunks(1 << 23):

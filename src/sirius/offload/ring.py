@@ -1,6 +1,7 @@
 """A few buffers that take turns: while one unit of weights is used, the next ones are on their way."""
 
 import time
+import weakref
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
@@ -143,22 +144,39 @@ class CudaMover(Mover):
         return event
 
 
+class Pool:
+    """Buffers that rings share. What a ring needs now goes before what another one has brought ahead."""
+
+    def __init__(self, size: int, count: int, mover: Mover) -> None:
+        """Make `count` buffers of `size` bytes, where passes read weights."""
+        self.size, self.mover = size, mover
+        self.memories = [mover.memory(size) for _ in range(count)]
+        self.free: deque[tuple[int, Any]] = deque((number, None) for number in range(count))  # from an event on
+        self.rings: weakref.WeakSet[Ring[Any]] = weakref.WeakSet()
+
+    def take(self, ring: "Ring[Any]") -> tuple[int, Any]:
+        """Return a buffer, and the event from which on it is free, for what a ring needs now."""
+        for other in [each for each in self.rings if each is not ring]:
+            other.leave()
+        if not self.free:
+            max(self.rings, key=lambda each: (each is not ring, len(each.coming))).drop_last()
+        return self.free.popleft()
+
+
 class Ring(Generic[V]):
     """Units in the order in which passes use them, again and again; the next ones come while one is used.
 
-    Whoever uses it holds the model's lock. Out of order, a unit is waited for as it comes.
+    Whoever uses it holds the model's lock. A unit that is asked for out of order is waited for.
     """
 
-    def __init__(self, units: Sequence[Unit[V]], buffers: int, mover: Mover) -> None:
-        """Hold `buffers` buffers for the largest unit; nothing comes before a unit is asked for."""
-        self.units, self.mover = units, mover
-        size = max(each.nbytes for each in units)
-        memories = [mover.memory(size) for _ in range(min(buffers, len(units)))]
-        self.views = [[unit.views(memory) for memory in memories] for unit in units]
-        self.memories = memories
-        self.free: deque[tuple[int, Any]] = deque((number, None) for number in range(len(memories)))
+    def __init__(self, units: Sequence[Unit[V]], pool: Pool) -> None:
+        """Bring units into the buffers of a pool; nothing comes before a unit is asked for."""
+        assert max(each.nbytes for each in units) <= pool.size, "a unit is larger than the buffers"
+        self.units, self.pool = units, pool
+        self.views: dict[tuple[int, int], V] = {}  # of a unit in a buffer
         self.coming: deque[tuple[int, int, Any]] = deque()  # unit, buffer, arrival
         self.held: tuple[int, int] | None = None  # the unit in use, and its buffer
+        pool.rings.add(self)
 
     def enter(self, number: int) -> V:
         """Return the views of a unit, waiting until it is there; the last one's are not to be used any more.
@@ -166,45 +184,48 @@ class Ring(Generic[V]):
         Raises FileError where it cannot be read; it may be asked for again.
         """
         if self.held is not None and self.held[0] == number:
-            return self.views[number][self.held[1]]
+            return self.views[self.held]
         self.leave()
         while self.coming and self.coming[0][0] != number:
-            self._drop()
+            self._drop(self.coming.popleft())
         if not self.coming:
-            self._send(number)
-        _, buffer, arrival = self.coming[0]
+            self._send(number, *self.pool.take(self))
         try:
-            self.mover.wait(arrival)
+            self.pool.mover.wait(self.coming[0][2])
         except BaseException:
             while self.coming:
-                self._drop()
+                self._drop(self.coming.popleft())
             raise
-        self.coming.popleft()
-        self.held = number, buffer
+        unit, buffer, _ = self.coming.popleft()
+        self.held = unit, buffer
         self._send_ahead()
-        return self.views[number][buffer]
+        return self.views[unit, buffer]
 
     def leave(self) -> None:
         """Let the buffer of the unit in use take another one."""
         if self.held is not None:
-            self.free.append((self.held[1], self.mover.used()))
+            self.pool.free.append((self.held[1], self.pool.mover.used()))
             self.held = None
+
+    def drop_last(self) -> None:
+        """Let the buffer of the unit that was to come last take another one."""
+        self._drop(self.coming.pop())
 
     def _send_ahead(self) -> None:
         assert self.held is not None
         last = self.coming[-1][0] if self.coming else self.held[0]
-        while self.free and len(self.coming) + 1 < len(self.units):
+        while self.pool.free and len(self.coming) + 1 < len(self.units):
             last = (last + 1) % len(self.units)
-            self._send(last)
+            self._send(last, *self.pool.free.popleft())
 
-    def _send(self, number: int) -> None:
-        buffer, event = self.free.popleft()
-        arrival = self.mover.send(self.units[number], self.views[number][buffer], self.memories[buffer], event)
-        self.coming.append((number, buffer, arrival))
+    def _send(self, number: int, buffer: int, event: Any) -> None:
+        if (number, buffer) not in self.views:
+            self.views[number, buffer] = self.units[number].views(self.pool.memories[buffer])
+        memory, views = self.pool.memories[buffer], self.views[number, buffer]
+        self.coming.append((number, buffer, self.pool.mover.send(self.units[number], views, memory, event)))
 
-    def _drop(self) -> None:
-        """Wait for the unit that comes next, and let its buffer take another one."""
-        _, buffer, arrival = self.coming.popleft()
+    def _drop(self, coming: tuple[int, int, Any]) -> None:
+        """Wait for a unit that is not used after all."""
         with suppress(Exception):  # whoever asks for this unit is told
-            self.mover.wait(arrival)
-        self.free.append((buffer, self.mover.used()))
+            self.pool.mover.wait(coming[2])
+        self.pool.free.append((coming[1], self.pool.mover.used()))

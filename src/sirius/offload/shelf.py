@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sirius.errors import FileError
 from sirius.offload.checkpoint import PAGE, File
-from sirius.offload.ring import CHUNK, Mover, Ring, Task
+from sirius.offload.ring import CHUNK, Pool, Ring, Task
 
 Read = Callable[[int, Tensor], int]  # brings bytes, from a first one on, into a buffer; returns how many
 
@@ -143,9 +143,9 @@ class BlockShelf:
     It is filled before it is read.
     """
 
-    def __init__(self, blocks: dict[int, int], store: Store, buffers: int, mover: Mover) -> None:
+    def __init__(self, blocks: dict[int, int], store: Store, pool: Pool) -> None:
         """Take values of the layers in `blocks`, each layer's block by its id."""
-        self.blocks, self.store, self.buffers, self.mover = blocks, store, buffers, mover
+        self.blocks, self.store, self.pool = blocks, store, pool
         self.open: dict[int, Any] = {}  # of the block that is being filled
         self.bags: list[_Bag] = []
         self.of: dict[int, int] = {}  # each block's bag
@@ -167,7 +167,7 @@ class BlockShelf:
         """Return a layer's value, which stays only until another block's is asked for; raise FileError."""
         if self.ring is None:
             self._close()
-            self.ring = Ring(self.bags, self.buffers, self.mover)
+            self.ring = Ring(self.bags, self.pool)
         return self.ring.enter(self.of[self.blocks[id(layer)]])[id(layer)]
 
     def _close(self) -> None:

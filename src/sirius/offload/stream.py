@@ -157,7 +157,7 @@ class Stream(Placed):
     @property
     def moved(self) -> int:
         """The bytes that have crossed the link so far."""
-        return self.ring.mover.moved
+        return self.ring.pool.mover.moved
 
     def __call__(self, layer: nn.Linear, transposed: bool = False) -> Dense:
         number = self.of.get(id(layer))
@@ -175,5 +175,4 @@ class Stream(Placed):
         return self._shelf(self.shelves.kept)
 
     def _shelf(self, of: dict[int, int]) -> BlockShelf:
-        ring = self.ring
-        return BlockShelf(of, self.shelves.make_store() if of else HostStore(), len(ring.memories), ring.mover)
+        return BlockShelf(of, self.shelves.make_store() if of else HostStore(), self.ring.pool)
