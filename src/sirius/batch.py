@@ -23,6 +23,7 @@ from sirius.decoding.probe import probe_if_due
 from sirius.decoding.sampling import Noise
 from sirius.decoding.stateless import Watch, is_stateless
 from sirius.errors import ConfigError, OutOfMemoryError, RequestError, SiriusError
+from sirius.model.matrix import Placed
 from sirius.model.prepare import count_parameters, prepare
 from sirius.model.prepared import prepared_of
 from sirius.model.quantized import reads_twin, twin_of
@@ -102,7 +103,10 @@ class Batch:
         self.model, self.rows, self.sparsity, self.lock = model, rows, chosen, prepared_of(model).lock
         with self.lock, ordinary():
             mlps = prepare(model)
-            neurons = tuple(mlp.size for mlp in mlps)
+            neurons, made = tuple(mlp.size for mlp in mlps), prepared_of(model).matrix
+            self.placed = made if isinstance(made, Placed) else None
+            if self.placed is not None:
+                self.placed.check(chosen)
             make = RefreshingSession if chosen.refresh else Session
             draft = twin_of(model, chosen.draft_bits) if reads_twin(model, chosen, correction) else None
             self.session = make(model, mlps, lambda: sparsity.create(chosen, neurons), compiled, draft)
@@ -135,7 +139,8 @@ class Batch:
         if request.sampling.temperature > 0:
             noise = Noise(int(torch.randint(SEEDS, ())) if seed is None else seed)
         most = len(request.prompt) + request.max_new_tokens + self.window
-        slots = most if self.compiled else self._first_slots(request.prompt, most)  # growing would compile anew
+        whole = self.compiled or self.placed is not None  # growing would compile anew, or hold keys and values twice
+        slots = most if whole else self._first_slots(request.prompt, most)
         row = Row(list(request.prompt), request.max_new_tokens, slots, text.process, noise, text.keep_scores)
         row.grams = NGrams(self.correction.draft_ngram) if self.correction and self.correction.draft_ngram else None
         row.stateless, watch = self._try_processor(text)
@@ -348,7 +353,8 @@ class Batch:
             return Period(asked)
         assert self.correction is not None
         key = *self.session.dtype_device, torch.get_num_threads(), compiled
-        learnt = prepared_of(self.model).learnt.setdefault((self.sparsity, self.correction, key), Learnt())
+        known = Learnt.expected(*self.placed.expected) if self.placed and self.placed.expected.draft else Learnt()
+        learnt = prepared_of(self.model).learnt.setdefault((self.sparsity, self.correction, key), known)
         parameters = count_parameters(self.model)
         touched = self.session.least_touched()
         floor, probe_share = (density(parameters, each, "streamed", self.draft) for each in touched)

@@ -22,6 +22,7 @@ from sirius.model.ends import end_tokens, stop_strings
 from sirius.model.limits import check_length, context_limit, rescaling_length, sliding_window
 from sirius.model.loading import Source, load_model, load_tokenizer
 from sirius.model.prepare import prepare
+from sirius.offload.budget import Budget, load_within
 from sirius.processors import make_processor
 from sirius.runtime.workspace import check_compiles
 from sirius.text import StopAt
@@ -88,6 +89,8 @@ class Engine:
         gguf_file: str | None = None,
         compile: bool = False,
         max_context: int | None = None,
+        memory_budget: int | str | None = None,
+        draft: Sparsity | None = None,
     ) -> "Engine":
         """Load a model folder, a GGUF file or a hub id.
 
@@ -96,12 +99,24 @@ class Engine:
         gguf_file  the file's name, where the folder or hub id holds GGUF files; its weights are dequantised
         compile compile the passes of a GPU: minutes at the first text, then less time at each token
         max_context  the most tokens of prompt and text together, see `Engine`
+        memory_budget  bytes of the device's memory, "8GiB" or "50%": what has no room stays in the checkpoint's files,
+                     or on a GPU in the host's memory, and comes when it is needed; see docs/offloading.md
+        draft        beside a memory budget: what drafts read, as `sparsity` of `generate`; the memory is planned for it.
+                     None: every neuron at 4 bits where that is expected to be faster, otherwise nothing
 
         Raises ModelError where it cannot be loaded, otherwise as `Engine` does.
         """
         source = Source(str(path), revision, trust_remote_code, gguf_file).found()
-        model, tokenizer = load_model(source, dtype, device), load_tokenizer(source)
-        return cls(model, tokenizer, compile=compile, max_context=max_context)
+        if memory_budget is None:
+            if draft is not None:
+                raise ConfigError(
+                    "draft is what a memory budget is planned for; give memory_budget, or leave draft out"
+                )
+            model = load_model(source, dtype, device)
+        else:
+            planned = None if draft is None else as_config(SparsityConfig, draft)
+            model, max_context = load_within(source, dtype, device, Budget(memory_budget, planned, max_context))
+        return cls(model, load_tokenizer(source), compile=compile, max_context=max_context)
 
     def generate(
         self,

@@ -171,6 +171,17 @@ class Learnt:
     sessions: int = 0
     tokens: float = 0.0
 
+    @classmethod
+    def expected(cls, plain: float, draft: float, acceptance: float) -> "Learnt":
+        """Return what is expected before anything is measured, so that one text drafts from its first round on.
+
+        plain, draft  seconds of a plain step and of a draft pass
+        """
+        costs = Costs(token_cost=0.0, wait=FIRST_WAIT)  # a further token of a check costs nothing beside the link
+        costs.add_check(1, plain)
+        costs.steps.append(draft)
+        return cls({1: costs}, acceptance * PROBE_LEAST, PROBE_LEAST)
+
     @property
     def acceptance(self) -> float:
         """The chance that a guess is accepted if the one before it was; one half before any is judged."""

@@ -7,6 +7,7 @@ from transformers import PreTrainedConfig
 from sirius.errors import RequestError
 
 SCALED, DYNAMIC = ("linear", "dynamic", "ntk", "yarn"), "dynamic"
+MOST_READ = 1024  # tokens of a prompt's pass where weights come from elsewhere; it bounds the memory for the pass
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from sirius.core import SparsityConfig
 from sirius.errors import ConfigError
 from sirius.kernels import ops
 from sirius.kernels.activations import Activation
@@ -113,11 +114,35 @@ class Shelf(Protocol):
         ...
 
 
+class Expected(NamedTuple):
+    """What decoding costs, by calculation.
+
+    plain, draft  seconds of a pass of the full model over one token, and of the draft; 0 without a draft
+    acceptance    the chance that a guess is accepted if the one before it was
+    """
+
+    plain: float
+    draft: float
+    acceptance: float
+
+
 class Placed(ABC):
     """Makes dense matrices of layers whose weights lie elsewhere between passes; they are brought when they are used.
 
     The weights of such layers are on PyTorch's device meta.
+
+    slots     slots of keys and values, of all rows together, for which there is memory
+    expected  what passes and guesses are expected to be before they are measured
+    rounds    whether there is memory for weights of fewer bits, which drafts read
     """
+
+    slots: int
+    expected: "Expected"
+    rounds: bool
+
+    @abstractmethod
+    def check(self, chosen: SparsityConfig) -> None:
+        """Raise ConfigError where there is no memory for what a draft reads."""
 
     @abstractmethod
     def __call__(self, layer: nn.Linear, transposed: bool = False) -> Dense:

@@ -188,7 +188,10 @@ def reads_twin(model: PreTrainedModel, chosen: SparsityConfig, correction: Corre
     if not chosen.draft_bits or (correction is not None and correction.period == 1):
         return False
     automatic = correction is not None and correction.period == AUTO
-    if not makes_dense(prepared_of(model).matrix):
+    made = prepared_of(model).matrix
+    if isinstance(made, Placed):
+        return made.rounds
+    if not makes_dense(made):
         if automatic:
             return False
         raise ConfigError(

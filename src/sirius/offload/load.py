@@ -20,7 +20,7 @@ from sirius.model.prepared import prepared_of
 from sirius.offload.checkpoint import Stored, read_checkpoint
 from sirius.offload.ring import CudaMover, Mover, Pool, Ring, ThreadMover, Throttle
 from sirius.offload.shelf import FileStore, HostStore
-from sirius.offload.stream import Block, Held, Shelves, Stream, Streamed, put
+from sirius.offload.stream import Block, Held, Planned, Shelves, Stream, Streamed, put
 
 
 @dataclass(frozen=True)
@@ -97,23 +97,6 @@ def match(source: Source, model: PreTrainedModel, stored: dict[str, Stored]) -> 
 
 
 @dataclass(frozen=True)
-class Staying:
-    """What stays in memory of each block, block by block.
-
-    attention, mlp  its linear layers
-    rounded         their weights of fewer bits
-    kept            the neurons that a draft keeps
-    buffers         how many blocks' other layers may be there at a time
-    """
-
-    attention: Sequence[bool]
-    mlp: Sequence[bool]
-    rounded: Sequence[bool]
-    kept: Sequence[bool]
-    buffers: int
-
-
-@dataclass(frozen=True)
 class Way:
     """How weights that do not stay in memory come to a device.
 
@@ -130,31 +113,43 @@ class Way:
         return ThreadMover(Throttle(self.throttle)) if self.device.type == "cpu" else CudaMover(self.device)
 
 
-def fill(model: PreTrainedModel, where: dict[int, Stored], staying: Staying, way: Way) -> None:
+def fill(model: PreTrainedModel, where: dict[int, Stored], planned: Planned, way: Way) -> None:
     """Bring a model's weights from meta to a device, but for those that do not stay; then prepare it.
 
     where  each parameter's place, by its id
 
     Raises what `prepare` raises, FileError where a file cannot be read, and ModelError of numbers that are not finite.
     """
-    found = layers_of(model)
-    away = _away(found, where, staying)
+    found, plan = layers_of(model), planned.plan
+    away = _away(found, where, plan.attention, plan.mlp)
     absent = {id(each.layer.weight) for block in away for each in block.layers}
     _bring(model, {key: each for key, each in where.items() if key not in absent}, way.device)
     if not away:
         prepare(model)
         return
-    units = [Held(block, pin=way.device.type == "cuda") if way.held else block for block in away]
-    pool = Pool(max(each.nbytes for each in units), staying.buffers, way.make_mover())
+    units = [unit_of(block, way) for block in away]
+    pool = Pool(max(plan.unit, *(each.nbytes for each in units)), plan.buffers, way.make_mover())
     store = partial(HostStore, way.device.type == "cuda") if way.held else FileStore
-    shelves = Shelves(_shelved(found, staying.rounded), _shelved(found, staying.kept), store)
-    prepared_of(model).matrix = Stream(away, Ring(units, pool), shelves)
+    shelves = Shelves(_shelved(found, plan.rounded), _shelved(found, plan.kept), store)
+    prepared_of(model).matrix = Stream(away, Ring(units, pool), shelves, planned)
     tried = [each for each in found[0].mlp.values() if each.weight.is_meta]  # the other blocks' MLPs are alike
     for layer in tried:
         layer.weight = nn.Parameter(_whole(where[id(layer.weight)], layer.weight, way.device))
     prepare(model)
     for layer in tried:
         layer.weight = nn.Parameter(layer.weight.detach().to("meta"))
+
+
+def unit_of(block: Block, way: Way) -> Block | Held:
+    """Return a block as it comes to a device: from its files, or read now into the host's memory."""
+    return Held(block, pin=way.device.type == "cuda") if way.held else block
+
+
+def all_blocks(model: PreTrainedModel, where: dict[int, Stored]) -> list[Block]:
+    """Return every block of a model whose weights are on meta, with all of its linear layers."""
+    found = layers_of(model)
+    none = [False] * len(found)
+    return _away(found, where, none, none)
 
 
 def _shelved(found: Sequence[Layers], stays: Sequence[bool]) -> dict[int, int]:
@@ -167,12 +162,17 @@ def _shelved(found: Sequence[Layers], stays: Sequence[bool]) -> dict[int, int]:
     }
 
 
-def _away(found: Sequence[Layers], where: dict[int, Stored], staying: Staying) -> list[Block]:
-    """Return the blocks of which layers do not stay, with these layers."""
+def _away(
+    found: Sequence[Layers], where: dict[int, Stored], attention: Sequence[bool], mlp: Sequence[bool]
+) -> list[Block]:
+    """Return the blocks of which layers do not stay, with these layers.
+
+    attention, mlp  whether the block's layers outside and inside of its MLP stay
+    """
     away: list[Block] = []
     for number, layers in enumerate(found):
-        out = [] if staying.attention[number] else [Streamed(each, where[id(each.weight)]) for each in layers.attention]
-        if not staying.mlp[number]:
+        out = [] if attention[number] else [Streamed(each, where[id(each.weight)]) for each in layers.attention]
+        if not mlp[number]:
             out += _mlp(layers.mlp, where)
         if out:
             away.append(Block(out, out[0].layer.weight.dtype))

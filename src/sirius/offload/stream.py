@@ -8,9 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sirius.errors import ModelError
-from sirius.model.matrix import Dense, Placed, dense
+from sirius.core import SparsityConfig
+from sirius.errors import ConfigError, ModelError
+from sirius.model.matrix import Dense, Expected, Placed, dense
 from sirius.offload.checkpoint import Stored
+from sirius.offload.plan import Plan
 from sirius.offload.ring import CHUNK, Ring, Task
 from sirius.offload.shelf import BlockShelf, HostStore, Store
 
@@ -145,12 +147,22 @@ class Shelves(NamedTuple):
     make_store: Callable[[], Store]
 
 
+class Planned(NamedTuple):
+    """A plan, what drafts read by it, and the slots of keys and values that it has memory for."""
+
+    plan: Plan
+    draft: SparsityConfig
+    slots: int
+
+
 class Stream(Placed):
     """Makes the matrices of a model's layers; those that lie elsewhere come through a ring of buffers."""
 
-    def __init__(self, blocks: Sequence[Block], ring: Ring[Views], shelves: Shelves) -> None:
+    def __init__(self, blocks: Sequence[Block], ring: Ring[Views], shelves: Shelves, planned: Planned) -> None:
         """Bring `blocks` by a ring of theirs; they come in the order in which passes use them."""
-        self.ring, self.shelves = ring, shelves
+        self.ring, self.shelves, self.planned, plan = ring, shelves, planned, planned.plan
+        self.slots, self.rounds = planned.slots, plan.draft == "rounded"
+        self.expected = Expected(plan.plain_seconds, plan.draft_seconds, chance(plan.aal, plan.period))
         self.of = {id(each.layer): number for number, block in enumerate(blocks) for each in block.layers}
         self.turned = {id(each.layer) for block in blocks for each in block.layers if each.transposed}
 
@@ -166,6 +178,24 @@ class Stream(Placed):
         rows = self.ring.enter(number)[id(layer)]
         return Dense(rows if transposed == (id(layer) in self.turned) else rows.t(), layer.bias)
 
+    def check(self, chosen: SparsityConfig) -> None:
+        """Raise ConfigError where memory was planned for another draft, or one that reads less."""
+        planned, kind = self.planned.draft, self.planned.plan.draft
+        if chosen.draft_bits in (0, planned.draft_bits) and chosen.method == "none":
+            return
+        if chosen.draft_bits and chosen.draft_bits == planned.draft_bits:
+            return
+        if (
+            kind == "coarse"
+            and (chosen.method, chosen.draft_bits) == (planned.method, 0)
+            and chosen.keep <= planned.keep
+        ):
+            return
+        raise ConfigError(
+            f"memory was planned for {_named(planned)}, and {_named(chosen)} may read more; load the model with the "
+            "draft that is to be used (Engine.load(..., draft=), or the same options on the command line)"
+        )
+
     def rounded_shelf(self) -> BlockShelf:
         """Return an empty shelf for weights of fewer bits."""
         return self._shelf(self.shelves.rounded)
@@ -176,3 +206,19 @@ class Stream(Placed):
 
     def _shelf(self, of: dict[int, int]) -> BlockShelf:
         return BlockShelf(of, self.shelves.make_store() if of else HostStore(), self.ring.pool)
+
+
+def chance(advance: float, period: int) -> float:
+    """Return with which chance of each guess a window of `period` tokens brings `advance` on average."""
+    low, high = 0.0, 1.0
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (middle, high) if sum(middle**n for n in range(period)) < advance else (low, middle)
+    return low
+
+
+def _named(draft: SparsityConfig) -> str:
+    """Return a draft in words."""
+    if draft.method == "none":
+        return f"every neuron at {draft.draft_bits} bits" if draft.draft_bits else "no draft"
+    return f"{draft.method} {draft.keep:g}" + (f" at {draft.draft_bits} bits" if draft.draft_bits else "")

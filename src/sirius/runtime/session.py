@@ -18,7 +18,7 @@ from sirius.model.adopt import parts_of
 from sirius.model.attention import MaskChanged
 from sirius.model.find import check_mode, dropouts
 from sirius.model.inputs import cache_argument
-from sirius.model.limits import rescaling_length
+from sirius.model.limits import MOST_READ, rescaling_length
 from sirius.model.matrix import MakeMatrix, Placed, is_replayable, makes_dense
 from sirius.model.mlp import SparseMLP, check_layers
 from sirius.model.prepared import Pass, Prepared, Slots, prepared_of
@@ -33,7 +33,6 @@ from sirius.sparsity.base import PromptSparsity, Sparsity, TokenSparsity
 from sirius.stats import DENSE, Touched
 
 DEVICES = "cpu", "cuda"
-PART = 1024  # most tokens of a prompt that are read in one pass, which bounds the memory for it
 WIDTH = 64  # masks are as wide as a multiple of so many slots, so that the levels of a draft share a captured pass
 Forward = Callable[..., Any]
 MakeMethod = Callable[[], Sparsity | None]
@@ -122,7 +121,13 @@ class Session:
         return wide or (ours and is_plain(*self.model.parameters()))
 
     def reserve(self, rows: int, slots: int) -> None:
-        """Make room for rows and slots to come, between passes; keys and values that are held move with it."""
+        """Make room for rows and slots to come, between passes; keys and values that are held move with it.
+
+        Raises MemoryError where no memory was planned for so many.
+        """
+        placed = self.prepared.matrix
+        if isinstance(placed, Placed) and rows * slots > placed.slots:
+            raise MemoryError(f"tried to allocate {rows * slots} slots; {placed.slots} were planned for")
         self.space.reserve(rows, slots)
 
     def release(self) -> None:
@@ -192,7 +197,7 @@ class Session:
 
         Where weights come from elsewhere, each pass brings all of them.
         """
-        step = len(prompt) if self._rescales(len(prompt)) else PART
+        step = len(prompt) if self._rescales(len(prompt)) else MOST_READ
         firsts = range(begin, len(prompt), step)
         parts = [(first, min(first + step, len(prompt))) for first in firsts]
         return [self._read_prompt(prompt, row, part, routes) for part in parts][-1]
