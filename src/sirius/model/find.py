@@ -24,7 +24,7 @@ def gated_mlps(model: PreTrainedModel) -> list[tuple[str, nn.Module, Roles]]:
     Raises UnsupportedModelError, naming the module and the reason, where a block has none or several, or where one is
     more than plain layers.
     """
-    found = {module: (path, roles) for path, module, roles in (_gated_mlp(*block) for block in _blocks(model))}
+    found = {module: (path, roles) for path, module, roles in (gated_mlp(*block) for block in blocks(model))}
     return [(path, module, roles) for module, (path, roles) in found.items()]
 
 
@@ -115,7 +115,7 @@ def check_finite(path: str, module: nn.Module) -> None:
             )
 
 
-def _blocks(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
+def blocks(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
     """Yield the decoder blocks with their names: the list of modules that has one for each hidden layer."""
     layers = model.config.get_text_config().num_hidden_layers
     decoder = cast("Any", model).get_decoder()
@@ -127,7 +127,7 @@ def _blocks(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
     raise UnsupportedModelError(f"{type(model).__name__} holds no list of {layers} decoder blocks")
 
 
-def _gated_mlp(path: str, block: nn.Module) -> tuple[str, nn.Module, Roles]:
+def gated_mlp(path: str, block: nn.Module) -> tuple[str, nn.Module, Roles]:
     """Return the one gated MLP of a block with its path and roles, all of its layers plain."""
     for name, parameter in block.named_parameters():
         if parameter.ndim == 3:
