@@ -24,6 +24,7 @@ LAYERS = [  # from the top down; a module imports from its own layer's package o
     {"engine"},
     {"batch", "likelihood"},
     {"decoding", "runtime", "text", "texts", "processors"},
+    {"offload"},
     {"sparsity", "model"},
     {"kernels", "stats", "table"},
     {"forms", "settings"},
@@ -32,6 +33,7 @@ LAYERS = [  # from the top down; a module imports from its own layer's package o
 ]
 APART = [  # these meet only in the batch
     ("decoding", "model"),
+    ("decoding", "offload"),
     ("decoding", "runtime"),
     ("decoding", "sparsity"),
     ("sparsity", "model"),

@@ -12,7 +12,7 @@ from rich.console import Console
 from conftest import tiny_config, tiny_model
 from sirius.benchmark import ceiling as ceiling_module
 from sirius.benchmark import memory, show
-from sirius.benchmark.ceiling import Ceiling, cache_bytes
+from sirius.benchmark.ceiling import Ceiling
 from sirius.benchmark.decode import DecodeFigures, TimedSetting, Times, bytes_per_token
 from sirius.benchmark.kernels import Size, count
 from sirius.benchmark.models import SHAPES, make_config, make_model
@@ -20,6 +20,7 @@ from sirius.benchmark.playback import acceptance
 from sirius.core import CorrectionConfig, SparsityConfig
 from sirius.engine import Engine
 from sirius.kernels import cpu
+from sirius.model.limits import cache_bytes
 from sirius.model.prepare import count_parameters
 
 pytestmark = pytest.mark.integration
@@ -183,6 +184,7 @@ def test_named_shapes_have_their_published_sizes(name):
         "llama-3-8b": 8.030,
         "llama-2-7b": 6.738,
         "llama-2-13b": 13.016,
+        "llama-3-70b": 70.554,
     }
     from transformers import AutoModelForCausalLM
 

@@ -1,9 +1,8 @@
-"""The physical limit: what memory gives at best, and what a pass must read of it."""
+"""The physical limit: what memory gives at best."""
 
 from dataclasses import dataclass
 
 import torch
-from transformers import PreTrainedConfig
 
 from sirius.benchmark.timing import repeated
 from sirius.kernels.ops import linear
@@ -34,10 +33,3 @@ def measure_ceiling(dtype: torch.dtype, device: str) -> Ceiling:
     copy = min(repeated(lambda: target.copy_(source), device, TRIES, TRIES))
     matvec = min(repeated(lambda: linear(x, matrix), device, TRIES, TRIES))
     return Ceiling(2 * SIZE / copy / 1e9, SIZE / matvec / 1e9)
-
-
-def cache_bytes(config: PreTrainedConfig, tokens: int, dtype: torch.dtype) -> int:
-    """Return the bytes of keys and values that a pass over a row of so many tokens reads."""
-    text = config.get_text_config()
-    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return 2 * text.num_hidden_layers * text.num_key_value_heads * head * tokens * dtype.itemsize

@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from sirius.batch import Batch
-from sirius.benchmark.ceiling import Ceiling, cache_bytes
+from sirius.benchmark.ceiling import Ceiling
 from sirius.benchmark.memory import peak_bytes, reset_peak
 from sirius.benchmark.peer import NAME as PEER
 from sirius.benchmark.peer import Peer
@@ -21,7 +21,7 @@ from sirius.core import CorrectionConfig, SparsityConfig
 from sirius.decoding.period import Measured, Period
 from sirius.engine import Engine
 from sirius.errors import ConfigError
-from sirius.model.limits import context_limit
+from sirius.model.limits import cache_bytes, context_limit
 from sirius.model.prepare import count_parameters, restore
 from sirius.runtime.capture import WARM
 from sirius.runtime.workspace import drop_idle

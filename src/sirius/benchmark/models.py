@@ -32,6 +32,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "llama-3.2-1b": {**_LLAMA_3, **_shape(2048, 8192, 16, 32, 8), "tie_word_embeddings": True},
     "llama-3.2-3b": {**_LLAMA_3, **_shape(3072, 8192, 28, 24, 8), "tie_word_embeddings": True},
     "llama-3-8b": {**_LLAMA_3, **_shape(4096, 14336, 32, 32, 8), "max_position_embeddings": 8192},
+    "llama-3-70b": {**_LLAMA_3, **_shape(8192, 28672, 80, 64, 8), "max_position_embeddings": 8192},
     "llama-2-7b": {**_LLAMA, "vocab_size": 32_000, **_shape(4096, 11008, 32, 32, 32), "max_position_embeddings": 4096},
     "llama-2-13b": {**_LLAMA, "vocab_size": 32_000, **_shape(5120, 13824, 40, 40, 40), "max_position_embeddings": 4096},
 }

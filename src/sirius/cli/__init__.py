@@ -12,6 +12,7 @@ from sirius.cli.demo import demo
 from sirius.cli.evaluate import evaluate
 from sirius.cli.export import export
 from sirius.cli.generate import generate
+from sirius.cli.plan import plan
 from sirius.cli.report import report
 from sirius.cli.streams import guarded
 from sirius.cli.sweep import sweep
@@ -33,6 +34,7 @@ app.command()(sweep)
 app.command()(export)
 app.command()(trace)
 app.command()(report)
+app.command()(plan)
 app.add_typer(bench_app, name="bench")
 
 

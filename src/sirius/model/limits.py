@@ -1,7 +1,11 @@
-"""How many tokens a model can be decoded for exactly: its context, sliding windows, and where positions change."""
+"""How many tokens a model can be decoded for exactly: its context, sliding windows, and where positions change.
+
+And the bytes of their keys and values.
+"""
 
 from typing import Any
 
+import torch
 from transformers import PreTrainedConfig
 
 from sirius.errors import RequestError
@@ -80,3 +84,11 @@ def rescaling_length(config: PreTrainedConfig) -> int | None:
         if rope.get("rope_type") == DYNAMIC:
             return text.max_position_embeddings
     return None
+
+
+def cache_bytes(config: PreTrainedConfig, tokens: int, dtype: torch.dtype) -> int:
+    """Return the bytes of keys and values of so many tokens of one row."""
+    text = config.get_text_config()
+    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    return 2 * text.num_hidden_layers * heads * head * tokens * dtype.itemsize

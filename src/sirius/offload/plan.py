@@ -1,0 +1,383 @@
+"""Decide which weights stay in memory under a budget and which are streamed, and predict the time of a token.
+
+A block's streamed weights are a unit. Units come over the link in the order of the blocks, through a few buffers, while
+earlier blocks are computed. What always stays is embedding, head, norms, biases, keys and values, and working memory.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from decimal import Decimal
+from math import isfinite
+from typing import Any, Literal, NamedTuple
+
+from sirius.errors import ConfigError
+from sirius.offload.amounts import in_words
+
+Draft = Literal["none", "rounded", "coarse"]
+BUFFERS = 3  # one is computed with, one is ready, one is being filled
+FEWEST = 2  # where there is no room for three
+WRITTEN = re.compile(r"([0-9]{1,20}(?:\.[0-9]{1,20})?) ?(%|[kmgt]i?b|b)?", re.IGNORECASE)
+SCALES = {"b": 1}
+SCALES |= {f"{prefix}b": 1000 ** (i + 1) for i, prefix in enumerate("kmgt")}
+SCALES |= {f"{prefix}ib": 1024 ** (i + 1) for i, prefix in enumerate("kmgt")}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The bytes of a model's parts; entry i of a tuple belongs to block i.
+
+    fixed         what is always in memory: embedding, output head, norms, biases
+    attention     linear layers outside the gated MLP
+    mlp           gate, up and down
+    rounded       all of the block's linear layers at the draft's bits; zeros without such a draft
+    rounded_head  the output head at the draft's bits
+    kept          a copy of the neurons that coarse keeps; zeros without such a draft
+    cache         keys and values
+    working       activations and scores; on a CPU also what the process holds before loading
+    head          the output head, a part of `fixed`: what a full pass reads of it, biases and norms left out
+    """
+
+    fixed: int
+    attention: tuple[int, ...]
+    mlp: tuple[int, ...]
+    rounded: tuple[int, ...]
+    rounded_head: int
+    kept: tuple[int, ...]
+    cache: int
+    working: int
+    head: int = 0
+
+    def __post_init__(self) -> None:
+        if not len(self.attention) == len(self.mlp) == len(self.rounded) == len(self.kept) > 0:
+            raise ValueError(f"each block, of at least one, has four sizes; got {self}")
+        values = [getattr(self, field.name) for field in fields(self)]
+        if min(min(value) if isinstance(value, tuple) else value for value in values) < 0:
+            raise ValueError(f"sizes are at least 0; got {self}")
+
+    @property
+    def blocks(self) -> int:
+        """The number of blocks L."""
+        return len(self.mlp)
+
+    def always(self, draft: Draft) -> int:
+        """Return the bytes that are in memory under every plan of a draft, buffers left out."""
+        return self.fixed + self.cache + self.working + (self.rounded_head if draft == "rounded" else 0)
+
+
+@dataclass(frozen=True)
+class Link:
+    """Where streamed weights come from: pinned memory of the host or a disk, and how many bytes come in a second."""
+
+    bytes_per_second: float
+    place: Literal["host", "disk"] = "host"
+
+    def __post_init__(self) -> None:
+        _check_rate("the link's bandwidth", self.bytes_per_second)
+
+
+class Residents(NamedTuple):
+    """Which parts of which blocks stay in memory, one bool a block; see `Plan`."""
+
+    attention: tuple[bool, ...]
+    mlp: tuple[bool, ...]
+    rounded: tuple[bool, ...]
+    kept: tuple[bool, ...]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What plans are made for.
+
+    memory_bytes_per_second  bandwidth of the device's memory
+    period                   K, the tokens that one full pass checks
+    aal                      tokens that a round of K - 1 draft passes and a full pass brings on average, 1 to K
+    """
+
+    link: Link
+    memory_bytes_per_second: float
+    draft: Draft
+    period: int
+    aal: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What stays in memory, what is streamed, and how long that takes.
+
+    attention       whether a block's linear layers outside the MLP stay
+    mlp             whether its gate, up and down stay; a coarse draft then finds the kept neurons among them
+    rounded         whether its weights at the draft's bits stay; without, a draft pass streams them
+    kept            whether a copy of its kept neurons stays; without, a draft pass streams them unless `mlp` is True
+    buffers         streaming buffers, each of `unit` bytes, the largest unit of any pass; 0 where nothing is streamed
+    budget, used    bytes that may be used, and those that are: always, resident and buffers
+    draft_streamed  bytes that a draft pass streams
+    full_streamed   bytes that a full pass streams
+    fetched_ahead   those of them that come during draft passes, which leave the link idle
+    switch_seconds  of a round, spent on waiting where passes of both kinds stream; a part of the next two
+    draft_seconds   of a draft pass, the mean of a round's; 0 without a draft
+    full_seconds    of the full pass of a round
+    plain_seconds   of a token of plain full decoding with the same weights in memory
+    first_seconds   to fetch a full pass's first unit. A pass that finds the buffers empty, as the first one of a
+                    prompt does, takes so much longer
+    period, aal     K and the tokens of a round; 1 and 1 without a draft
+
+    The model of time:
+
+    - A pass takes the longer of two times: what it streams over the link's bandwidth, and what it reads over the
+      memory's. It reads the weights of its kind, the output head, and all of `cache`. Arithmetic is not counted.
+    - A pass finds its first units in the buffers where the pass before was of its kind, as units come in turn.
+    - Where draft passes stream nothing, the link fills all buffers but one with units of the full pass meanwhile. The
+      last one still holds the unit that was used last.
+    - Where passes of both kinds stream, each change of kind waits for the first unit: twice in a round.
+    """
+
+    draft: Draft
+    attention: tuple[bool, ...]
+    mlp: tuple[bool, ...]
+    rounded: tuple[bool, ...]
+    kept: tuple[bool, ...]
+    buffers: int
+    unit: int
+    budget: int
+    used: int
+    draft_streamed: int
+    full_streamed: int
+    fetched_ahead: int
+    switch_seconds: float
+    draft_seconds: float
+    full_seconds: float
+    plain_seconds: float
+    first_seconds: float
+    period: int
+    aal: float
+
+    @property
+    def neurons(self) -> tuple[bool, ...]:
+        """Whether a coarse draft finds a block's kept neurons in memory: as a copy, or among all of its neurons."""
+        return tuple(mlp or kept for mlp, kept in zip(self.mlp, self.kept, strict=True))
+
+    @property
+    def seconds_per_token(self) -> float:
+        """The time of a round over the tokens that it brings: ((K-1) draft + full) / AAL."""
+        return ((self.period - 1) * self.draft_seconds + self.full_seconds) / self.aal
+
+    @property
+    def streamed_per_round(self) -> int:
+        """The bytes that cross the link in a round."""
+        return (self.period - 1) * self.draft_streamed + self.full_streamed
+
+
+def make_plan(
+    sizes: Sizes,
+    budget: int,
+    link: Link,
+    memory_bytes_per_second: float,
+    draft: Draft,
+    period: int = 1,
+    aal: float = 1.0,
+) -> Plan:
+    """Return the fastest plan whose memory is at most `budget` bytes.
+
+    Parts become resident in the order of the crossings of the link that one of their bytes saves in a round:
+
+    - "rounded": the rounded weights of all blocks (K - 1 crossings), then whole blocks (1);
+    - "coarse": attention (K), then copies of the kept neurons (K - 1), then whole MLPs in the place of these copies.
+      Where that is faster, as with small K or nearly all neurons kept, MLPs come without any copy before;
+    - "none": whole blocks. `period` and `aal` do not count.
+
+    The blocks of which a part stays are spread evenly over the depth, so that the link never waits for long. A larger
+    budget never makes a plan slower. Raises ConfigError, with the smallest budget that works, where this one does not.
+    """
+    setting = _setting(sizes, link, memory_bytes_per_second, draft, period, aal)
+    if budget < (least := smallest_budget(sizes, draft)):
+        raise ConfigError(_too_small(sizes, budget, least, draft))
+    plans = [
+        _plan(sizes, residents, buffers, setting, budget)
+        for residents, buffers in _candidates(sizes.blocks, draft)
+        if _used(sizes, residents, buffers, draft) <= budget
+    ]
+    return min(plans, key=lambda plan: (plan.seconds_per_token, plan.streamed_per_round, -plan.buffers, plan.used))
+
+
+def stream_everything(
+    sizes: Sizes, link: Link, memory_bytes_per_second: float, draft: Draft, period: int = 1, aal: float = 1.0
+) -> Plan:
+    """Return the plan with two buffers and no block in memory, as in the paper's experiment (arXiv 2409.03856)."""
+    setting = _setting(sizes, link, memory_bytes_per_second, draft, period, aal)
+    residents = _none(sizes.blocks)
+    return _plan(sizes, residents, FEWEST, setting, _used(sizes, residents, FEWEST, draft))
+
+
+def smallest_budget(sizes: Sizes, draft: Draft) -> int:
+    """Return the least bytes with which a model can be run: two buffers, or less where all blocks are smaller."""
+    return min(_used(sizes, *candidate, draft) for candidate in _candidates(sizes.blocks, draft))
+
+
+def parse_budget(text: str, total: int) -> int:
+    """Return the bytes of a memory budget as a user writes it: "8GiB", "8GB", "500MiB", "1234567" or "50%".
+
+    total  the bytes of the device's memory, of which a percentage is taken
+
+    Raises ConfigError of any other form, of a share above 100%, and of less than a byte.
+    """
+    found = WRITTEN.fullmatch(text.strip())
+    number, unit = (Decimal(found[1]), (found[2] or "b").lower()) if found else (Decimal(0), "b")
+    factor = Decimal(total if number <= 100 else 0) / 100 if unit == "%" else SCALES[unit]
+    budget = int(number * factor)
+    if budget < 1:
+        raise ConfigError(
+            "a memory budget is a number of bytes above 0, such as 8GiB, 8GB, 500MiB or 1234567, or a share of the "
+            f"device's {in_words(total)}, such as 50%; got {text!r}"
+        )
+    return budget
+
+
+def _setting(
+    sizes: Sizes, link: Link, memory_bytes_per_second: float, draft: Draft, period: int, aal: float
+) -> Setting:
+    """Return what plans are made for, checked."""
+    _check_rate("the memory's bandwidth", memory_bytes_per_second)
+    if draft == "none":
+        return Setting(link, memory_bytes_per_second, draft, 1, 1.0)
+    if period < 2:
+        raise ConfigError(f"a plan with a draft has a period of at least 2; got {period}")
+    if not 1 <= aal <= period:
+        raise ConfigError(f"a round of period {period} brings from 1 to {period} tokens on average; got {aal}")
+    if not any(sizes.rounded if draft == "rounded" else sizes.kept):
+        raise ValueError(f"these sizes are of no {draft} draft: {sizes}")
+    return Setting(link, memory_bytes_per_second, draft, period, aal)
+
+
+def _check_rate(what: str, rate: float) -> None:
+    if not (isfinite(rate) and rate > 0):
+        raise ConfigError(f"{what} is a finite number of bytes a second, above 0; got {rate}")
+
+
+def _spread(count: int, blocks: int) -> tuple[bool, ...]:
+    """Return `count` of so many blocks, evenly spread."""
+    return tuple((i + 1) * count // blocks > i * count // blocks for i in range(blocks))
+
+
+def _none(blocks: int) -> Residents:
+    return Residents(*[_spread(0, blocks)] * 4)
+
+
+def _candidates(blocks: int, draft: Draft) -> Iterator[tuple[Residents, int]]:
+    """Yield what may stay in memory, and how many buffers there are then.
+
+    The candidates do not depend on the budget. So the best one of those that fit never gets worse with more room.
+    """
+    yield _none(blocks), FEWEST
+    for residents in _residents(blocks, draft):
+        yield residents, BUFFERS
+
+
+def _residents(blocks: int, draft: Draft) -> Iterator[Residents]:
+    none, every = _spread(0, blocks), _spread(blocks, blocks)
+    for count in range(blocks + 1):
+        some, others = _spread(count, blocks), tuple(not stays for stays in _spread(count, blocks))
+        if draft == "none":
+            yield Residents(some, some, none, none)
+        elif draft == "rounded":
+            yield Residents(none, none, some, none)
+            yield Residents(some, some, every, none)
+        else:
+            yield Residents(some, none, none, none)
+            yield Residents(every, none, none, some)
+            yield Residents(every, some, none, others)
+            yield Residents(every, some, none, none)  # where nearly all neurons are kept, copies are not worth it
+
+
+def _full_units(sizes: Sizes, residents: Residents) -> list[int]:
+    """Return the bytes of each block that a full pass streams."""
+    parts = zip(residents.attention, sizes.attention, residents.mlp, sizes.mlp, strict=True)
+    return [(not stays) * attention + (not held) * mlp for stays, attention, held, mlp in parts]
+
+
+def _draft_units(sizes: Sizes, residents: Residents, draft: Draft) -> list[int]:
+    """Return the bytes of each block that a draft pass streams."""
+    if draft == "none":
+        return [0] * sizes.blocks
+    if draft == "rounded":
+        return [0 if stays else size for stays, size in zip(residents.rounded, sizes.rounded, strict=True)]
+    copied = [mlp or kept for mlp, kept in zip(residents.mlp, residents.kept, strict=True)]
+    parts = zip(residents.attention, sizes.attention, copied, sizes.kept, strict=True)
+    return [(not stays) * attention + (not held) * kept for stays, attention, held, kept in parts]
+
+
+def _unit(sizes: Sizes, residents: Residents, draft: Draft) -> int:
+    return max(_full_units(sizes, residents) + _draft_units(sizes, residents, draft))
+
+
+def _resident_bytes(sizes: Sizes, residents: Residents) -> int:
+    """Return the bytes of the parts of blocks that stay in memory."""
+    parts = zip(residents, (sizes.attention, sizes.mlp, sizes.rounded, sizes.kept), strict=True)
+    return sum(size for held, part in parts for stays, size in zip(held, part, strict=True) if stays)
+
+
+def _used(sizes: Sizes, residents: Residents, buffers: int, draft: Draft) -> int:
+    """Return the bytes of memory that a candidate takes."""
+    return sizes.always(draft) + _resident_bytes(sizes, residents) + buffers * _unit(sizes, residents, draft)
+
+
+def _plan(sizes: Sizes, residents: Residents, buffers: int, setting: Setting, budget: int) -> Plan:
+    """Return a candidate with its figures."""
+    full, draft = _full_units(sizes, residents), _draft_units(sizes, residents, setting.draft)
+    unit = max(full + draft)
+    return Plan(
+        draft=setting.draft,
+        **residents._asdict(),
+        buffers=buffers if unit else 0,
+        unit=unit,
+        budget=budget,
+        used=_used(sizes, residents, buffers, setting.draft),
+        draft_streamed=sum(draft),
+        full_streamed=sum(full),
+        period=setting.period,
+        aal=setting.aal,
+        **_times([size for size in full if size], [size for size in draft if size], buffers, setting, sizes),
+    )
+
+
+def _times(full: list[int], draft: list[int], buffers: int, setting: Setting, sizes: Sizes) -> dict[str, Any]:
+    """Return the times of passes that stream these units; see `Plan` for the model."""
+    rate, drafts = setting.link.bytes_per_second, setting.period - 1
+    full_read, draft_read = (read / setting.memory_bytes_per_second for read in _read(sizes, setting.draft))
+    draft_seconds = max(sum(draft) / rate, draft_read)
+    full_wait, draft_wait = (full[0] / rate, draft[0] / rate) if full and draft else (0.0, 0.0)
+    ahead = 0 if draft else min(sum(full[: buffers - 1]), int(drafts * draft_seconds * rate))
+    return {
+        "fetched_ahead": ahead,
+        "switch_seconds": full_wait + draft_wait,
+        "draft_seconds": draft_seconds + (draft_wait / drafts if drafts else 0.0),
+        "full_seconds": max((sum(full) - ahead) / rate, full_read) + full_wait,
+        "plain_seconds": max(sum(full) / rate, full_read),
+        "first_seconds": full[0] / rate if full else 0.0,
+    }
+
+
+def _read(sizes: Sizes, draft: Draft) -> tuple[int, int]:
+    """Return the bytes of memory that a full pass reads, and those of a draft pass."""
+    attention = sum(sizes.attention)
+    full = attention + sum(sizes.mlp) + sizes.head + sizes.cache
+    if draft == "none":
+        return full, 0
+    if draft == "rounded":
+        return full, sum(sizes.rounded) + sizes.rounded_head + sizes.cache
+    return full, attention + sum(sizes.kept) + sizes.head + sizes.cache
+
+
+def _too_small(sizes: Sizes, budget: int, least: int, draft: Draft) -> str:
+    parts = {
+        "embedding, head, norms and biases": sizes.fixed,
+        "the draft's head": sizes.rounded_head if draft == "rounded" else 0,
+        "keys and values": sizes.cache,
+        "working memory": sizes.working,
+        "buffers for blocks": least - sizes.always(draft),
+    }
+    listed = ", ".join(f"{what} {in_words(size)}" for what, size in parts.items() if size)
+    return (
+        f"a memory budget of {budget} bytes ({in_words(budget)}) is too small: {listed} take {least} bytes; "
+        f"give at least {least} bytes, or shorten the context"
+    )
