@@ -97,26 +97,21 @@ class Engine:
         dtype   "auto" (the checkpoint's, of GGUF bfloat16), "float32", "bfloat16", "float16", "float64", or torch's own
         device  "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1", ...
         gguf_file  the file's name, where the folder or hub id holds GGUF files; its weights are dequantised
-        compile compile the passes of a GPU: minutes at the first text, then less time at each token
-        max_context  the most tokens of prompt and text together, see `Engine`
-        memory_budget  bytes of the device's memory, "8GiB" or "50%": what has no room stays in the checkpoint's files,
-                     or on a GPU in the host's memory, and comes when it is needed; see docs/offloading.md
-        draft        beside a memory budget: what drafts read, as `sparsity` of `generate`; the memory is planned for it.
-                     None: every neuron at 4 bits where that is expected to be faster, otherwise nothing
+        compile, max_context  see `Engine`
+        memory_budget  bytes, "8GiB" or "50%" of the device's memory; weights beyond it come when they are used
+        draft   what the budget is planned for, as `sparsity` of `generate`; None: 4 bits, if that is faster
 
         Raises ModelError where it cannot be loaded, otherwise as `Engine` does.
         """
         source = Source(str(path), revision, trust_remote_code, gguf_file).found()
-        if memory_budget is None:
-            if draft is not None:
-                raise ConfigError(
-                    "draft is what a memory budget is planned for; give memory_budget, or leave draft out"
-                )
-            model = load_model(source, dtype, device)
+        if memory_budget is not None:
+            budget = Budget(memory_budget, draft and as_config(SparsityConfig, draft), max_context)
+            model, tokenizer, max_context = load_within(source, dtype, device, budget)
+        elif draft is not None:
+            raise ConfigError("draft says what memory is planned for; give memory_budget too, or leave it out")
         else:
-            planned = None if draft is None else as_config(SparsityConfig, draft)
-            model, max_context = load_within(source, dtype, device, Budget(memory_budget, planned, max_context))
-        return cls(model, load_tokenizer(source), compile=compile, max_context=max_context)
+            model, tokenizer = load_model(source, dtype, device), load_tokenizer(source)
+        return cls(model, tokenizer, compile=compile, max_context=max_context)
 
     def generate(
         self,

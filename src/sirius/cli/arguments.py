@@ -57,6 +57,10 @@ MaxContext = Annotated[
     int | None,
     typer.Option(help="Most tokens of a prompt and its text, past the model's own limit too. [default: that]"),
 ]
+MemoryBudget = Annotated[
+    str | None,
+    typer.Option(help="8GiB, 500MB or 50%: what has no room stays in the model's files until a pass needs it."),
+]
 Stop = Annotated[
     list[str] | None,
     typer.Option(help="A string that ends the text; may be given again. [default: the checkpoint's]"),

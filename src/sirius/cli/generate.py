@@ -59,6 +59,7 @@ def generate(
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts of --input decoded side by side.")] = 8,
     max_new_tokens: arguments.MaxNewTokens = None,
     max_context: arguments.MaxContext = None,
+    memory_budget: arguments.MemoryBudget = None,
     stop: arguments.Stop = None,
     chat: arguments.Chat = None,
     dtype: arguments.Dtype = "auto",
@@ -97,7 +98,8 @@ def generate(
     def load() -> "Engine":
         hub = {"revision": revision, "trust_remote_code": trust_remote_code}
         kind = {"dtype": dtype, "device": device, "compile": compile, "max_context": max_context}
-        engine = terminal.load(model, threads, **kind, **hub)
+        budget = terminal.budget_of(command, options)
+        engine = terminal.load(model, threads, **kind, **hub, **budget)
         terminal.round_weights(engine, options)
         return engine
 

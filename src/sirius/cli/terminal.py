@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 if TYPE_CHECKING:
+    from sirius.cli.options import CommandLine
     from sirius.engine import Engine
 
 out, err = Console(soft_wrap=True, emoji=False), Console(stderr=True, soft_wrap=True, emoji=False)
@@ -70,7 +71,23 @@ def load(model: str | None, threads: int | None = None, **options: Any) -> "Engi
     if model is None:
         check_embedded()
     with err.status("loading the model"):
-        return Engine.load(model or str(FOLDER), **options)
+        engine = Engine.load(model or str(FOLDER), **options)
+    if options.get("memory_budget") is not None:
+        from sirius.model.prepared import prepared_of
+
+        remark(str(prepared_of(engine.model).plan))
+    return engine
+
+
+def budget_of(command: "CommandLine", options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of `Engine.load` for a memory budget, which is planned for the draft that was asked for.
+
+    options  those of `Engine.generate`
+    """
+    if command["memory_budget"] is None:
+        return {}
+    asked = {"sparsity", "draft_bits", "preset"} & command.given
+    return {"memory_budget": command["memory_budget"], "draft": options["sparsity"] if asked else None}
 
 
 def round_weights(engine: "Engine", options: Mapping[str, Any]) -> None:

@@ -133,12 +133,12 @@ class Placed(ABC):
 
     slots     slots of keys and values, of all rows together, for which there is memory
     expected  what passes and guesses are expected to be before they are measured
-    rounds    whether there is memory for weights of fewer bits, which drafts read
+    rounded   bits of the rounded weights for which there is memory; 0: none
     """
 
     slots: int
     expected: "Expected"
-    rounds: bool
+    rounded: int
 
     @abstractmethod
     def check(self, chosen: SparsityConfig) -> None:

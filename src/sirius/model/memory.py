@@ -3,6 +3,8 @@
 NumPy asks the system for large pages, which PyTorch does not. With small ones each row is a page to look up.
 """
 
+from mmap import mmap
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -30,9 +32,8 @@ def side_by_side(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def page_aligned(count: int) -> Tensor:
-    """Return fresh memory [count] uint8 that begins where a page does."""
-    memory = np.empty(count + PAGE, dtype=np.uint8)
-    return torch.from_numpy(memory)[-memory.ctypes.data % PAGE :][:count]
+    """Return fresh memory [count] uint8 that begins where a page does, and goes back to the system when it is freed."""
+    return torch.frombuffer(mmap(-1, max(count, 1)), dtype=torch.uint8, count=count)
 
 
 def _views(like: Tensor, count: int, offsets: list[int]) -> list[Tensor]:

@@ -61,6 +61,7 @@ class Prepared:
     idle           workspaces of earlier sessions, for later ones
     twins          by bits, the weights at fewer bits that drafts read, and the state of those that were rounded
     learnt         what passes cost and how often guesses accepted, for later sessions
+    plan           what stays in memory under a budget, in words; None: there is no budget
     """
 
     def __init__(self) -> None:
@@ -70,6 +71,7 @@ class Prepared:
         self.idle: dict[Hashable, Any] = {}
         self.twins: dict[int, tuple[object, Any]] = {}
         self.learnt: dict[Hashable, Any] = {}
+        self.plan: str | None = None
         self._pass: Pass | None = None
         self._thread = 0
 

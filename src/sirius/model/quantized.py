@@ -189,8 +189,13 @@ def reads_twin(model: PreTrainedModel, chosen: SparsityConfig, correction: Corre
         return False
     automatic = correction is not None and correction.period == AUTO
     made = prepared_of(model).matrix
+    if isinstance(made, Placed) and (made.rounded == chosen.draft_bits or automatic):
+        return made.rounded == chosen.draft_bits
     if isinstance(made, Placed):
-        return made.rounds
+        raise ConfigError(
+            f"memory was planned without weights of {chosen.draft_bits} bits; load the model with draft="
+            f"SparsityConfig('none', draft_bits={chosen.draft_bits}), or set draft_bits to 0"
+        )
     if not makes_dense(made):
         if automatic:
             return False

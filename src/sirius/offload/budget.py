@@ -5,13 +5,14 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from sirius.core import LONGEST, SparsityConfig
 from sirius.errors import ConfigError
 from sirius.kernels import ops
 from sirius.model.limits import MOST_READ, context_limit
-from sirius.model.loading import Source, find_device, find_dtype, load_config, load_empty
+from sirius.model.loading import Source, find_device, find_dtype, load_config, load_empty, load_tokenizer
+from sirius.model.prepared import prepared_of
 from sirius.offload.amounts import in_words, memory_of
 from sirius.offload.checkpoint import Stored
 from sirius.offload.load import Way, all_blocks, fill, find_weights, match, unit_of
@@ -21,6 +22,7 @@ from sirius.offload.sizes import draft_of, sizes_of
 from sirius.offload.stream import Planned
 
 CONTEXT = 4096  # tokens that memory is planned for where nothing is said
+SLACK = 96 << 20  # bytes of a process for what comes and goes: a layer being rounded, modules imported later
 PERIOD = 16  # of rounds in predictions
 ADVANCE: dict[Draft, float] = {"none": 1.0, "rounded": 12.7, "coarse": 6.0}  # their tokens under a lossless rule
 UNDRAFTED = SparsityConfig("none")
@@ -45,12 +47,14 @@ class Budget:
     link: float | None = None
 
 
-def load_within(source: Source, dtype: str | torch.dtype, device: str, budget: Budget) -> tuple[PreTrainedModel, int]:
+def load_within(
+    source: Source, dtype: str | torch.dtype, device: str, budget: Budget
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None, int]:
     """Load and prepare a model of which as much stays in memory as a budget allows.
 
-    Returns it with the most tokens of a prompt and its text. The link is measured first. The plan is logged, and is the prepared model's `Stream.plan`. Raises ConfigError of a
-    budget that is too small, ModelError and UnsupportedModelError of a checkpoint that cannot be read in part, and
-    FileError where reading fails.
+    Returns it with its tokenizer, and the most tokens of a prompt and its text. The link is measured first, and the
+    plan is logged. Raises ConfigError of a budget that is too small, ModelError and UnsupportedModelError of a
+    checkpoint that cannot be read in part, and FileError where reading fails.
     """
     source = source.found()
     config, target = load_config(source), find_device(device)
@@ -59,11 +63,13 @@ def load_within(source: Source, dtype: str | torch.dtype, device: str, budget: B
     stored = find_weights(source)
     model = load_empty(source, config, _dtype(dtype, config, stored))
     where = match(source, model, stored)
+    tokenizer = load_tokenizer(source)  # before memory is planned, of which it takes some
     way = Way(target, target.type == "cuda" if budget.host is None else budget.host, budget.link)
     planned = _plan(model, where, way, budget)
-    logging.getLogger("sirius").info("%s", in_short(planned.plan))
     fill(model, where, planned, way)
-    return model, planned.slots - LONGEST
+    prepared_of(model).plan = in_short(planned.plan)
+    logging.getLogger("sirius").info("%s", prepared_of(model).plan)
+    return model, tokenizer, planned.slots - LONGEST
 
 
 def in_short(plan: Plan) -> str:
@@ -81,7 +87,7 @@ def in_short(plan: Plan) -> str:
 
 def _plan(model: PreTrainedModel, where: dict[int, Stored], way: Way, budget: Budget) -> Planned:
     """Return the plan that is expected to be the fastest."""
-    held = held_now() if way.device.type == "cpu" else 0
+    held = (held_now() + SLACK) if way.device.type == "cpu" else 0
     limit = context_limit(model.config)
     slots = (budget.context or min(CONTEXT, limit or CONTEXT)) + LONGEST
     size = parse_budget(str(budget.size), memory_of(way.device))

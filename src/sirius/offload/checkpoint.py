@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sirius.errors import FileError, ModelError
+from sirius.model.memory import page_aligned
 
 INDEX = "model.safetensors.index.json"
 PAGE = 4096  # bytes; a read past the system's cache begins and ends at a multiple of it, in the file and in memory
@@ -23,6 +24,9 @@ DTYPES = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
+
+
+_staging = threading.local()
 
 
 class Stored(NamedTuple):
@@ -81,7 +85,6 @@ class File:
         self.path, self.lock = path, threading.Lock()
         self.handle: int | None = None
         self.direct = hasattr(os, "O_DIRECT")
-        self.staging = threading.local()
 
     def read(self, begin: int, count: int) -> np.ndarray:
         """Return `count` bytes [count] uint8 from byte `begin` on, in memory that this thread's next read uses again.
@@ -94,7 +97,7 @@ class File:
         got = 0
         try:
             while got < begin + count - first:
-                got += (read := os.preadv(self._opened(), [memory[got:span]], first + got))
+                got += (read := os.preadv(self._opened(), [memory.data[got:span]], first + got))
                 if not read or (got % PAGE and got < begin + count - first):  # only at its end a read is no whole pages
                     raise FileError(
                         f"{self.path} ends at byte {first + got}, and {begin + count} are needed; it was cut off: "
@@ -125,10 +128,9 @@ class File:
 
     def _memory(self, count: int) -> np.ndarray:
         """Return this thread's memory of at least so many bytes, which begins where a page does."""
-        held = getattr(self.staging, "memory", None)
+        held = getattr(_staging, "memory", None)
         if held is None or len(held) < count:
-            raw = np.empty(count + PAGE, dtype=np.uint8)
-            held = self.staging.memory = raw[-raw.ctypes.data % PAGE :][:count]
+            held = _staging.memory = page_aligned(count).numpy()
         return held
 
     def _opened(self) -> int:
@@ -142,7 +144,7 @@ class File:
         if self.direct:
             try:
                 handle = os.open(self.path, os.O_RDONLY | os.O_DIRECT)
-                os.preadv(handle, [self._memory(PAGE)[:PAGE]], 0)  # some file systems refuse only now
+                os.preadv(handle, [self._memory(PAGE).data[:PAGE]], 0)  # some file systems refuse only now
                 return handle
             except OSError:
                 self.direct = False

@@ -20,7 +20,7 @@ from sirius.model.prepared import prepared_of
 from sirius.offload.checkpoint import Stored, read_checkpoint
 from sirius.offload.ring import CudaMover, Mover, Pool, Ring, ThreadMover, Throttle
 from sirius.offload.shelf import FileStore, HostStore
-from sirius.offload.stream import Block, Held, Planned, Shelves, Stream, Streamed, put
+from sirius.offload.stream import Block, Held, Planned, Shelves, Stream, Streamed, is_finite, put
 
 
 @dataclass(frozen=True)
@@ -214,7 +214,7 @@ def _whole(stored: Stored, like: Tensor, device: torch.device) -> Tensor:
         return found.copy_(stored.whole())
     for begin, end in stored.chunks(1 << 23):
         rows = stored.rows(begin, end)
-        if not bool(rows.isfinite().all()):
+        if not is_finite(rows):
             raise ModelError(f"{stored.name} holds numbers that are not finite (NaN or infinite); it is damaged")
         put(found[begin:end], rows)
     return found

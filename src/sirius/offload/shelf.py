@@ -75,7 +75,7 @@ class FileStore(Store):
 
     def _write(self, part: np.ndarray) -> None:
         """Write bytes at the end, up to a whole page; raise FileError where there is no room."""
-        padded = memoryview(np.concatenate([part, np.zeros(_room(len(part)) - len(part), np.uint8)]))
+        padded = np.concatenate([part, np.zeros(_room(len(part)) - len(part), np.uint8)]).data
         until = self.end + len(padded)
         try:
             while padded:

@@ -16,6 +16,7 @@ from sirius.offload.plan import Plan
 from sirius.offload.ring import CHUNK, Ring, Task
 from sirius.offload.shelf import BlockShelf, HostStore, Store
 
+SUMMED = 1 << 17  # numbers that are added up at a time
 ALIGNED = 4096  # bytes; where weights begin in a buffer
 WHOLE = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # what numbers of a width are copied as
 Views = dict[int, Tensor]
@@ -89,13 +90,18 @@ def _fill(target: Tensor, source: Stored, rows: tuple[int, int], check: bool) ->
     check  raise ModelError where a number is not finite
     """
     found = source.rows(*rows)
-    if check and not bool(found.isfinite().all()):
+    if check and not is_finite(found):
         raise ModelError(
             f"{source.name} holds numbers that are not finite (NaN or infinite), among rows {rows[0]} to {rows[1]}; "
             "the checkpoint is damaged"
         )
     put(target, found)
     return (rows[1] - rows[0]) * source.row_bytes
+
+
+def is_finite(numbers: Tensor) -> bool:
+    """Tell whether all numbers are finite, by the sums of some at a time, which takes little memory."""
+    return all(bool(part.sum(dtype=torch.float64).isfinite()) for part in numbers.view(-1).split(SUMMED))
 
 
 def put(target: Tensor, source: Tensor) -> None:
@@ -161,7 +167,7 @@ class Stream(Placed):
     def __init__(self, blocks: Sequence[Block], ring: Ring[Views], shelves: Shelves, planned: Planned) -> None:
         """Bring `blocks` by a ring of theirs; they come in the order in which passes use them."""
         self.ring, self.shelves, self.planned, plan = ring, shelves, planned, planned.plan
-        self.slots, self.rounds = planned.slots, plan.draft == "rounded"
+        self.slots, self.rounded = planned.slots, planned.draft.draft_bits
         self.expected = Expected(plan.plain_seconds, plan.draft_seconds, chance(plan.aal, plan.period))
         self.of = {id(each.layer): number for number, block in enumerate(blocks) for each in block.layers}
         self.turned = {id(each.layer) for block in blocks for each in block.layers if each.transposed}
@@ -180,16 +186,10 @@ class Stream(Placed):
 
     def check(self, chosen: SparsityConfig) -> None:
         """Raise ConfigError where memory was planned for another draft, or one that reads less."""
-        planned, kind = self.planned.draft, self.planned.plan.draft
-        if chosen.draft_bits in (0, planned.draft_bits) and chosen.method == "none":
-            return
-        if chosen.draft_bits and chosen.draft_bits == planned.draft_bits:
-            return
-        if (
-            kind == "coarse"
-            and (chosen.method, chosen.draft_bits) == (planned.method, 0)
-            and chosen.keep <= planned.keep
-        ):
+        planned = self.planned.draft
+        if chosen.method == "none" or (chosen.draft_bits and chosen.draft_bits == planned.draft_bits):
+            return  # every rounded weight is there; where there is none, `reads_twin` says so
+        if (chosen.method, chosen.draft_bits) == (planned.method, 0) and chosen.keep <= planned.keep:
             return
         raise ConfigError(
             f"memory was planned for {_named(planned)}, and {_named(chosen)} may read more; load the model with the "
