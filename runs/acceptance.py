@@ -59,7 +59,7 @@ class Setting:
         ratios = [theirs.stats.tokens_per_second / mine for theirs, mine in zip(full.done, turns, strict=True)]
         return {
             "sparsity": self.sparsity.method,
-            "draft_bits": self.sparsity.draft_bits,
+            "draft_bits": stats.draft_bits,
             "keep": None if rule is None else self.sparsity.keep,
             "accept": rule and rule.accept,
             "period": rule and rule.period,

@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import wraps
 from itertools import islice
 from time import perf_counter
@@ -25,7 +25,7 @@ from sirius.decoding.stateless import Watch, is_stateless
 from sirius.errors import ConfigError, OutOfMemoryError, RequestError, SiriusError
 from sirius.model.prepare import count_parameters, prepare
 from sirius.model.prepared import prepared_of
-from sirius.model.quantized import reads_twin, twin_of
+from sirius.model.quantized import bits_of_draft, twin_of
 from sirius.processors import look_at_lines
 from sirius.runtime.session import Session, ordinary
 from sirius.runtime.studies import RefreshingSession
@@ -99,13 +99,15 @@ class Batch:
         """
         if type(rows) is not int or rows < 1:
             raise ConfigError(f"a batch has a whole number of rows, at least 1; got {rows!r}")
-        self.model, self.rows, self.sparsity, self.lock = model, rows, chosen, prepared_of(model).lock
+        self.model, self.rows, self.lock = model, rows, prepared_of(model).lock
         with self.lock, ordinary():
             mlps = prepare(model)
             neurons = tuple(mlp.size for mlp in mlps)
-            make = RefreshingSession if chosen.refresh else Session
-            draft = twin_of(model, chosen.draft_bits) if reads_twin(model, chosen, correction) else None
-            self.session = make(model, mlps, lambda: sparsity.create(chosen, neurons), compiled, draft)
+            self.draft_bits = bits = bits_of_draft(model, chosen, correction)
+            self.sparsity = read = replace(chosen, draft_bits=bits)
+            make = RefreshingSession if read.refresh else Session
+            draft = twin_of(model, bits) if bits else None
+            self.session = make(model, mlps, lambda: sparsity.create(read, neurons), compiled, draft)
             self.draft = draft and count_parameters(model, draft)
         self.asked = correction
         self.correction = correction
@@ -330,7 +332,8 @@ class Batch:
         rounds, ending = entry.rounds, entry.ending
         touched, kept = self.session.touched(self.active.index(entry))
         sampled = entry.text.request.sampling.temperature > 0
-        basis = Basis(count_parameters(self.model), touched, self.correction, self._lossless(sampled), kept, self.draft)
+        read = touched, self.correction, self._lossless(sampled), kept, self.draft, self.draft_bits
+        basis = Basis(count_parameters(self.model), *read)
         return Completion(
             ending.text,
             tuple(token for r in rounds for token in r.tokens),

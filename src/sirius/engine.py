@@ -120,8 +120,8 @@ class Engine:
         stop            strings that end the text; None: those of the checkpoint's generation config, () none
         sampling        a temperature, a SamplingConfig or a mapping of its fields; None is greedy
         sparsity        what the draft reads: a method's name at keep 0.5, a SparsityConfig, or a mapping of its fields.
-                        None is every neuron, its weights at 4 bits, or beside the correction "paper" coarse, as in the
-                        paper; "none" drafts nothing
+                        None is every neuron, its weights at 4 bits (8 for a small model), or beside the correction
+                        "paper" coarse, as in the paper; "none" drafts nothing
         correction      a CorrectionConfig, a mapping of its fields, a period, "auto", or "paper" (the paper's setting,
                         lossy). None decodes with the draft model alone (lossy). The default is lossless, and drafts
                         where that is faster

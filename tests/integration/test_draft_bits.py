@@ -15,6 +15,7 @@ from sirius.errors import ConfigError
 from sirius.forms import as_draft
 from sirius.kernels import cpu
 from sirius.kernels.quantized import dequantize
+from sirius.model import quantized
 from sirius.model.matrix import dense
 from sirius.model.prepare import count_parameters, prepare
 from sirius.model.prepared import prepared_of
@@ -71,11 +72,35 @@ def test_more_bits_agree_more_often():
     assert accepted(8) > 80 and accepted(8) >= accepted(4) > 20
 
 
-def test_the_default_draft_reads_four_bits_and_no_other_option_is_needed():
+@pytest.mark.parametrize(("spare", "bits"), [(0, 8), (-1, 4)], ids=["small", "larger"])
+def test_the_default_draft_has_the_bits_that_suit_the_models_size(monkeypatch, spare, bits):
+    model = tiny_model(eos_token_id=None)
+    weights = sum(module.weight.numel() for module in model.modules() if isinstance(module, torch.nn.Linear))
+    monkeypatch.setattr(quantized, "SMALL", weights + spare)
+    engine, options = Engine(model), {"max_new_tokens": NEW, "correction": chain(4)}
+    default = engine.generate(PROMPT, **options)
+    for sparsity in (DRAFT, rounded(bits)):
+        named = engine.generate(PROMPT, sparsity=sparsity, **options)
+        assert named.stats.density == default.stats.density and named.stats.accepted == default.stats.accepted
+    assert default.stats.draft_bits == bits and set(prepared_of(model).twins) == {bits}
+
+
+def test_bits_that_are_asked_for_are_read_whatever_the_models_size():
     engine = Engine(tiny_model(eos_token_id=None))
-    got = engine.generate(PROMPT, max_new_tokens=NEW, correction=chain(4))
-    assert SparsityConfig("none", draft_bits=4) == DRAFT
-    assert got.stats.density == engine.generate(PROMPT, sparsity=DRAFT, correction=chain(4)).stats.density < 0.5
+    for bits in (4, 8):
+        assert engine.generate(PROMPT, sparsity=rounded(bits), correction=chain(4)).stats.draft_bits == bits
+
+
+def test_a_text_for_which_no_weights_were_rounded_says_so():
+    engine = Engine(tiny_model(eos_token_id=None))
+    for options in ({"sparsity": "none"}, {"correction": 1}, {"sparsity": "coarse"}):
+        assert engine.generate(PROMPT, max_new_tokens=4, **options).stats.draft_bits == 0
+
+
+@pytest.mark.parametrize("bits", [3, "four", True, 4.0, None])
+def test_other_bits_are_refused(bits):
+    with pytest.raises(ConfigError, match="draft_bits are 4, 8, 'auto', or 0"):
+        SparsityConfig("none", draft_bits=bits)
 
 
 def test_the_rounded_model_alone_is_called_lossy():
@@ -147,6 +172,12 @@ DRAFTS = [  # what is asked for in Python, by the names of a command line or gri
     ({"sparsity": "coarse"}, {"sparsity": "coarse"}, SparsityConfig("coarse")),
     ({"sparsity": {"draft_bits": 8}}, {"draft_bits": 8}, SparsityConfig("none", draft_bits=8)),
     ({"sparsity": {"draft_bits": 0}}, {"draft_bits": 0}, SparsityConfig("none")),
+    ({"sparsity": {"draft_bits": "auto"}}, {"draft_bits": "auto"}, DRAFT),
+    (
+        {"sparsity": {"method": "fine", "draft_bits": "auto"}},
+        {"sparsity": "fine", "draft_bits": "auto"},
+        SparsityConfig("fine", draft_bits="auto"),
+    ),
     ({"correction": "paper"}, {"preset": "paper"}, SparsityConfig("coarse")),
 ]
 

@@ -21,6 +21,10 @@ from sirius.model.prepared import prepared_of
 
 SAMPLED = 8  # rows and columns of each weight that are looked at to notice a change
 RESCORED = 16  # candidates of the rounded output head whose scores are computed anew from the full weights
+# Linear layers of at most so many weights are rounded to 8 bits where the draft's bits are "auto". A step of so small a
+# model takes little of its time to read weights, so the better guesses of 8 bits gain more than the fewer bytes of 4;
+# see dev/2026-11-28-draft-bits.md, "Bits by size".
+SMALL = 150_000_000
 
 
 class QuantizedRows(NamedTuple):
@@ -142,7 +146,7 @@ class Twin:
         self.bits = bits
         self.weights: dict[int, Quantized] = {}
         self.head = id(cast("nn.Module", model.get_output_embeddings()))
-        layers = [cast("nn.Linear", layer) for _, layer in parts_of(model, MatrixLinear)]
+        layers = _linears(model)
         total, done = sum(layer.weight.numel() for layer in layers), 0
         with torch.no_grad():
             for layer in layers:
@@ -159,36 +163,40 @@ class Twin:
         return RescoredHead(rows, dense(layer)) if id(layer) == self.head else rows
 
 
-def reads_twin(model: PreTrainedModel, chosen: SparsityConfig, correction: CorrectionConfig | None) -> bool:
-    """Tell whether a draft reads the model's weights at fewer bits.
+def bits_of_draft(model: PreTrainedModel, chosen: SparsityConfig, correction: CorrectionConfig | None) -> int:
+    """Return the bits of the weights that drafts of a prepared model read; 0: the model's own, or nothing is drafted.
 
-    Without a kernel for such weights each product makes the full ones anew, so no period pays: "auto" drafts none. Nor
-    does it where the weights are of another kind than dense; a fixed period raises ConfigError there.
+    Bits "auto" are 8 where the linear layers have at most `SMALL` weights, and 4 otherwise. Without a kernel for such
+    weights each product makes the full ones anew, so no period pays: period "auto" drafts nothing then. Nor does it
+    where the weights are of another kind than dense; a fixed period raises ConfigError there.
     """
     if not chosen.draft_bits or (correction is not None and correction.period == 1):
-        return False
+        return 0
     automatic = correction is not None and correction.period == AUTO
     if prepared_of(model).matrix is not dense:
         if automatic:
-            return False
+            return 0
         raise ConfigError(
             f"draft_bits {chosen.draft_bits} rounds weights in memory, and this model's are of another kind; set "
             "draft_bits to 0, and name a sparsity method to draft with"
         )
-    fast = ops.multiplies_quantized(model.device, model.dtype)
-    if not fast and not automatic:
+    bits = chosen.draft_bits
+    if bits == AUTO:
+        bits = 8 if sum(layer.weight.numel() for layer in _linears(model)) <= SMALL else 4
+    if ops.multiplies_quantized(model.device, model.dtype):
+        return bits
+    if not automatic:
         logging.getLogger("sirius").warning(
             "no kernel multiplies weights of %d bits in %s on %s: each product makes the full ones anew; "
             "set draft_bits to 0, or period to 'auto', which then drafts nothing",
-            *(chosen.draft_bits, model.dtype, model.device),
+            *(bits, model.dtype, model.device),
         )
-    return fast or not automatic
+    return 0 if automatic else bits
 
 
 def extra_memory(model: PreTrainedModel, bits: int) -> float:
     """Return the bytes of a prepared model's weights at 4 or 8 bits over those of all its parameters."""
-    layers = (cast("nn.Linear", layer) for _, layer in parts_of(model, MatrixLinear))
-    rounded = sum(bytes_of(layer.out_features, layer.in_features, bits) for layer in layers)
+    rounded = sum(bytes_of(layer.out_features, layer.in_features, bits) for layer in _linears(model))
     return rounded / sum(each.nbytes for each in model.parameters())
 
 
@@ -210,12 +218,17 @@ def twin_of(model: PreTrainedModel, bits: int, advance: Callable[[float], None] 
         return twin
 
 
+def _linears(model: PreTrainedModel) -> list[nn.Linear]:
+    """Return the layers whose weights are rounded."""
+    return [cast("nn.Linear", layer) for _, layer in parts_of(model, MatrixLinear)]
+
+
 def _state_of(model: PreTrainedModel) -> list[object]:
     """Return what tells whether weights are the ones that were rounded: which they are, where they lie, and a sample.
 
     Changes by `weight.data` leave no other trace than the numbers themselves.
     """
-    layers = [cast("nn.Linear", layer) for _, layer in parts_of(model, MatrixLinear)]
+    layers = _linears(model)
     lie = [(id(each), id(each.weight), each.weight.data_ptr()) for each in layers]
     with torch.no_grad():
         sums = torch.stack([_sample(each.weight).double().sum() for each in layers])
