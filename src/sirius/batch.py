@@ -18,7 +18,7 @@ from sirius.decoding.accept import Rule, accept_own
 from sirius.decoding.lookup import NGrams
 from sirius.decoding.loop import Row, first_round, next_round, start
 from sirius.decoding.period import AutoPeriod, Learnt, Period
-from sirius.decoding.plan import make_plan
+from sirius.decoding.plan import make_plan, refuse_own
 from sirius.decoding.probe import probe_if_due
 from sirius.decoding.sampling import Noise
 from sirius.decoding.stateless import Watch, is_stateless
@@ -103,7 +103,7 @@ class Batch:
         with self.lock, ordinary():
             mlps = prepare(model)
             neurons = tuple(mlp.size for mlp in mlps)
-            self.draft_bits = bits = bits_of_draft(model, chosen, correction)
+            self.draft_bits = bits = bits_of_draft(model, chosen, correction, own_period=period is not None)
             self.sparsity = read = replace(chosen, draft_bits=bits)
             make = RefreshingSession if read.refresh else Session
             draft = twin_of(model, bits) if bits else None
@@ -112,8 +112,10 @@ class Batch:
         self.asked = correction
         self.correction = correction
         if self.session.shared is None and draft is None:  # a draft with every weight would save nothing
-            looks_up = correction is not None and correction.draft_ngram
-            self.correction, rule, period = (correction, None, Period(1)) if looks_up else (PLAIN, None, None)
+            looks_up = bool(correction is not None and correction.draft_ngram)
+            if not chosen.draft_bits:
+                refuse_own(None if looks_up else rule, period)
+            self.correction, period = correction if looks_up else PLAIN, period or Period(1)
         self.plan = make_plan(self.correction, period or self._period(compiled), ends, rule)
         self.ruled = rule not in (None, accept_own)  # so that nobody knows whether texts are lossless
         self.window = (self.correction.longest - 1) * self.correction.tree_width if self.correction else 0

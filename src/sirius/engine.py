@@ -250,8 +250,8 @@ class Engine:
         rule    tells which guesses are accepted, in place of the correction's rule; texts then count as lossy
         period  chooses K from round to round, in place of the correction's; never above the correction's longest
 
-        Rule and period change nothing with sparsity "none", which drafts nothing. Raises ConfigError of options that
-        do not fit.
+        Raises ConfigError of options that do not fit. So rule and period are refused with sparsity "none", where no
+        model drafts; a rule is taken where the correction has a draft_ngram, and judges the guesses from the text.
         """
         asked = None if correction is None else as_config(CorrectionConfig, correction)
         return Batch(

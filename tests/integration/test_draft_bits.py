@@ -9,6 +9,7 @@ from conftest import FAMILIES, greedy, tiny_model
 from sirius import restore
 from sirius.batch import Batch
 from sirius.core import DRAFT, CorrectionConfig, SamplingConfig, SparsityConfig
+from sirius.decoding.period import Period
 from sirius.decoding.tree import Tree
 from sirius.engine import Engine
 from sirius.errors import ConfigError
@@ -271,6 +272,19 @@ def test_without_kernels_an_automatic_period_drafts_nothing_and_rounds_no_weight
     assert not got.stats.drafted and not prepared_of(model).twins
 
 
+def test_a_period_of_the_callers_own_is_honoured_where_an_automatic_one_drafts_nothing(monkeypatch, caplog):
+    model = tiny_model()
+    engine = Engine(model)
+    monkeypatch.setattr(cpu, "library", lambda: None)
+    assert engine.batch().draft_bits == 0
+    batch = engine.batch(period=Period(4))
+    assert batch.draft_bits == 8 and batch.plan.period.now == 4
+    assert "no kernel multiplies weights of 8 bits" in caplog.text
+    prepare(model, matrix=lambda layer, transposed: dense(layer, transposed))
+    with pytest.raises(ConfigError, match="this model's are of another kind"):
+        engine.batch(period=Period(4))
+
+
 def test_plain_decoding_rounds_no_weight():
     model = tiny_model()
     Batch(model, DRAFT, CorrectionConfig(period=1))
@@ -329,6 +343,23 @@ def test_guesses_from_the_text_that_a_rule_of_its_own_accepts_are_not_called_los
         batch.add(engine.text(LOOPING, max_new_tokens=NEW))
         done = [update.completion for _ in range(NEW) if batch.busy for update in batch.step() if update.completion]
         assert [each.stats.lossless for each in done] == [lossless]
+
+
+def test_a_rule_judges_guesses_from_the_text_where_no_model_drafts():
+    asked, engine = [], Engine(repeating_model())
+
+    def nothing(check):
+        asked.append(check.tree.tokens.shape[1] - 1)
+        return torch.zeros_like(check.own())
+
+    options = {"sparsity": "none", "correction": CorrectionConfig(8, draft_ngram=3)}
+    batch = engine.batch(rows=1, rule=nothing, **options)
+    batch.add(engine.text(LOOPING, max_new_tokens=NEW))
+    [done] = [update.completion for _ in range(NEW) if batch.busy for update in batch.step() if update.completion]
+    assert max(asked) > 0 and done.stats.accepted == 0 and not done.stats.lossless
+    assert list(done.token_ids) == greedy(engine.model, LOOPING, NEW)
+    with pytest.raises(ConfigError, match=r"^period would change nothing"):
+        engine.batch(period=Period(1), **options)
 
 
 def test_figures_tell_looked_up_guesses_apart():

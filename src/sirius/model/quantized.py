@@ -163,16 +163,20 @@ class Twin:
         return RescoredHead(rows, dense(layer)) if id(layer) == self.head else rows
 
 
-def bits_of_draft(model: PreTrainedModel, chosen: SparsityConfig, correction: CorrectionConfig | None) -> int:
+def bits_of_draft(
+    model: PreTrainedModel, chosen: SparsityConfig, correction: CorrectionConfig | None, own_period: bool = False
+) -> int:
     """Return the bits of the weights that drafts of a prepared model read; 0: the model's own, or nothing is drafted.
 
     Bits "auto" are 8 where the linear layers have at most `SMALL` weights, and 4 otherwise. Without a kernel for such
     weights each product makes the full ones anew, so no period pays: period "auto" drafts nothing then. Nor does it
     where the weights are of another kind than dense; a fixed period raises ConfigError there.
+
+    own_period  the caller has a period of its own, in place of the correction's
     """
     if not chosen.draft_bits or (correction is not None and correction.period == 1):
         return 0
-    automatic = correction is not None and correction.period == AUTO
+    automatic = correction is not None and correction.period == AUTO and not own_period
     if prepared_of(model).matrix is not dense:
         if automatic:
             return 0
