@@ -27,6 +27,7 @@ from sirius import Completion, CorrectionConfig, Engine, SparsityConfig, prepare
 from sirius.benchmark.facts import facts
 from sirius.cli.terminal import quieten
 from sirius.errors import SiriusError
+from sirius.model.quantized import bits_of_draft, twin_of
 from sirius.stats import combine
 
 RECORD = Path(__file__).parents[1] / "records" / "real.jsonl"
@@ -40,6 +41,7 @@ class Setting:
     sparsity: SparsityConfig
     correction: CorrectionConfig | None
     done: list[Completion] = field(default_factory=list)
+    twin: object = None  # the rounded weights that its draft reads
 
     def run(self, engine: Engine, question: str, tokens: int) -> Completion:
         """Decode one question."""
@@ -121,6 +123,8 @@ def measure(name: str, options: argparse.Namespace) -> list[dict[str, object]]:
         other = theirs(engine, asked, options.tokens) if options.theirs else {}
         ways = list(settings(options))
         for way in ways:
+            if bits := bits_of_draft(engine.model, way.sparsity, way.correction):
+                way.twin = twin_of(engine.model, bits)  # held, or each turn would round the weights anew
             way.run(engine, asked[0], WARM)
         for number, question in enumerate(asked, start=1):
             print(f"{name}, {task}: question {number} of {len(asked)}", file=sys.stderr, flush=True)

@@ -14,7 +14,7 @@ from sirius.decoding.tree import Tree
 from sirius.engine import Engine
 from sirius.errors import ConfigError
 from sirius.forms import as_draft
-from sirius.kernels import cpu
+from sirius.kernels import cpu, ops
 from sirius.kernels.quantized import dequantize
 from sirius.model import quantized
 from sirius.model.matrix import dense
@@ -165,6 +165,43 @@ def test_weights_of_another_kind_are_not_rounded():
     assert not engine.generate(PROMPT, max_new_tokens=NEW).stats.drafted
     with pytest.raises(ConfigError, match="set draft_bits to 0"):
         engine.generate(PROMPT, correction=chain(4))
+
+
+def test_rounded_weights_of_other_bits_go_unless_an_open_batch_reads_them():
+    """Memory is to hold one kind beside the full weights."""
+    model = tiny_model(eos_token_id=None)
+    engine = Engine(model)
+    for bits in (4, 8, 4):
+        engine.generate(PROMPT, max_new_tokens=NEW, sparsity=rounded(bits), correction=chain(4))
+        assert set(prepared_of(model).twins) == {bits}
+    batch = engine.batch(rows=1, sparsity=rounded(4), correction=chain(4))
+    batch.add(engine.text(PROMPT, max_new_tokens=NEW))
+    batch.step()
+    engine.generate(PROMPT, max_new_tokens=NEW, sparsity=rounded(8), correction=chain(4))
+    assert set(prepared_of(model).twins) == {4, 8} and twin_of(model, 4) is batch.session.draft
+    done = [update.completion for _ in range(NEW) if batch.busy for update in batch.step() if update.completion]
+    assert list(done[0].token_ids) == greedy(model, PROMPT, NEW)
+    del batch
+    twin_of(model, 8)
+    assert set(prepared_of(model).twins) == {8}
+
+
+def test_no_second_kind_of_rounded_weights_is_in_memory_while_one_is_made(monkeypatch):
+    model, seen = tiny_model(), []
+    prepare(model)
+    twin_of(model, 4)
+    quantize = ops.quantize
+    monkeypatch.setattr(ops, "quantize", lambda *args: seen.append(set(prepared_of(model).twins)) or quantize(*args))
+    twin_of(model, 8)
+    assert seen and not any(seen)
+
+
+def test_memory_that_is_released_is_not_that_of_weights_in_use():
+    model = tiny_model()
+    session = Engine(model).batch(sparsity=rounded(4), correction=chain(4)).session
+    twin_of(model, 8)
+    session.release()
+    assert list(prepared_of(model).twins.values()) == [session.draft]
 
 
 DRAFTS = [  # what is asked for in Python, by the names of a command line or grid, and the draft that both mean

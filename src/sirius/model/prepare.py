@@ -96,7 +96,7 @@ def restore(model: PreTrainedModel) -> None:
         _give_back_all(model)
         kept.idle.clear()
         kept.twins.clear()
-        kept.matrix, kept.own_attention = dense, False
+        kept.matrix, kept.own_attention, kept.last_twin = dense, False, None
 
 
 def sparse_mlps(model: nn.Module) -> list[SparseMLP]:

@@ -59,7 +59,8 @@ class Prepared:
     matrix         makes the weights of a linear layer
     own_attention  the model's attention cannot be replaced by a kernel of ours, as a pass has shown
     idle           workspaces of earlier sessions, for later ones
-    twins          by bits, the weights at fewer bits that drafts read, and the state of those that were rounded
+    twins          by bits, the weights at fewer bits: those that open sessions read, and `last_twin`
+    last_twin      the ones that were asked for last, which stay for later sessions
     learnt         what passes cost and how often guesses accepted, for later sessions
     """
 
@@ -68,7 +69,8 @@ class Prepared:
         self.own_attention = False
         self.lock = RLock()
         self.idle: dict[Hashable, Any] = {}
-        self.twins: dict[int, tuple[object, Any]] = {}
+        self.twins: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+        self.last_twin: Any = None
         self.learnt: dict[Hashable, Any] = {}
         self._pass: Pass | None = None
         self._thread = 0

@@ -138,12 +138,13 @@ class Twin:
     """Makes the matrices of a draft pass: a model's layers at fewer bits, rounded once.
 
     bits    4 or 8
+    state   tells which weights were rounded, as `_state_of` does
     nbytes  bytes of the rounded weights
     """
 
     def __init__(self, model: PreTrainedModel, bits: int, advance: Callable[[float], None] = lambda done: None) -> None:
         """Round every linear layer of a prepared model; `advance` is told the share that is done, 0 to 1."""
-        self.bits = bits
+        self.bits, self.state = bits, _state_of(model)
         self.weights: dict[int, Quantized] = {}
         self.head = id(cast("nn.Module", model.get_output_embeddings()))
         layers = _linears(model)
@@ -205,20 +206,27 @@ def extra_memory(model: PreTrainedModel, bits: int) -> float:
 
 
 def twin_of(model: PreTrainedModel, bits: int, advance: Callable[[float], None] = lambda done: None) -> Twin:
-    """Return a prepared model's weights at 4 or 8 bits, rounded at the first call and after they have changed."""
-    kept, state = prepared_of(model), _state_of(model)
+    """Return a prepared model's weights at 4 or 8 bits, rounded at the first call and after they have changed.
+
+    Those asked for last are kept. Others stay as long as the caller or an open session holds them, and are rounded anew
+    afterwards: memory is to hold one kind beside the full weights, not both.
+    """
+    kept = prepared_of(model)
     with kept.lock:
-        known, twin = kept.twins.get(bits, (None, None))
-        if twin is None or known != state:
+        twin: Twin | None = kept.twins.get(bits)
+        if twin is None or twin.state != _state_of(model):
+            twin = kept.last_twin = None  # frees those that nobody holds before there are new ones
+            if kept.twins:
+                kept.idle.clear()  # a GPU's idle workspaces hold weights that their captured passes read
             began = perf_counter()
-            twin = Twin(model, bits, advance)
-            kept.twins[bits] = state, twin
+            twin = kept.twins[bits] = Twin(model, bits, advance)
             logging.getLogger("sirius").info(
                 "weights rounded to %d bits for drafts: %.0f MB in %.1f s",
                 bits,
                 twin.nbytes / 1e6,
                 perf_counter() - began,
             )
+        kept.last_twin = twin
         return twin
 
 

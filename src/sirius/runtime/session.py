@@ -125,13 +125,13 @@ class Session:
         self.space.reserve(rows, slots)
 
     def release(self) -> None:
-        """Free memory: idle workspaces, rounded weights of other drafts, captured passes, and copies of methods.
+        """Free memory: idle workspaces, captured passes, copies of methods, and rounded weights that no session reads.
 
         The cache goes too where no row is open.
         """
         drop_idle(self.model)
-        twins = self.prepared.twins
-        self.prepared.twins = {bits: each for bits, each in twins.items() if each[1] is self.draft}
+        if self.prepared.last_twin is not self.draft:
+            self.prepared.last_twin = None
         self.prefixes.states.clear()
         if self.methods:
             self.space.passes.forget()
