@@ -3,7 +3,7 @@
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import wraps
+from functools import partial, wraps
 from itertools import islice
 from time import perf_counter
 from typing import Any, TypeVar, cast
@@ -107,7 +107,8 @@ class Batch:
             self.sparsity = read = replace(chosen, draft_bits=bits)
             make = RefreshingSession if read.refresh else Session
             draft = twin_of(model, bits) if bits else None
-            self.session = make(model, mlps, lambda: sparsity.create(read, neurons), compiled, draft)
+            method = partial(sparsity.create, read, neurons)
+            self.session = make(model, mlps, method, compiled, draft, several=rows > 1)
             self.draft = draft and count_parameters(model, draft)
         self.asked = correction
         self.correction = correction

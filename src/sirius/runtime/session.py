@@ -70,11 +70,14 @@ class Session:
         make: MakeMethod = lambda: None,
         compiled: bool = False,
         draft: MakeMatrix | None = None,
+        *,
+        several: bool = True,
     ) -> None:
         """Open an empty session; `make` gives a method for a prompt, or None to draft with every neuron.
 
         compiled  passes that are captured are compiled first
         draft     makes the weights of the linear layers in draft passes; None: those of the full model
+        several   rows may be open side by side, so what their prompts have in common is remembered
         """
         self.model, self.mlps, self.make = model, mlps, make
         self.prepared = prepared_of(model)
@@ -89,7 +92,7 @@ class Session:
         self.dense: list[Route | None] = [None] * len(mlps)
         self.drafts: list[Route | None] | None
         self.methods: list[Sparsity | None] = []  # one for each row
-        self.prefixes = Prefixes()
+        self.prefixes = Prefixes(copies=several)
         self._rows_changed()
 
     @property
