@@ -2,8 +2,8 @@
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from functools import wraps
+from dataclasses import dataclass, field, replace
+from functools import partial, wraps
 from itertools import islice
 from time import perf_counter
 from typing import Any, TypeVar, cast
@@ -18,15 +18,14 @@ from sirius.decoding.accept import Rule, accept_own
 from sirius.decoding.lookup import NGrams
 from sirius.decoding.loop import Row, first_round, next_round, start
 from sirius.decoding.period import AutoPeriod, Learnt, Period
-from sirius.decoding.plan import make_plan
+from sirius.decoding.plan import make_plan, refuse_own
 from sirius.decoding.probe import probe_if_due
 from sirius.decoding.sampling import Noise
 from sirius.decoding.stateless import Watch, is_stateless
 from sirius.errors import ConfigError, OutOfMemoryError, RequestError, SiriusError
-from sirius.model.matrix import Placed
 from sirius.model.prepare import count_parameters, prepare
 from sirius.model.prepared import prepared_of
-from sirius.model.quantized import reads_twin, twin_of
+from sirius.model.quantized import bits_of_draft, twin_of
 from sirius.processors import look_at_lines
 from sirius.runtime.session import Session, ordinary
 from sirius.runtime.studies import RefreshingSession
@@ -100,22 +99,24 @@ class Batch:
         """
         if type(rows) is not int or rows < 1:
             raise ConfigError(f"a batch has a whole number of rows, at least 1; got {rows!r}")
-        self.model, self.rows, self.sparsity, self.lock = model, rows, chosen, prepared_of(model).lock
+        self.model, self.rows, self.lock = model, rows, prepared_of(model).lock
         with self.lock, ordinary():
             mlps = prepare(model)
-            neurons, made = tuple(mlp.size for mlp in mlps), prepared_of(model).matrix
-            self.placed = made if isinstance(made, Placed) else None
-            if self.placed is not None:
-                self.placed.check(chosen)
-            make = RefreshingSession if chosen.refresh else Session
-            draft = twin_of(model, chosen.draft_bits) if reads_twin(model, chosen, correction) else None
-            self.session = make(model, mlps, lambda: sparsity.create(chosen, neurons), compiled, draft)
+            neurons, self.placed = tuple(mlp.size for mlp in mlps), prepared_of(model).placed
+            self.draft_bits = bits = bits_of_draft(model, chosen, correction, own_period=period is not None)
+            self.sparsity = read = replace(chosen, draft_bits=bits)
+            make = RefreshingSession if read.refresh else Session
+            draft = twin_of(model, bits) if bits else None
+            method = partial(sparsity.create, read, neurons)
+            self.session = make(model, mlps, method, compiled, draft, several=rows > 1)
             self.draft = draft and count_parameters(model, draft)
         self.asked = correction
         self.correction = correction
         if self.session.shared is None and draft is None:  # a draft with every weight would save nothing
-            looks_up = correction is not None and correction.draft_ngram
-            self.correction, rule, period = (correction, None, Period(1)) if looks_up else (PLAIN, None, None)
+            looks_up = bool(correction is not None and correction.draft_ngram)
+            if not chosen.draft_bits:
+                refuse_own(None if looks_up else rule, period)
+            self.correction, period = correction if looks_up else PLAIN, period or Period(1)
         self.plan = make_plan(self.correction, period or self._period(compiled), ends, rule)
         self.ruled = rule not in (None, accept_own)  # so that nobody knows whether texts are lossless
         self.window = (self.correction.longest - 1) * self.correction.tree_width if self.correction else 0
@@ -335,7 +336,8 @@ class Batch:
         rounds, ending = entry.rounds, entry.ending
         touched, kept = self.session.touched(self.active.index(entry))
         sampled = entry.text.request.sampling.temperature > 0
-        basis = Basis(count_parameters(self.model), touched, self.correction, self._lossless(sampled), kept, self.draft)
+        read = touched, self.correction, self._lossless(sampled), kept, self.draft, self.draft_bits
+        basis = Basis(count_parameters(self.model), *read)
         return Completion(
             ending.text,
             tuple(token for r in rounds for token in r.tokens),

@@ -105,7 +105,7 @@ class Engine:
         """
         source = Source(str(path), revision, trust_remote_code, gguf_file).found()
         if memory_budget is not None:
-            budget = Budget(memory_budget, draft and as_config(SparsityConfig, draft), max_context)
+            budget = Budget(memory_budget, None if draft is None else as_config(SparsityConfig, draft), max_context)
             model, tokenizer, max_context = load_within(source, dtype, device, budget)
         elif draft is not None:
             raise ConfigError("draft says what memory is planned for; give memory_budget too, or leave it out")
@@ -130,8 +130,8 @@ class Engine:
         stop            strings that end the text; None: those of the checkpoint's generation config, () none
         sampling        a temperature, a SamplingConfig or a mapping of its fields; None is greedy
         sparsity        what the draft reads: a method's name at keep 0.5, a SparsityConfig, or a mapping of its fields.
-                        None is every neuron, its weights at 4 bits, or beside the correction "paper" coarse, as in the
-                        paper; "none" drafts nothing
+                        None is every neuron, its weights at 4 bits (8 for a small model), or beside the correction
+                        "paper" coarse, as in the paper; "none" drafts nothing
         correction      a CorrectionConfig, a mapping of its fields, a period, "auto", or "paper" (the paper's setting,
                         lossy). None decodes with the draft model alone (lossy). The default is lossless, and drafts
                         where that is faster
@@ -260,8 +260,8 @@ class Engine:
         rule    tells which guesses are accepted, in place of the correction's rule; texts then count as lossy
         period  chooses K from round to round, in place of the correction's; never above the correction's longest
 
-        Rule and period change nothing with sparsity "none", which drafts nothing. Raises ConfigError of options that
-        do not fit.
+        Raises ConfigError of options that do not fit. So rule and period are refused with sparsity "none", where no
+        model drafts; a rule is taken where the correction has a draft_ngram, and judges the guesses from the text.
         """
         asked = None if correction is None else as_config(CorrectionConfig, correction)
         return Batch(

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sirius.model.matrix import MakeMatrix, dense
+from sirius.model.matrix import MakeMatrix, Placed, dense
 
 
 class Slots(NamedTuple):
@@ -59,7 +59,8 @@ class Prepared:
     matrix         makes the weights of a linear layer
     own_attention  the model's attention cannot be replaced by a kernel of ours, as a pass has shown
     idle           workspaces of earlier sessions, for later ones
-    twins          by bits, the weights at fewer bits that drafts read, and the state of those that were rounded
+    twins          by bits, the weights at fewer bits: those that open sessions read, and `last_twin`
+    last_twin      the ones that were asked for last, which stay for later sessions
     learnt         what passes cost and how often guesses accepted, for later sessions
     plan           what stays in memory under a budget, in words; None: there is no budget
     """
@@ -69,11 +70,17 @@ class Prepared:
         self.own_attention = False
         self.lock = RLock()
         self.idle: dict[Hashable, Any] = {}
-        self.twins: dict[int, tuple[object, Any]] = {}
+        self.twins: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+        self.last_twin: Any = None
         self.learnt: dict[Hashable, Any] = {}
         self.plan: str | None = None
         self._pass: Pass | None = None
         self._thread = 0
+
+    @property
+    def placed(self) -> Placed | None:
+        """What brings weights that lie elsewhere; None where all are in memory."""
+        return self.matrix if isinstance(self.matrix, Placed) else None
 
     def now(self) -> Pass | None:
         """Return the pass that this thread runs on the model, None where the model is called by someone else."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from sirius.core import LONGEST, SparsityConfig
+from sirius.core import AUTO, LONGEST, SparsityConfig
 from sirius.errors import ConfigError
 from sirius.kernels import ops
 from sirius.model.limits import MOST_READ, context_limit
@@ -99,8 +99,8 @@ def _plan(model: PreTrainedModel, where: dict[int, Stored], way: Way, budget: Bu
         sizes = sizes_of(model.config, model.dtype, draft, slots, MOST_READ, held)
         return Planned(make_plan(sizes, size, link, speed, kind, PERIOD, ADVANCE[kind]), draft, slots)
 
-    if budget.draft is not None:
-        return planned(budget.draft)
+    if (asked := budget.draft) is not None:
+        return planned(replace(asked, draft_bits=ROUNDED.draft_bits) if asked.draft_bits == AUTO else asked)
     plain = planned(UNDRAFTED)
     if ops.multiplies_quantized(way.device, model.dtype):
         with suppress(ConfigError):  # too little memory for the draft's head

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from sirius.core import LONGEST, SparsityConfig
+from sirius.core import AUTO, LONGEST, SparsityConfig
 from sirius.errors import ConfigError
 from sirius.kernels.quantized import bytes_of
 from sirius.model.find import blocks, check_config, gated_mlp
@@ -47,7 +47,8 @@ def sizes_of(
     Raises ConfigError where transformers makes no such model, or `keep` keeps no neuron, and UnsupportedModelError
     where its structure does not fit.
     """
-    model = skeleton(config, dtype)
+    assert draft.draft_bits != AUTO, "whoever plans has chosen the bits"
+    model, bits = skeleton(config, dtype), draft.draft_bits
     parts = _parts(model)
     streamed = [[*block.attention, *block.mlp] for block in parts]
     head = [each for each in [model.get_output_embeddings()] if isinstance(each, nn.Linear)]

@@ -167,7 +167,7 @@ class Stream(Placed):
     def __init__(self, blocks: Sequence[Block], ring: Ring[Views], shelves: Shelves, planned: Planned) -> None:
         """Bring `blocks` by a ring of theirs; they come in the order in which passes use them."""
         self.ring, self.shelves, self.planned, plan = ring, shelves, planned, planned.plan
-        self.slots, self.rounded = planned.slots, planned.draft.draft_bits
+        self.slots, self.rounded = planned.slots, int(planned.draft.draft_bits)
         self.expected = Expected(plan.plain_seconds, plan.draft_seconds, chance(plan.aal, plan.period))
         self.of = {id(each.layer): number for number, block in enumerate(blocks) for each in block.layers}
         self.turned = {id(each.layer) for block in blocks for each in block.layers if each.transposed}
@@ -187,8 +187,8 @@ class Stream(Placed):
     def check(self, chosen: SparsityConfig) -> None:
         """Raise ConfigError where memory was planned for another draft, or one that reads less."""
         planned = self.planned.draft
-        if chosen.method == "none" or (chosen.draft_bits and chosen.draft_bits == planned.draft_bits):
-            return  # every rounded weight is there; where there is none, `reads_twin` says so
+        if chosen.method == "none" or chosen.draft_bits:
+            return  # `bits_of_draft` refuses bits that were not planned
         if (chosen.method, chosen.draft_bits) == (planned.method, 0) and chosen.keep <= planned.keep:
             return
         raise ConfigError(

@@ -12,7 +12,6 @@ from sirius.kernels import gpu
 from sirius.kernels.ops import attends
 from sirius.model.adopt import parts_of
 from sirius.model.attention import SlotAttention
-from sirius.model.matrix import Placed
 from sirius.model.mlp import SparseMLP
 from sirius.model.prepared import Prepared, prepared_of
 from sirius.runtime.cache import SlotCache
@@ -110,7 +109,7 @@ def reused_on(device: torch.device) -> bool:
 
 def check_compiles(model: PreTrainedModel) -> None:
     """Raise ConfigError where no pass of a model is captured, and so none would be compiled."""
-    if isinstance(prepared_of(model).matrix, Placed):
+    if prepared_of(model).placed is not None:
         raise ConfigError("passes are not compiled where weights come from elsewhere; leave compile out")
     if model.device.type != "cuda" or not attends_to(model):
         raise ConfigError(
