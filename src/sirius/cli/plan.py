@@ -35,11 +35,11 @@ def plan(
     from sirius.benchmark.plans import Question, plan_rows, show_plans
     from sirius.benchmark.record import to_line
     from sirius.core import SparsityConfig
+    from sirius.model.limits import MOST_READ
     from sirius.model.loading import find_device, find_dtype
     from sirius.offload.amounts import memory_of
     from sirius.offload.plan import Link, parse_budget
     from sirius.offload.sizes import sizes_of
-    from sirius.model.limits import MOST_READ
 
     if not draft_bits:
         raise ConfigError("--draft-bits is 4 or 8; got 0")
