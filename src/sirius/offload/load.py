@@ -22,7 +22,6 @@ from sirius.offload.ring import CudaMover, Mover, Pool, Ring, ThreadMover, Throt
 from sirius.offload.shelf import FileStore, HostStore
 from sirius.offload.stream import Block, Held, Planned, Shelves, Stream, Streamed, is_finite, put
 
-
 MARGIN = 64 * PAGE  # bytes of a buffer beyond its unit, as each tensor of a shelf begins where a page does
 
 
