@@ -22,7 +22,7 @@ from sirius.decoding.plan import make_plan, refuse_own
 from sirius.decoding.probe import probe_if_due
 from sirius.decoding.sampling import Noise
 from sirius.decoding.stateless import Watch, is_stateless
-from sirius.errors import ConfigError, OutOfMemoryError, RequestError, SiriusError
+from sirius.errors import ConfigError, FileError, OutOfMemoryError, RequestError, SiriusError
 from sirius.model.prepare import count_parameters, prepare
 from sirius.model.prepared import prepared_of
 from sirius.model.quantized import bits_of_draft, twin_of
@@ -99,7 +99,7 @@ class Batch:
         """
         if type(rows) is not int or rows < 1:
             raise ConfigError(f"a batch has a whole number of rows, at least 1; got {rows!r}")
-        self.model, self.rows, self.lock = model, rows, prepared_of(model).lock
+        self.model, self.lock = model, prepared_of(model).lock
         with self.lock, ordinary():
             mlps = prepare(model)
             neurons, self.placed = tuple(mlp.size for mlp in mlps), prepared_of(model).placed
@@ -107,11 +107,10 @@ class Batch:
             self.sparsity = read = replace(chosen, draft_bits=bits)
             make = RefreshingSession if read.refresh else Session
             draft = twin_of(model, bits) if bits else None
-            method = partial(sparsity.create, read, neurons)
-            self.session = make(model, mlps, method, compiled, draft, several=rows > 1)
+            self.rows = rows = rows if self.placed is None else self.placed.most_rows(read, rows)
+            self.session = make(model, mlps, partial(sparsity.create, read, neurons), compiled, draft, several=rows > 1)
             self.draft = draft and count_parameters(model, draft)
-        self.asked = correction
-        self.correction = correction
+        self.asked = self.correction = correction
         if self.session.shared is None and draft is None:  # a draft with every weight would save nothing
             looks_up = bool(correction is not None and correction.draft_ngram)
             if not chosen.draft_bits:
@@ -202,10 +201,11 @@ class Batch:
         if self.midway:
             raise RequestError("a step of this batch ended midway, so its texts cannot go on; open another batch")
         self.midway = True
-        if count := min(self.rows - len(self.active), len(self.waiting)):
-            updates = self._admit(count)
-        else:
-            updates = self._round() if self.active else []
+        count = min(self.rows - len(self.active), len(self.waiting))
+        if self.placed is not None:
+            wanted = [entry.row.slots for entry in islice(self.waiting, count)]
+            count = self.placed.count_fitting(wanted, len(self.active), self.session.slots)
+        updates = self._admit(count) if count else self._round() if self.active else []
         self.midway = False
         return updates
 
@@ -216,9 +216,9 @@ class Batch:
             entry, began = self.waiting.popleft(), perf_counter()
             try:
                 read.append(self._read_prompt(entry))
-            except RequestError as error:
+            except (RequestError, FileError) as error:
                 self._close_unread()
-                failed.append(self._failed(entry, error))
+                failed.append(Update(entry.ticket, "", Round(()), error=error))
             else:
                 self.active.append(entry)
             entry.seconds += perf_counter() - began
@@ -253,16 +253,16 @@ class Batch:
         return min(most, len(prompt) + self.window + GROWTH)
 
     def _round(self) -> list[Update]:
-        """Bring every row on by a round; where memory runs out, the longest text ends, and the others try again."""
+        """Bring every row on by a round; without memory for that the longest text ends, without weights to read all."""
         failed, released = self._grow(), False
         while self.active:
             lengths = self._lengths()
             try:
                 with telling(max(lengths)):
                     done = self._advance()
-            except OutOfMemoryError as error:
+            except (OutOfMemoryError, FileError) as error:
                 called = any(not entry.row.stateless for entry in self.active)  # a processor that keeps state
-                if called or lengths != self._lengths():  # or tokens were kept already
+                if isinstance(error, FileError) or called or lengths != self._lengths():  # or tokens were kept already
                     return failed + [self._end_with_error(0, error) for _ in lengths]
                 if released:
                     failed.append(self._end_with_error(lengths.index(max(lengths)), error))
@@ -374,9 +374,6 @@ class Batch:
         chain = self.correction.tree_width == 1 and not self.correction.draft_ngram
         return (whole and chain) or (self.correction.lossless(sampled) and (plain or not self.ruled))
 
-    def _failed(self, entry: _Entry, error: SiriusError) -> Update:
-        return Update(entry.ticket, "", Round(()), error=error)
-
     def _close_unread(self) -> None:
         """Drop the row of a prompt where memory ran out before its first token."""
         while len(self.session.methods) > len(self.active):
@@ -384,9 +381,9 @@ class Batch:
 
     def _end_with_error(self, index: int, error: SiriusError) -> Update:
         """Drop a row, and return the update with its text's error."""
-        entry = self.active[index]
+        ticket = self.active[index].ticket
         self._close(index)
-        return self._failed(entry, error)
+        return Update(ticket, "", Round(()), error=error)
 
     def _close(self, index: int) -> None:
         self.session.close(index)

@@ -145,6 +145,21 @@ class Placed(ABC):
         """Raise ConfigError where there is no memory for what a draft reads."""
 
     @abstractmethod
+    def most_rows(self, chosen: SparsityConfig, rows: int) -> int:
+        """Return for how many texts side by side, of at most `rows`, there is memory for what a draft reads."""
+
+    def count_fitting(self, wanted: Sequence[int], rows: int, held: int) -> int:
+        """Return how many of the next texts have memory for their keys and values; the first one, if it is alone.
+
+        wanted  slots of each text
+        rows    texts at work, each of `held` slots
+        """
+        for count in range(len(wanted), 0, -1):
+            if (rows + count) * max(*wanted[:count], held if rows else 0) <= self.slots:
+                return count
+        return 0 if rows else min(1, len(wanted))
+
+    @abstractmethod
     def __call__(self, layer: nn.Linear, transposed: bool = False) -> Dense:
         """Return a layer's weights, which stay only until the next block's are asked for; see `dense`."""
 
