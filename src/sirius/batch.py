@@ -109,7 +109,7 @@ class Batch:
             draft = twin_of(model, bits) if bits else None
             self.rows = rows = rows if self.placed is None else self.placed.most_rows(read, rows)
             self.session = make(model, mlps, partial(sparsity.create, read, neurons), compiled, draft, several=rows > 1)
-            self.draft = draft and count_parameters(model, draft)
+            self.draft = draft and count_parameters(model, draft.outline)
         self.asked = self.correction = correction
         if self.session.shared is None and draft is None:  # a draft with every weight would save nothing
             looks_up = bool(correction is not None and correction.draft_ngram)

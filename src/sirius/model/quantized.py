@@ -137,10 +137,11 @@ class RescoredHead(NamedTuple):
 class Twin:
     """Makes the matrices of a draft pass: a model's layers at fewer bits, rounded once.
 
-    bits    4 or 8
-    state   tells which weights were rounded, as `_state_of` does
-    nbytes  bytes of the rounded weights
-    shelf   holds those that do not stay in memory
+    bits     4 or 8
+    state    tells which weights were rounded, as `_state_of` does
+    nbytes   bytes of the rounded weights
+    weights  of each layer, by its id; on meta those that do not stay in memory
+    shelf    holds these
     """
 
     def __init__(self, model: PreTrainedModel, bits: int, advance: Callable[[float], None] = lambda done: None) -> None:
@@ -168,15 +169,23 @@ class Twin:
         if self.shelf is not None and self.shelf.takes(layer):
             self.shelf.put(layer, weight)
             self.shelved = True
-        else:
-            self.weights[id(layer)] = weight
+            codes, scales, base = (each.to("meta") for each in (weight.codes, weight.scales, weight.base))
+            weight = Quantized(codes, scales, base, weight.bits, weight.length)
+        self.weights[id(layer)] = weight
 
     def __call__(self, layer: nn.Linear, transposed: bool = False) -> Matrix:
         """Return a layer's matrix, see `MakeMatrix`."""
-        weight = self.weights.get(id(layer))
-        if weight is None:
+        weight = self.weights[id(layer)]
+        if weight.codes.is_meta:
             assert self.shelf is not None
             weight = self.shelf.get(layer)
+        return self._matrix(layer, weight, transposed)
+
+    def outline(self, layer: nn.Linear, transposed: bool = False) -> Matrix:
+        """Return a layer's matrix for its shape and bytes; its numbers may not be there, and are not brought."""
+        return self._matrix(layer, self.weights[id(layer)], transposed)
+
+    def _matrix(self, layer: nn.Linear, weight: Quantized, transposed: bool) -> Matrix:
         if transposed:
             return QuantizedColumns(weight, layer.bias)
         rows = QuantizedRows(weight, layer.bias)
