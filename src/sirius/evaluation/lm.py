@@ -8,7 +8,6 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from hashlib import sha256
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,7 +19,6 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, po
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
 from tqdm import tqdm
-from transformers import PreTrainedModel
 
 from sirius.core import SamplingConfig
 from sirius.demo.embedded import FOLDER, check_embedded
@@ -28,6 +26,7 @@ from sirius.engine import Completion, Engine, TextOptions
 from sirius.errors import ConfigError, SiriusError
 from sirius.evaluation.catalogue import setting_for
 from sirius.evaluation.completions import Completions, key_of
+from sirius.evaluation.fingerprint import fingerprint
 from sirius.evaluation.ranks import Ranks
 from sirius.settings import Setting, make_setting
 from sirius.stats import Stats, combine
@@ -40,8 +39,6 @@ PASSED_OVER = {"do_sample", "until", "max_gen_toks", "num_beams", "use_cache"}
 GenerationRequest = tuple[str, dict[str, Any]]  # a prompt, and the options that lm-eval gives for its text
 EncodedRequest = tuple[tuple[int, ...], dict[str, Any]]  # the tokens of a prompt, and the options of `Engine.generate`
 TOGETHER = 16  # batches of given texts that are sorted by their length, between two looks at the clock
-SPREAD = 64  # numbers of a weight in a model's fingerprint
-WHOLE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 log = logging.getLogger(__name__)
 
 
@@ -315,20 +312,6 @@ class SiriusLM(TemplateLM):
 
 
 register_model("sirius")(SiriusLM)
-
-
-def fingerprint(model: PreTrainedModel) -> str:
-    """Return a digest of every weight's bits, so that another checkpoint, file or adapter has another one.
-
-    Of each weight it takes the sum of all numbers, read as whole numbers by their bits, and about `SPREAD` of them.
-    Such a sum does not depend on machine or order. A billion weights of bfloat16 take some 3 s on one core.
-    """
-    digest = sha256()
-    for name, weight in model.named_parameters():
-        bits = weight.detach().view(WHOLE[weight.element_size()]).reshape(-1)
-        some = bits[:: max(1, bits.numel() // SPREAD)].tolist()
-        digest.update(f"{name} {list(weight.shape)} {int(bits.sum(dtype=torch.int64))} {some}".encode())
-    return digest.hexdigest()[:16]
 
 
 def figures(stats: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
