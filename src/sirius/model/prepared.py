@@ -59,9 +59,11 @@ class Prepared:
     matrix         makes the weights of a linear layer
     own_attention  the model's attention cannot be replaced by a kernel of ours, as a pass has shown
     idle           workspaces of earlier sessions, for later ones
+    spaces         all workspaces, of sessions at work too
     twins          by bits, the weights at fewer bits that drafts read, and the state of those that were rounded
     learnt         what passes cost and how often guesses accepted, for later sessions
     plan           what stays in memory under a budget, in words; None: there is no budget
+    slots          slots of keys and values, of all texts together, for which a budget has room; None: as memory has
     """
 
     def __init__(self) -> None:
@@ -69,9 +71,11 @@ class Prepared:
         self.own_attention = False
         self.lock = RLock()
         self.idle: dict[Hashable, Any] = {}
+        self.spaces: weakref.WeakSet[Any] = weakref.WeakSet()
         self.twins: dict[int, tuple[object, Any]] = {}
         self.learnt: dict[Hashable, Any] = {}
         self.plan: str | None = None
+        self.slots: int | None = None
         self._pass: Pass | None = None
         self._thread = 0
 
