@@ -18,6 +18,7 @@ from sirius.model.loading import Source, check_complete
 from sirius.model.prepare import prepare
 from sirius.model.prepared import prepared_of
 from sirius.offload.checkpoint import Stored, read_checkpoint
+from sirius.offload.guard import guard
 from sirius.offload.ring import CudaMover, Mover, Pool, Ring, ThreadMover, Throttle
 from sirius.offload.shelf import FileStore, HostStore
 from sirius.offload.stream import Block, Held, Planned, Shelves, Stream, Streamed, is_finite, put
@@ -138,6 +139,7 @@ def fill(model: PreTrainedModel, where: dict[int, Stored], planned: Planned, way
     prepare(model)
     for layer in tried:
         layer.weight = nn.Parameter(layer.weight.detach().to("meta"))
+    guard(model)
 
 
 def unit_of(block: Block, way: Way) -> Block | Held:
