@@ -15,7 +15,7 @@ from sirius.model.loading import Source, find_device, find_dtype, load_config, l
 from sirius.model.prepared import prepared_of
 from sirius.offload.amounts import in_words, memory_of
 from sirius.offload.checkpoint import Stored
-from sirius.offload.load import Transfer, all_blocks, fill, find_weights, match, unit_of
+from sirius.offload.load import Way, all_blocks, fill, find_weights, match, unit_of
 from sirius.offload.measure import held_now, link_speed, memory_speed
 from sirius.offload.plan import Draft, Link, Plan, make_plan, parse_budget
 from sirius.offload.sizes import draft_of, sizes_of
@@ -64,9 +64,9 @@ def load_within(
     model = load_empty(source, config, _dtype(dtype, config, stored))
     where = match(source, model, stored)
     tokenizer = load_tokenizer(source)  # before memory is planned, of which it takes some
-    transfer = Transfer(target, target.type == "cuda" if budget.host is None else budget.host, budget.link)
-    planned = _plan(model, where, transfer, budget)
-    fill(model, where, planned, transfer)
+    way = Way(target, target.type == "cuda" if budget.host is None else budget.host, budget.link)
+    planned = _plan(model, where, way, budget)
+    fill(model, where, planned, way)
     prepared_of(model).plan = in_short(planned.plan)
     logging.getLogger("sirius").info("%s", prepared_of(model).plan)
     return model, tokenizer, planned.slots - LONGEST
@@ -85,14 +85,14 @@ def in_short(plan: Plan) -> str:
     )
 
 
-def _plan(model: PreTrainedModel, where: dict[int, Stored], transfer: Transfer, budget: Budget) -> Planned:
+def _plan(model: PreTrainedModel, where: dict[int, Stored], way: Way, budget: Budget) -> Planned:
     """Return the plan that is expected to be the fastest."""
-    held = (held_now() + SLACK) if transfer.device.type == "cpu" else 0
+    held = (held_now() + SLACK) if way.device.type == "cpu" else 0
     limit = context_limit(model.config)
     slots = (budget.context or min(CONTEXT, limit or CONTEXT)) + LONGEST
-    size = parse_budget(str(budget.size), memory_of(transfer.device))
-    link = Link(_speed(model, where, transfer), "host" if transfer.held else "disk")
-    speed = memory_speed(model.dtype, transfer.device)
+    size = parse_budget(str(budget.size), memory_of(way.device))
+    link = Link(_speed(model, where, way), "host" if way.held else "disk")
+    speed = memory_speed(model.dtype, way.device)
 
     def planned(draft: SparsityConfig) -> Planned:
         kind = draft_of(draft)
@@ -102,17 +102,17 @@ def _plan(model: PreTrainedModel, where: dict[int, Stored], transfer: Transfer, 
     if (asked := budget.draft) is not None:
         return planned(replace(asked, draft_bits=ROUNDED.draft_bits) if asked.draft_bits == AUTO else asked)
     plain = planned(UNDRAFTED)
-    if ops.multiplies_quantized(transfer.device, model.dtype):
+    if ops.multiplies_quantized(way.device, model.dtype):
         with suppress(ConfigError):  # too little memory for the draft's head
             return min(plain, planned(ROUNDED), key=lambda each: each.plan.seconds_per_token)
     return plain
 
 
-def _speed(model: PreTrainedModel, where: dict[int, Stored], transfer: Transfer) -> float:
+def _speed(model: PreTrainedModel, where: dict[int, Stored], way: Way) -> float:
     """Return the bytes per second that blocks take to come."""
-    units = [unit_of(block, transfer) for block in all_blocks(model, where)[: 1 if transfer.held else None]]
-    measured = link_speed(units, replace(transfer, throttle=None).make_mover())
-    return measured if transfer.throttle is None else min(measured, transfer.throttle)
+    units = [unit_of(block, way) for block in all_blocks(model, where)[: 1 if way.held else None]]
+    measured = link_speed(units, replace(way, throttle=None).make_mover())
+    return measured if way.throttle is None else min(measured, way.throttle)
 
 
 def _dtype(dtype: str | torch.dtype, config: PreTrainedConfig, stored: dict[str, Stored]) -> torch.dtype:
