@@ -22,7 +22,7 @@ from sirius.model.ends import end_tokens, stop_strings
 from sirius.model.limits import check_length, context_limit, rescaling_length, sliding_window
 from sirius.model.loading import Source, load_model, load_tokenizer
 from sirius.model.prepare import prepare
-from sirius.offload.budget import Budget, load_within
+from sirius.offload.budget import Budget, as_budget, load_within
 from sirius.processors import make_processor
 from sirius.runtime.workspace import check_compiles
 from sirius.text import StopAt
@@ -89,7 +89,7 @@ class Engine:
         gguf_file: str | None = None,
         compile: bool = False,
         max_context: int | None = None,
-        memory_budget: int | str | None = None,
+        memory_budget: int | str | Budget | None = None,
         draft: Sparsity | None = None,
     ) -> "Engine":
         """Load a model folder, a GGUF file or a hub id.
@@ -105,7 +105,7 @@ class Engine:
         """
         source = Source(str(path), revision, trust_remote_code, gguf_file).found()
         if memory_budget is not None:
-            budget = Budget(memory_budget, None if draft is None else as_config(SparsityConfig, draft), max_context)
+            budget = as_budget(memory_budget, draft, max_context)
             model, tokenizer, max_context = load_within(source, dtype, device, budget)
         elif draft is not None:
             raise ConfigError("draft says what memory is planned for; give memory_budget too, or leave it out")

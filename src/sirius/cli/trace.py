@@ -49,6 +49,7 @@ def trace(
     seed: arguments.Seed = None,
     max_new_tokens: arguments.MaxNewTokens = None,
     max_context: arguments.MaxContext = None,
+    memory_budget: arguments.MemoryBudget = None,
     stop: arguments.Stop = None,
     chat: arguments.Chat = None,
     dtype: arguments.Dtype = "auto",
@@ -72,7 +73,8 @@ def trace(
     _check_output(output, json, force)
     text = as_message(read_prompt(prompt), model is None if chat is None else chat)
     hub = {"revision": revision, "trust_remote_code": trust_remote_code}
-    engine = terminal.load(model, threads, dtype=dtype, device=device, max_context=max_context, **hub)
+    budget = terminal.budget_of(command, options)
+    engine = terminal.load(model, threads, dtype=dtype, device=device, max_context=max_context, **hub, **budget)
     terminal.round_weights(engine, options)
     with err.status("decoding"):
         found = collect(engine, text, **options)

@@ -131,18 +131,16 @@ class Placed(ABC):
 
     The weights of such layers are on PyTorch's device meta.
 
-    slots     slots of keys and values, of all rows together, for which there is memory
     expected  what passes and guesses are expected to be before they are measured
     rounded   bits of the rounded weights for which there is memory; 0: none
     """
 
-    slots: int
     expected: "Expected"
     rounded: int
 
     @abstractmethod
-    def check(self, chosen: SparsityConfig) -> None:
-        """Raise ConfigError where there is no memory for what a draft reads."""
+    def rows_of(self, chosen: SparsityConfig) -> int:
+        """Return for how many texts side by side there is memory; raise ConfigError where a draft has none at all."""
 
     @abstractmethod
     def __call__(self, layer: nn.Linear, transposed: bool = False) -> Dense:

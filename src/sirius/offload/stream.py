@@ -154,11 +154,19 @@ class Shelves(NamedTuple):
 
 
 class Planned(NamedTuple):
-    """A plan, what drafts read by it, and the slots of keys and values that it has memory for."""
+    """A plan, and what it has memory for.
+
+    draft  what drafts read by it
+    slots  of keys and values, of all texts together
+    rows   texts side by side, for the neurons that are kept of each
+    most   texts side by side where drafts keep none of their own
+    """
 
     plan: Plan
     draft: SparsityConfig
     slots: int
+    rows: int = 1
+    most: int = 1
 
 
 class Stream(Placed):
@@ -167,7 +175,7 @@ class Stream(Placed):
     def __init__(self, blocks: Sequence[Block], ring: Ring[Views], shelves: Shelves, planned: Planned) -> None:
         """Bring `blocks` by a ring of theirs; they come in the order in which passes use them."""
         self.ring, self.shelves, self.planned, plan = ring, shelves, planned, planned.plan
-        self.slots, self.rounded = planned.slots, int(planned.draft.draft_bits)
+        self.rounded = int(planned.draft.draft_bits)
         self.expected = Expected(plan.plain_seconds, plan.draft_seconds, chance(plan.aal, plan.period))
         self.of = {id(each.layer): number for number, block in enumerate(blocks) for each in block.layers}
         self.turned = {id(each.layer) for block in blocks for each in block.layers if each.transposed}
@@ -184,13 +192,16 @@ class Stream(Placed):
         rows = self.ring.enter(number)[id(layer)]
         return Dense(rows if transposed == (id(layer) in self.turned) else rows.t(), layer.bias)
 
-    def check(self, chosen: SparsityConfig) -> None:
-        """Raise ConfigError where memory was planned for another draft, or one that reads less."""
+    def rows_of(self, chosen: SparsityConfig) -> int:
+        """Return for how many texts side by side there is memory.
+
+        Raises ConfigError where memory was planned for another draft, or one that reads less.
+        """
         planned = self.planned.draft
         if chosen.method == "none" or chosen.draft_bits:
-            return  # `bits_of_draft` refuses bits that were not planned
+            return self.planned.most  # `bits_of_draft` refuses bits that were not planned
         if (chosen.method, chosen.draft_bits) == (planned.method, 0) and chosen.keep <= planned.keep:
-            return
+            return self.planned.most if chosen.shared_set else self.planned.rows
         raise ConfigError(
             f"memory was planned for {_named(planned)}, and {_named(chosen)} may read more; load the model with the "
             "draft that is to be used (Engine.load(..., draft=), or the same options on the command line)"

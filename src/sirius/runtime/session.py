@@ -27,6 +27,7 @@ from sirius.runtime.capture import compile_model
 from sirius.runtime.mask import chain_mask, tree_mask
 from sirius.runtime.neurons import Chosen, Observe, Route, fixed_routes
 from sirius.runtime.prefix import BLOCK, Prefixes, block_names
+from sirius.runtime.room import make_room
 from sirius.runtime.workspace import borrow, drop_idle, keep_attention
 from sirius.shortage import ran_out
 from sirius.sparsity.base import PromptSparsity, Sparsity, TokenSparsity
@@ -126,10 +127,10 @@ class Session:
     def reserve(self, rows: int, slots: int) -> None:
         """Make room for rows and slots to come, between passes; keys and values that are held move with it.
 
-        Raises MemoryError where no memory was planned for so many.
+        Raises OutOfMemoryError where no memory was planned for so many.
         """
-        if (placed := self.prepared.placed) is not None and rows * slots > placed.slots:
-            raise MemoryError(f"tried to allocate {rows * slots} slots; {placed.slots} were planned for")
+        if self.prepared.slots is not None:
+            make_room(self.space, self.prepared.slots, rows, slots)
         self.space.reserve(rows, slots)
 
     def release(self) -> None:
