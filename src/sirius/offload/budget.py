@@ -17,7 +17,7 @@ from sirius.model.loading import Source, find_device, find_dtype, load_config, l
 from sirius.model.prepared import prepared_of
 from sirius.offload.amounts import in_words, memory_of
 from sirius.offload.checkpoint import Stored
-from sirius.offload.load import Way, all_blocks, fill, find_weights, match, unit_of
+from sirius.offload.load import Transfer, all_blocks, fill, find_weights, match, unit_of
 from sirius.offload.measure import held_now, link_speed, memory_speed
 from sirius.offload.plan import Draft, Link, Sizes, make_plan, parse_budget
 from sirius.offload.sizes import draft_of, score_bytes, sizes_of
@@ -92,9 +92,9 @@ def load_within(
     model = load_empty(source, config, _dtype(dtype, config, stored))
     where = match(source, model, stored)
     tokenizer = load_tokenizer(source)  # before memory is planned, of which it takes some
-    way = Way(target, target.type == "cuda" if budget.host is None else budget.host, budget.link)
-    planned = _plan(model, where, way, budget)
-    fill(model, where, planned, way)
+    transfer = Transfer(target, target.type == "cuda" if budget.host is None else budget.host, budget.link)
+    planned = _plan(model, where, transfer, budget)
+    fill(model, where, planned, transfer)
     kept = prepared_of(model)
     kept.plan, kept.slots = in_short(planned), planned.slots
     logging.getLogger("sirius.offload").info("%s", kept.plan)
@@ -121,19 +121,19 @@ def _context(budget: Budget, config: PreTrainedConfig) -> int:
     return budget.context or min(CONTEXT, context_limit(config) or CONTEXT)
 
 
-def _plan(model: PreTrainedModel, where: dict[int, Stored], way: Way, budget: Budget) -> Planned:
+def _plan(model: PreTrainedModel, where: dict[int, Stored], transfer: Transfer, budget: Budget) -> Planned:
     """Return the plan that is expected to bring the most tokens per second."""
-    size = parse_budget(str(budget.size), memory_of(way.device))
-    link = Link(_speed(model, where, way), "host" if way.held else "disk")
-    speed = memory_speed(model.dtype, way.device)
-    held = (held_now() + SLACK) if way.device.type == "cpu" else 0
+    size = parse_budget(str(budget.size), memory_of(transfer.device))
+    link = Link(_speed(model, where, transfer), "host" if transfer.held else "disk")
+    speed = memory_speed(model.dtype, transfer.device)
+    held = (held_now() + SLACK) if transfer.device.type == "cpu" else 0
 
     def planned(room: Room, rows: int) -> Planned:
         kind = draft_of(room.draft)
         plan = make_plan(room.sizes(rows), size, link, speed, kind, PERIOD, ADVANCE[kind])
         return Planned(plan, room.draft, room.slots(rows), rows, max(rows, room.most))
 
-    first, *others = (Room.of(model, draft, budget, held) for draft in _drafts(budget, way.device, model.dtype))
+    first, *others = (Room.of(model, draft, budget, held) for draft in _drafts(budget, transfer.device, model.dtype))
     found = [planned(first, 1)]  # which takes the least memory
     for room in (first, *others):
         for rows in _counts(budget.rows):
@@ -194,11 +194,11 @@ class Room:
         )
 
 
-def _speed(model: PreTrainedModel, where: dict[int, Stored], way: Way) -> float:
+def _speed(model: PreTrainedModel, where: dict[int, Stored], transfer: Transfer) -> float:
     """Return the bytes per second that blocks take to come."""
-    units = [unit_of(block, way) for block in all_blocks(model, where)[: 1 if way.held else None]]
-    measured = link_speed(units, replace(way, throttle=None).make_mover())
-    return measured if way.throttle is None else min(measured, way.throttle)
+    units = [unit_of(block, transfer) for block in all_blocks(model, where)[: 1 if transfer.held else None]]
+    measured = link_speed(units, replace(transfer, throttle=None).make_mover())
+    return measured if transfer.throttle is None else min(measured, transfer.throttle)
 
 
 def _dtype(dtype: str | torch.dtype, config: PreTrainedConfig, stored: dict[str, Stored]) -> torch.dtype:

@@ -99,7 +99,7 @@ def match(source: Source, model: PreTrainedModel, stored: dict[str, Stored]) -> 
 
 
 @dataclass(frozen=True)
-class Way:
+class Transfer:
     """How weights that do not stay in memory come to a device.
 
     held        from the host's memory, where they are kept; otherwise from their files
@@ -115,7 +115,7 @@ class Way:
         return ThreadMover(Throttle(self.throttle)) if self.device.type == "cpu" else CudaMover(self.device)
 
 
-def fill(model: PreTrainedModel, where: dict[int, Stored], planned: Planned, way: Way) -> None:
+def fill(model: PreTrainedModel, where: dict[int, Stored], planned: Planned, transfer: Transfer) -> None:
     """Bring a model's weights from meta to a device, but for those that do not stay; then prepare it.
 
     where  each parameter's place, by its id
@@ -125,27 +125,27 @@ def fill(model: PreTrainedModel, where: dict[int, Stored], planned: Planned, way
     found, plan = layers_of(model), planned.plan
     away = _away(found, where, plan.attention, plan.mlp)
     absent = {id(each.layer.weight) for block in away for each in block.layers}
-    _bring(model, {key: each for key, each in where.items() if key not in absent}, way.device)
+    _bring(model, {key: each for key, each in where.items() if key not in absent}, transfer.device)
     if not away:
         prepare(model)
         return
-    units = [unit_of(block, way) for block in away]
+    units = [unit_of(block, transfer) for block in away]
     size = max(plan.unit, *(each.nbytes for each in units)) + MARGIN
-    pool = Pool(size, plan.buffers, way.make_mover())
-    store = partial(HostStore, way.device.type == "cuda") if way.held else FileStore
+    pool = Pool(size, plan.buffers, transfer.make_mover())
+    store = partial(HostStore, transfer.device.type == "cuda") if transfer.held else FileStore
     shelves = Shelves(_shelved(found, plan.rounded), _shelved(found, plan.kept), store)
     prepared_of(model).matrix = Stream(away, Ring(units, pool), shelves, planned)
     tried = [each for each in found[0].mlp.values() if each.weight.is_meta]  # the other blocks' MLPs are alike
     for layer in tried:
-        layer.weight = nn.Parameter(_whole(where[id(layer.weight)], layer.weight, way.device))
+        layer.weight = nn.Parameter(_whole(where[id(layer.weight)], layer.weight, transfer.device))
     prepare(model)
     for layer in tried:
         layer.weight = nn.Parameter(layer.weight.detach().to("meta"))
 
 
-def unit_of(block: Block, way: Way) -> Block | Held:
+def unit_of(block: Block, transfer: Transfer) -> Block | Held:
     """Return a block as it comes to a device: from its files, or read now into the host's memory."""
-    return Held(block, pin=way.device.type == "cuda") if way.held else block
+    return Held(block, pin=transfer.device.type == "cuda") if transfer.held else block
 
 
 def all_blocks(model: PreTrainedModel, where: dict[int, Stored]) -> list[Block]:
