@@ -22,7 +22,7 @@ from sirius.decoding.plan import make_plan, refuse_own
 from sirius.decoding.probe import probe_if_due
 from sirius.decoding.sampling import Noise
 from sirius.decoding.stateless import Watch, is_stateless
-from sirius.errors import ConfigError, OutOfMemoryError, RequestError, SiriusError
+from sirius.errors import ConfigError, FileError, OutOfMemoryError, RequestError, SiriusError
 from sirius.model.prepare import count_parameters, prepare
 from sirius.model.prepared import prepared_of
 from sirius.model.quantized import bits_of_draft, twin_of
@@ -102,21 +102,19 @@ class Batch:
         """
         if type(rows) is not int or rows < 1:
             raise ConfigError(f"a batch has a whole number of rows, at least 1; got {rows!r}")
-        kept = prepared_of(model)
-        self.model, self.lock, self.room = model, kept.lock, kept.slots
+        self.model, kept = model, prepared_of(model)
+        self.lock, self.room = kept.lock, kept.slots
         with self.lock, ordinary():
             mlps = prepare(model)
             neurons, self.placed = tuple(mlp.size for mlp in mlps), kept.placed
             self.rows = min(rows, self.placed.rows_of(chosen)) if self.placed else rows
             self.draft_bits = bits = bits_of_draft(model, chosen, correction, own_period=period is not None)
             self.sparsity = read = replace(chosen, draft_bits=bits)
-            make = RefreshingSession if read.refresh else Session
-            draft = twin_of(model, bits) if bits else None
+            make, draft = RefreshingSession if read.refresh else Session, twin_of(model, bits) if bits else None
             method = partial(sparsity.create, read, neurons)
-            self.session = make(model, mlps, method, compiled, draft, several=rows > 1)
+            self.session = make(model, mlps, method, compiled, draft, several=self.rows > 1)
             self.draft = draft and count_parameters(model, draft)
-        self.asked = correction
-        self.correction = correction
+        self.asked = self.correction = correction
         if self.session.shared is None and draft is None:  # a draft with every weight would save nothing
             looks_up = bool(correction is not None and correction.draft_ngram)
             if not chosen.draft_bits:
@@ -141,9 +139,8 @@ class Batch:
         """Put a text in line and return its ticket; raise ConfigError where its sampling contradicts the rule."""
         request = text.request
         check_together(request.sampling, self.asked)
-        noise, seed = None, request.sampling.seed
-        if request.sampling.temperature > 0:
-            noise = Noise(int(torch.randint(SEEDS, ())) if seed is None else seed)
+        hot, seed = request.sampling.temperature > 0, request.sampling.seed
+        noise = Noise(int(torch.randint(SEEDS, ())) if seed is None else seed) if hot else None
         most = len(request.prompt) + request.max_new_tokens + self.window
         least = min(most, len(request.prompt) + self.window + GROWTH)
         slots = most if self.compiled or self.placed else least  # growing would compile anew, or hold K/V twice
@@ -225,7 +222,7 @@ class Batch:
             entry, began = self.waiting.popleft(), perf_counter()
             try:
                 read.append(self._read_prompt(entry))
-            except RequestError as error:
+            except (RequestError, FileError) as error:
                 self._close_unread()
                 failed.append(Update(entry.ticket, "", Round(()), error=error))
             else:
@@ -259,16 +256,16 @@ class Batch:
             return start(self.session, entry.row)
 
     def _round(self) -> list[Update]:
-        """Bring every row on by a round; where memory runs out, the longest text ends, and the others try again."""
+        """Bring every row on by a round; without memory for that the longest text ends, without weights to read all."""
         failed, released = self._grow(), False
         while self.active:
             lengths = self._lengths()
             try:
                 with telling(max(lengths)):
                     done = self._advance()
-            except OutOfMemoryError as error:
+            except (OutOfMemoryError, FileError) as error:
                 called = any(not entry.row.stateless for entry in self.active)  # a processor that keeps state
-                if called or lengths != self._lengths():  # or tokens were kept already
+                if isinstance(error, FileError) or called or lengths != self._lengths():  # or tokens were kept already
                     return failed + [self._end_with_error(0, error) for _ in lengths]
                 if released:
                     failed.append(self._end_with_error(lengths.index(max(lengths)), error))
@@ -387,9 +384,9 @@ class Batch:
 
     def _end_with_error(self, index: int, error: SiriusError) -> Update:
         """Drop a row, and return the update with its text's error."""
-        entry = self.active[index]
+        ticket = self.active[index].ticket
         self._close(index)
-        return Update(entry.ticket, "", Round(()), error=error)
+        return Update(ticket, "", Round(()), error=error)
 
     def _close(self, index: int) -> None:
         self.session.close(index)

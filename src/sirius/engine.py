@@ -19,7 +19,7 @@ from sirius.errors import ConfigError, RequestError, SiriusError
 from sirius.forms import as_config, as_draft
 from sirius.likelihood import Likelihood, score_tokens
 from sirius.model.ends import end_tokens, stop_strings
-from sirius.model.limits import check_length, context_limit, rescaling_length, sliding_window
+from sirius.model.limits import check_context, check_length, context_limit, rescaling_length, sliding_window
 from sirius.model.loading import Source, load_model, load_tokenizer
 from sirius.model.prepare import prepare
 from sirius.offload.budget import Budget, as_budget, load_within
@@ -65,10 +65,7 @@ class Engine:
 
         Raises ConfigError where there is nothing to compile, UnsupportedModelError where the structure does not fit.
         """
-        if max_context is not None and (type(max_context) is not int or max_context < 2):
-            raise ConfigError(
-                f"max_context counts tokens, a prompt's and a new one at least, so 2; got {max_context!r}"
-            )
+        check_context(max_context)
         if compile:
             check_compiles(model)
         prepare(model)

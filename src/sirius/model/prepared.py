@@ -2,7 +2,7 @@
 
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from threading import RLock, get_ident
 from typing import Any, NamedTuple
@@ -85,6 +85,10 @@ class Prepared:
     def placed(self) -> Placed | None:
         """What brings weights that lie elsewhere; None where all are in memory."""
         return self.matrix if isinstance(self.matrix, Placed) else None
+
+    def apart(self) -> AbstractContextManager[object]:
+        """Return what a product outside of our passes runs in: the lock where its weights are in a shared buffer."""
+        return self.lock if isinstance(self.matrix, Placed) else nullcontext()
 
     def now(self) -> Pass | None:
         """Return the pass that this thread runs on the model, None where the model is called by someone else."""

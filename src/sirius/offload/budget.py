@@ -12,12 +12,12 @@ from sirius.core import AUTO, LONGEST, CorrectionConfig, SparsityConfig
 from sirius.errors import ConfigError
 from sirius.forms import as_config
 from sirius.kernels import ops
-from sirius.model.limits import MOST_READ, context_limit
+from sirius.model.limits import MOST_READ, check_context, context_limit
 from sirius.model.loading import Source, find_device, find_dtype, load_config, load_empty, load_tokenizer
 from sirius.model.prepared import prepared_of
 from sirius.offload.amounts import in_words, memory_of
-from sirius.offload.checkpoint import Stored
-from sirius.offload.load import Transfer, all_blocks, fill, find_weights, match, unit_of
+from sirius.offload.checkpoint import NUMBERS, Stored
+from sirius.offload.load import Transfer, all_blocks, check_source, fill, find_weights, match, unit_of
 from sirius.offload.measure import held_now, link_speed, memory_speed
 from sirius.offload.plan import Draft, Link, Sizes, make_plan, parse_budget
 from sirius.offload.sizes import draft_of, score_bytes, sizes_of
@@ -85,6 +85,8 @@ def load_within(
     checkpoint that cannot be read in part, and FileError where reading fails.
     """
     source = source.found()
+    check_source(source)
+    check_context(budget.context)
     config, target = load_config(source), find_device(device)
     if target.type not in ("cpu", "cuda"):
         raise ConfigError(f"a memory budget is for a CPU or a CUDA GPU; got {target}")
@@ -206,4 +208,7 @@ def _dtype(dtype: str | torch.dtype, config: PreTrainedConfig, stored: dict[str,
     if dtype != "auto":
         return find_dtype(dtype, auto=True)
     own = getattr(config, "dtype", None)
-    return own if isinstance(own, torch.dtype) else max(stored.values(), key=lambda each: each.nbytes).dtype
+    if isinstance(own, torch.dtype):
+        return own
+    numbers = [each for each in stored.values() if each.dtype in NUMBERS.values()]
+    return max(numbers, key=lambda each: each.nbytes).dtype if numbers else torch.float32  # `match` says what is wrong

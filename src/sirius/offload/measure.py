@@ -34,7 +34,9 @@ def link_speed(units: Sequence[Unit[Any]], mover: Mover) -> float:
         moved += units[number].moved
     if isinstance(mover, CudaMover):
         torch.cuda.synchronize(mover.device)
-    return moved / (perf_counter() - began)
+    seconds = perf_counter() - began
+    mover.stop()  # units that were to come next take memory that loading needs
+    return moved / seconds
 
 
 def memory_speed(dtype: torch.dtype, device: torch.device) -> float:

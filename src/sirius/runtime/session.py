@@ -88,8 +88,7 @@ class Session:
         self.shared = make()
         self.draft = draft or self.prepared.matrix
         self.space = borrow(self, model, (self.shared and self.shared.config, draft, compiled))
-        eager = model.config._attn_implementation == "eager"
-        self.mask_dtype = model.dtype if eager else None
+        self.mask_dtype = model.dtype if model.config._attn_implementation == "eager" else None
         self.dense: list[Route | None] = [None] * len(mlps)
         self.drafts: list[Route | None] | None
         self.methods: list[Sparsity | None] = []  # one for each row
@@ -369,7 +368,7 @@ class Session:
             return [Chosen(self.shared, layer, None) for layer in range(len(self.mlps))]
         if self.drafts is None:
             prompts = [method for method in self.methods if isinstance(method, PromptSparsity)]
-            if self.draft is self.prepared.placed:  # there is no memory for another copy of neurons beside the last one
+            if self.draft is self.prepared.placed:  # no memory for another copy of neurons
                 self.space.drafts.clear()
             chosen = fixed_routes(prompts, self.mlps, self.draft)
             self.drafts = self.space.renew(chosen, len(prompts))
