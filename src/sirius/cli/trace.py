@@ -57,10 +57,7 @@ def trace(
     threads: Threads = None,
     revision: arguments.Revision = None,
     trust_remote_code: arguments.TrustRemoteCode = False,
-    json: Annotated[
-        bool,
-        typer.Option("--json", help="Write JSON in place of the page; print it without --output."),
-    ] = False,
+    json: Annotated[bool, typer.Option("--json", help="Write JSON in place of the page, or print it.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Let --output overwrite a file that is no trace.")] = False,
 ) -> None:
     """Decode one prompt and write a page of HTML that shows where each token comes from."""
