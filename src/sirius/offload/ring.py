@@ -7,8 +7,9 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import thread as executors
 from contextlib import suppress
-from threading import Lock, main_thread
+from threading import Lock
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
@@ -128,7 +129,7 @@ class ThreadMover(Mover):
 
 
 def _run(task: Task, throttle: Throttle) -> None:
-    if not main_thread().is_alive():  # the process ends as soon as threads do
+    if getattr(executors, "_shutdown", False):  # the interpreter ends, and waits for the threads of executors
         raise RuntimeError("no weights are brought while the interpreter shuts down")
     with torch.inference_mode(False), torch.no_grad():
         throttle.passed(task())

@@ -131,7 +131,8 @@ class Held:
         """Yield what copies the layers into a buffer, part by part; a GPU's are copied as a whole."""
         step = CHUNK if memory.device.type == "cpu" else self.nbytes
         for begin in range(0, self.nbytes, step):
-            yield partial(_copy, memory[begin : begin + step], self.memory[begin : begin + step])
+            part = slice(begin, min(begin + step, self.nbytes))  # a buffer may be larger
+            yield partial(_copy, memory[part], self.memory[part])
 
 
 def _copy(target: Tensor, source: Tensor) -> int:
