@@ -126,7 +126,7 @@ def _context(budget: Budget, config: PreTrainedConfig) -> int:
 def _plan(model: PreTrainedModel, where: dict[int, Stored], transfer: Transfer, budget: Budget) -> Planned:
     """Return the plan that is expected to bring the most tokens per second."""
     size = parse_budget(str(budget.size), memory_of(transfer.device))
-    link = Link(_speed(model, where, transfer), "host" if transfer.held else "disk")
+    link = Link(transfer_speed(model, where, transfer), "host" if transfer.held else "disk")
     speed = memory_speed(model.dtype, transfer.device)
     held = (held_now() + SLACK) if transfer.device.type == "cpu" else 0
 
@@ -196,9 +196,12 @@ class Room:
         )
 
 
-def _speed(model: PreTrainedModel, where: dict[int, Stored], transfer: Transfer) -> float:
-    """Return the bytes per second that blocks take to come."""
-    units = [unit_of(block, transfer) for block in all_blocks(model, where)[: 1 if transfer.held else None]]
+def transfer_speed(model: PreTrainedModel, where: dict[int, Stored], transfer: Transfer) -> float:
+    """Return the bytes per second at which the blocks of a model come to a device."""
+    blocks = all_blocks(model, where)[: 1 if transfer.held else None]
+    for block in blocks:
+        block.checked = True  # numbers are checked once, when a block comes for the first time, which takes longer
+    units = [unit_of(block, transfer) for block in blocks]
     measured = link_speed(units, replace(transfer, throttle=None).make_mover())
     return measured if transfer.throttle is None else min(measured, transfer.throttle)
 
