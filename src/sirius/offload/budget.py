@@ -93,7 +93,7 @@ def load_within(
     if target.type not in ("cpu", "cuda"):
         raise ConfigError(f"a memory budget is for a CPU or a CUDA GPU; got {target}")
     stored = find_weights(source)
-    model = load_empty(source, config, _dtype(dtype, config, stored))
+    model = load_empty(source, config, chosen_dtype(dtype, config, stored))
     where = match(source, model, stored)
     tokenizer = load_tokenizer(source)  # before memory is planned, of which it takes some
     transfer = Transfer(target, target.type == "cuda" if budget.host is None else budget.host, budget.link)
@@ -208,13 +208,13 @@ def transfer_speed(model: PreTrainedModel, where: dict[int, Stored], transfer: T
     """Return the bytes per second at which the blocks of a model come to a device."""
     blocks = all_blocks(model, where)[: 1 if transfer.held else None]
     for block in blocks:
-        block.checked = True  # numbers are checked once, when a block comes for the first time, which takes longer
+        block.checks = False  # as in all passes but the first
     units = [unit_of(block, transfer) for block in blocks]
     measured = link_speed(units, replace(transfer, throttle=None).make_mover())
     return measured if transfer.throttle is None else min(measured, transfer.throttle)
 
 
-def _dtype(dtype: str | torch.dtype, config: PreTrainedConfig, stored: dict[str, Stored]) -> torch.dtype:
+def chosen_dtype(dtype: str | torch.dtype, config: PreTrainedConfig, stored: dict[str, Stored]) -> torch.dtype:
     """Return the dtype that is asked for, "auto" being the checkpoint's."""
     if dtype != "auto":
         return find_dtype(dtype, auto=True)
