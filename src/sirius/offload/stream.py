@@ -44,10 +44,14 @@ class Streamed(NamedTuple):
 
 
 class Block:
-    """The layers of a block that come together, read from the checkpoint; see `Unit`."""
+    """The layers of a block that come together, read from the checkpoint; see `Unit`.
+
+    checks  numbers that are not finite are refused; looking at them takes time when a block comes for the first time
+    """
 
     def __init__(self, layers: Sequence[Streamed], dtype: torch.dtype) -> None:
         self.layers, self.dtype = layers, dtype
+        self.checks = True
         self.finite: set[tuple[int, int]] = set()  # parts that were found to be numbers, by layer and first row
         self.nbytes = sum(-(-self._size(each) // ALIGNED) * ALIGNED for each in layers)
         self.moved = sum(each.source.nbytes for each in layers)
@@ -84,7 +88,7 @@ class Block:
     def _fill(self, target: Tensor, layer: Streamed, begin: int, end: int) -> int:
         """Read rows of a layer's weight into target [n, length] of any strides; return how many bytes were read."""
         found, source = layer.source.rows(begin, end), layer.source
-        if (layer.key, begin) not in self.finite:  # looking at them takes time, so once
+        if self.checks and (layer.key, begin) not in self.finite:  # looking at them takes time, so once
             check_finite(found, f"{source.name}, rows {begin} to {end}")
             self.finite.add((layer.key, begin))
         put(target, found)
