@@ -285,7 +285,7 @@ def test_neurons_of_each_prompt_are_kept_for_one_text_at_a_time(folder, want):
 
 def test_a_text_longer_than_was_planned_for_is_refused(folder, want):
     engine = streamed(folder, "000 000", slots=40)
-    with pytest.raises(OutOfMemoryError, match="107 slots of keys and values are needed .* planned for 40;"):
+    with pytest.raises(OutOfMemoryError, match=r"107 slots of keys and values are needed .* planned for 40;"):
         engine.generate(PROMPT, max_new_tokens=100, correction=chain(1))
     assert write(engine, correction=chain(1)) == want[0]
 
