@@ -1,11 +1,12 @@
-"""Acceptance and speed on real models and questions; appends a line for each model to records/real.jsonl.
+"""Acceptance and speed on real models and questions; adds a line for each model to records/real.jsonl.
 
 python runs/acceptance.py [MODEL ...]   names of models/ (see runs/models.py) or folders; default: the small ones
 
 Each setting decodes every prompt, in turns, so that whatever else the machine does slows all of them alike. Speed wants
 an idle machine. Every combination of --draft, --keep, --accept, --period, --tree-width, --confidence and --ngram is a
 setting, beside full decoding. A draft is none, int4, int8, coarse, fine, or two of them as in int4+coarse. --theirs
-times transformers' generate and its prompt lookup on the same questions first.
+times transformers' generate and its prompt lookup on the same questions first. The line is written anew after each
+question, so a run that is cut off keeps those it finished.
 """
 
 import argparse
@@ -27,6 +28,7 @@ from sirius import Completion, CorrectionConfig, Engine, SparsityConfig, prepare
 from sirius.benchmark.facts import facts
 from sirius.cli.terminal import quieten
 from sirius.errors import SiriusError
+from sirius.model.quantized import bits_of_draft, twin_of
 from sirius.stats import combine
 
 RECORD = Path(__file__).parents[1] / "records" / "real.jsonl"
@@ -40,6 +42,7 @@ class Setting:
     sparsity: SparsityConfig
     correction: CorrectionConfig | None
     done: list[Completion] = field(default_factory=list)
+    twin: object = None  # the rounded weights that its draft reads
 
     def run(self, engine: Engine, question: str, tokens: int) -> Completion:
         """Decode one question."""
@@ -59,7 +62,7 @@ class Setting:
         ratios = [theirs.stats.tokens_per_second / mine for theirs, mine in zip(full.done, turns, strict=True)]
         return {
             "sparsity": self.sparsity.method,
-            "draft_bits": self.sparsity.draft_bits,
+            "draft_bits": stats.draft_bits,
             "keep": None if rule is None else self.sparsity.keep,
             "accept": rule and rule.accept,
             "period": rule and rule.period,
@@ -111,29 +114,35 @@ def theirs(engine: Engine, asked: Sequence[str], tokens: int) -> dict[str, list[
     return found
 
 
-def measure(name: str, options: argparse.Namespace) -> list[dict[str, object]]:
-    """Return the rows of a model: each setting, over the questions of each task."""
+def measure(name: str, options: argparse.Namespace) -> Iterator[list[dict[str, object]]]:
+    """Yield the rows of a model after each question: each setting, over the questions of each task so far."""
     folder = MODELS / name
     engine = Engine.load(folder if folder.is_dir() else name, dtype=options.dtype, device=options.device)
-    rows: list[dict[str, object]] = []
+    dtype = str(engine.model.dtype).removeprefix("torch.")
+    finished: list[dict[str, object]] = []
     for task in options.task:
         asked = questions(task, options.prompts, options.data)
         other = theirs(engine, asked, options.tokens) if options.theirs else {}
         ways = list(settings(options))
         for way in ways:
+            if bits := bits_of_draft(engine.model, way.sparsity, way.correction):
+                way.twin = twin_of(engine.model, bits)  # held, or each turn would round the weights anew
             way.run(engine, asked[0], WARM)
         for number, question in enumerate(asked, start=1):
             print(f"{name}, {task}: question {number} of {len(asked)}", file=sys.stderr, flush=True)
             for way in ways:
                 way.done.append(way.run(engine, question, options.tokens))
-        dtype = str(engine.model.dtype).removeprefix("torch.")
-        known = {"model": Path(name).name, "dtype": dtype, "task": task}
-        rows += [{**known, **way.row(ways[0])} for way in ways]
-        full = [done.stats.seconds / done.stats.tokens for done in ways[0].done]
-        for peer, seconds in other.items():
-            ratios = [mine / ours for mine, ours in zip(seconds, full, strict=True)]
-            rows.append({**known, "peer": peer, "texts": len(seconds), "time_over_full": round(median(ratios), 3)})
-    return rows
+            known = {"model": Path(name).name, "dtype": dtype, "task": task}
+            rows = [{**known, **row} for row in (*(way.row(ways[0]) for way in ways), *peer_rows(other, ways[0]))]
+            yield [*finished, *rows]
+        finished += rows
+
+
+def peer_rows(other: dict[str, list[float]], full: Setting) -> Iterator[dict[str, object]]:
+    """Yield the time of each way of transformers over full decoding, on the questions that this has decoded."""
+    for peer, seconds in other.items():
+        ratios = [mine * done.stats.tokens / done.stats.seconds for mine, done in zip(seconds, full.done, strict=False)]
+        yield {"peer": peer, "texts": len(ratios), "time_over_full": round(median(ratios), 3)}
 
 
 def period(text: str) -> int | str:
@@ -165,7 +174,7 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Measure every model, and add each one's line to the record as soon as it is there."""
+    """Measure every model, and keep each one's line of the record up to date."""
     options = parse()
     quieten()
     torch.set_num_threads(options.threads)
@@ -173,10 +182,13 @@ def main() -> None:
     asked = {"prompts": options.prompts, "max_new_tokens": options.tokens}
     try:
         for name in options.models:
-            rows = measure(name, options)
-            for row in rows:
-                print(row)
-            append(options.output, {**known, **asked}, rows)
+            rows, line = [], ""
+            try:
+                for rows in measure(name, options):
+                    line = append(options.output, {**known, **asked}, rows, line)
+            finally:
+                for row in rows:
+                    print(row)
     except SiriusError as error:
         sys.exit(f"error: {error}; models are fetched by python runs/models.py {' '.join(options.models)}")
 

@@ -2,8 +2,8 @@
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from functools import wraps
+from dataclasses import dataclass, field, replace
+from functools import partial, wraps
 from itertools import islice
 from time import perf_counter
 from typing import Any, TypeVar, cast
@@ -18,15 +18,14 @@ from sirius.decoding.accept import Rule, accept_own
 from sirius.decoding.lookup import NGrams
 from sirius.decoding.loop import Row, first_round, next_round, start
 from sirius.decoding.period import AutoPeriod, Learnt, Period
-from sirius.decoding.plan import make_plan
+from sirius.decoding.plan import make_plan, refuse_own
 from sirius.decoding.probe import probe_if_due
 from sirius.decoding.sampling import Noise
 from sirius.decoding.stateless import Watch, is_stateless
-from sirius.errors import ConfigError, OutOfMemoryError, RequestError, SiriusError
-from sirius.model.matrix import Placed
+from sirius.errors import ConfigError, FileError, OutOfMemoryError, RequestError, SiriusError
 from sirius.model.prepare import count_parameters, prepare
 from sirius.model.prepared import prepared_of
-from sirius.model.quantized import reads_twin, twin_of
+from sirius.model.quantized import bits_of_draft, twin_of
 from sirius.processors import look_at_lines
 from sirius.runtime.room import fitting
 from sirius.runtime.session import Session, ordinary
@@ -103,22 +102,24 @@ class Batch:
         """
         if type(rows) is not int or rows < 1:
             raise ConfigError(f"a batch has a whole number of rows, at least 1; got {rows!r}")
-        kept = prepared_of(model)
-        self.model, self.sparsity, self.lock, self.room = model, chosen, kept.lock, kept.slots
+        self.model, kept = model, prepared_of(model)
+        self.lock, self.room = kept.lock, kept.slots
         with self.lock, ordinary():
             mlps = prepare(model)
-            neurons = tuple(mlp.size for mlp in mlps)
-            self.placed = kept.matrix if isinstance(kept.matrix, Placed) else None
+            neurons, self.placed = tuple(mlp.size for mlp in mlps), kept.placed
             self.rows = min(rows, self.placed.rows_of(chosen)) if self.placed else rows
-            make = RefreshingSession if chosen.refresh else Session
-            draft = twin_of(model, chosen.draft_bits) if reads_twin(model, chosen, correction) else None
-            self.session = make(model, mlps, lambda: sparsity.create(chosen, neurons), compiled, draft)
+            self.draft_bits = bits = bits_of_draft(model, chosen, correction, own_period=period is not None)
+            self.sparsity = read = replace(chosen, draft_bits=bits)
+            make, draft = RefreshingSession if read.refresh else Session, twin_of(model, bits) if bits else None
+            method = partial(sparsity.create, read, neurons)
+            self.session = make(model, mlps, method, compiled, draft, several=self.rows > 1)
             self.draft = draft and count_parameters(model, draft)
-        self.asked = correction
-        self.correction = correction
+        self.asked = self.correction = correction
         if self.session.shared is None and draft is None:  # a draft with every weight would save nothing
-            looks_up = correction is not None and correction.draft_ngram
-            self.correction, rule, period = (correction, None, Period(1)) if looks_up else (PLAIN, None, None)
+            looks_up = bool(correction is not None and correction.draft_ngram)
+            if not chosen.draft_bits:
+                refuse_own(None if looks_up else rule, period)
+            self.correction, period = correction if looks_up else PLAIN, period or Period(1)
         self.plan = make_plan(self.correction, period or self._period(compiled), ends, rule)
         self.ruled = rule not in (None, accept_own)  # so that nobody knows whether texts are lossless
         self.window = (self.correction.longest - 1) * self.correction.tree_width if self.correction else 0
@@ -138,9 +139,8 @@ class Batch:
         """Put a text in line and return its ticket; raise ConfigError where its sampling contradicts the rule."""
         request = text.request
         check_together(request.sampling, self.asked)
-        noise, seed = None, request.sampling.seed
-        if request.sampling.temperature > 0:
-            noise = Noise(int(torch.randint(SEEDS, ())) if seed is None else seed)
+        hot, seed = request.sampling.temperature > 0, request.sampling.seed
+        noise = Noise(int(torch.randint(SEEDS, ())) if seed is None else seed) if hot else None
         most = len(request.prompt) + request.max_new_tokens + self.window
         least = min(most, len(request.prompt) + self.window + GROWTH)
         slots = most if self.compiled or self.placed else least  # growing would compile anew, or hold K/V twice
@@ -222,7 +222,7 @@ class Batch:
             entry, began = self.waiting.popleft(), perf_counter()
             try:
                 read.append(self._read_prompt(entry))
-            except RequestError as error:
+            except (RequestError, FileError) as error:
                 self._close_unread()
                 failed.append(Update(entry.ticket, "", Round(()), error=error))
             else:
@@ -256,16 +256,16 @@ class Batch:
             return start(self.session, entry.row)
 
     def _round(self) -> list[Update]:
-        """Bring every row on by a round; where memory runs out, the longest text ends, and the others try again."""
+        """Bring every row on by a round; without memory for that the longest text ends, without weights to read all."""
         failed, released = self._grow(), False
         while self.active:
             lengths = self._lengths()
             try:
                 with telling(max(lengths)):
                     done = self._advance()
-            except OutOfMemoryError as error:
+            except (OutOfMemoryError, FileError) as error:
                 called = any(not entry.row.stateless for entry in self.active)  # a processor that keeps state
-                if called or lengths != self._lengths():  # or tokens were kept already
+                if isinstance(error, FileError) or called or lengths != self._lengths():  # or tokens were kept already
                     return failed + [self._end_with_error(0, error) for _ in lengths]
                 if released:
                     failed.append(self._end_with_error(lengths.index(max(lengths)), error))
@@ -339,7 +339,8 @@ class Batch:
         rounds, ending = entry.rounds, entry.ending
         touched, kept = self.session.touched(self.active.index(entry))
         sampled = entry.text.request.sampling.temperature > 0
-        basis = Basis(count_parameters(self.model), touched, self.correction, self._lossless(sampled), kept, self.draft)
+        read = touched, self.correction, self._lossless(sampled), kept, self.draft, self.draft_bits
+        basis = Basis(count_parameters(self.model), *read)
         return Completion(
             ending.text,
             tuple(token for r in rounds for token in r.tokens),
@@ -383,9 +384,9 @@ class Batch:
 
     def _end_with_error(self, index: int, error: SiriusError) -> Update:
         """Drop a row, and return the update with its text's error."""
-        entry = self.active[index]
+        ticket = self.active[index].ticket
         self._close(index)
-        return Update(entry.ticket, "", Round(()), error=error)
+        return Update(ticket, "", Round(()), error=error)
 
     def _close(self, index: int) -> None:
         self.session.close(index)

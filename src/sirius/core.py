@@ -27,7 +27,7 @@ THRESHOLD = 0.1  # of the other rules, where none is given
 LONGEST = 32  # the longest window that period "auto" chooses
 MOST_GUESSES = 1024  # of a check: it reads all of them in one pass, and each looks at every other one before it
 COLDEST = 1e-5  # the lowest temperature above 0: scores divided by less overflow
-DRAFT_BITS = (0, 4, 8)  # of the weights that a draft reads; 0: the model's own
+DRAFT_BITS = (0, 4, 8, AUTO)  # of the weights that a draft reads; 0: the model's own
 LONGEST_NGRAM = 16  # tokens of the longest match that prompt lookup may look for
 SEEDS = 2**32  # as many as torch's generator on the CPU tells apart
 
@@ -50,7 +50,7 @@ class SparsityConfig:
     shared_set  methods per prompt: one set for all rows of a batch, by their mean score, instead of one for each row.
                 Fewer weights are read, and a lossy text depends on what is decoded beside it
     refresh     methods per prompt: the share that a checked window gets in the prompt's statistic, 0 (off) to 1
-    draft_bits  bits of the weights that the draft reads: 4 or 8, rounded from the model's own; 0: the model's own
+    draft_bits  bits of the weights that the draft reads: 4, 8, "auto" (8 for a small model, else 4); 0: the model's own
     """
 
     method: str = "coarse"
@@ -59,17 +59,17 @@ class SparsityConfig:
     per_branch: bool = False
     shared_set: bool = False
     refresh: float = 0.0
-    draft_bits: int = 0
+    draft_bits: int | Literal["auto"] = 0
 
     def __post_init__(self) -> None:
         _check_kinds(self, method=str, keep=float, threshold=float | None, refresh=float)
-        _check_kinds(self, per_branch=bool, shared_set=bool, draft_bits=int)
+        _check_kinds(self, per_branch=bool, shared_set=bool)
         if not 0 < self.keep <= 1:
             raise ConfigError(f"keep is the fraction of neurons kept, above 0 and at most 1; got {self.keep}")
         if self.threshold is not None and not self.threshold >= 0:
             raise ConfigError(f"the sparsity threshold bounds an absolute value, so at least 0; got {self.threshold}")
-        if self.draft_bits not in DRAFT_BITS:
-            raise ConfigError(f"draft_bits are 4, 8, or 0 for the model's own weights; got {self.draft_bits}")
+        if type(self.draft_bits) not in (int, str) or self.draft_bits not in DRAFT_BITS:
+            raise ConfigError(f"draft_bits are 4, 8, 'auto', or 0 for the model's own weights; got {self.draft_bits!r}")
         if not 0 <= self.refresh <= 1:
             raise ConfigError(f"refresh is a share, from 0 (off) to 1; got {self.refresh}")
 
@@ -237,7 +237,7 @@ def _check_kinds(config: object, **kinds: Any) -> None:
             raise ConfigError(f"{name} must be {getattr(kind, '__name__', kind)}; got {value!r}")
 
 
-DRAFT = SparsityConfig("none", draft_bits=4)  # where nothing else is said: every neuron, its weights at 4 bits
+DRAFT = SparsityConfig("none", draft_bits=AUTO)  # where nothing else is said: every neuron, its weights at fewer bits
 
 
 def check_together(sampling: SamplingConfig, correction: CorrectionConfig | None) -> None:

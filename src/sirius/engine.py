@@ -19,7 +19,7 @@ from sirius.errors import ConfigError, RequestError, SiriusError
 from sirius.forms import as_config, as_draft
 from sirius.likelihood import Likelihood, score_tokens
 from sirius.model.ends import end_tokens, stop_strings
-from sirius.model.limits import check_length, context_limit, rescaling_length, sliding_window
+from sirius.model.limits import check_context, check_length, context_limit, rescaling_length, sliding_window
 from sirius.model.loading import Source, load_model, load_tokenizer
 from sirius.model.prepare import prepare
 from sirius.offload.budget import Budget, as_budget, load_within
@@ -65,10 +65,7 @@ class Engine:
 
         Raises ConfigError where there is nothing to compile, UnsupportedModelError where the structure does not fit.
         """
-        if max_context is not None and (type(max_context) is not int or max_context < 2):
-            raise ConfigError(
-                f"max_context counts tokens, a prompt's and a new one at least, so 2; got {max_context!r}"
-            )
+        check_context(max_context)
         if compile:
             check_compiles(model)
         prepare(model)
@@ -130,8 +127,8 @@ class Engine:
         stop            strings that end the text; None: those of the checkpoint's generation config, () none
         sampling        a temperature, a SamplingConfig or a mapping of its fields; None is greedy
         sparsity        what the draft reads: a method's name at keep 0.5, a SparsityConfig, or a mapping of its fields.
-                        None is every neuron, its weights at 4 bits, or beside the correction "paper" coarse, as in the
-                        paper; "none" drafts nothing
+                        None is every neuron, its weights at 4 bits (8 for a small model), or beside the correction
+                        "paper" coarse, as in the paper; "none" drafts nothing
         correction      a CorrectionConfig, a mapping of its fields, a period, "auto", or "paper" (the paper's setting,
                         lossy). None decodes with the draft model alone (lossy). The default is lossless, and drafts
                         where that is faster
@@ -260,8 +257,8 @@ class Engine:
         rule    tells which guesses are accepted, in place of the correction's rule; texts then count as lossy
         period  chooses K from round to round, in place of the correction's; never above the correction's longest
 
-        Rule and period change nothing with sparsity "none", which drafts nothing. Raises ConfigError of options that
-        do not fit.
+        Raises ConfigError of options that do not fit. So rule and period are refused with sparsity "none", where no
+        model drafts; a rule is taken where the correction has a draft_ngram, and judges the guesses from the text.
         """
         asked = None if correction is None else as_config(CorrectionConfig, correction)
         return Batch(

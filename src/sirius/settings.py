@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from sirius.core import DRAFT, OWN, PAPER, CorrectionConfig, SparsityConfig
+from sirius.core import AUTO, DRAFT, OWN, PAPER, CorrectionConfig, SparsityConfig
 from sirius.errors import ConfigError
 
 NONE = "none"  # the sparsity method that keeps every neuron: the full model
@@ -65,7 +65,7 @@ class Setting:
         own = self.sparsity
         extras = [f"refresh {own.refresh:g}"] * bool(own.refresh) + ["a set per branch"] * own.per_branch
         method = [f"{own.method} {kept}"] * (own.method != NONE)
-        bits = [f"{own.draft_bits} bits"] * bool(own.draft_bits)
+        bits = ["bits auto" if own.draft_bits == AUTO else f"{own.draft_bits} bits"] * bool(own.draft_bits)
         name = ", ".join([*method, *bits, *extras])
         if self.correction is None:
             return name

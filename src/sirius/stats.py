@@ -88,6 +88,7 @@ class Stats:
                          plain steps between windows do not count here, nor in the two that follow
     aal_complete         the same over complete windows; None where there is none
     period               K, or "auto"
+    draft_bits           bits of the weights that drafts read; 0: the model's own, or nothing could be drafted
     density              share of the parameters that a draft token touches ("published" convention)
     effective_density    share of the parameters read per token: drafts at `density`, each check at 1
     density_streamed, effective_density_streamed   the same without the untied input embedding
@@ -119,6 +120,7 @@ class Stats:
     aal: float | None
     aal_complete: float | None
     period: int | Literal["auto"]
+    draft_bits: int
     density: float
     effective_density: float
     density_streamed: float
@@ -153,6 +155,7 @@ class Basis:
     touched     what a sparse token read; DENSE where nothing is sparse
     kept        the share of its neurons that a sparse token kept in each layer, 0 to 1; none where nothing is sparse
     draft       the bytes of the weights that the draft reads; None: the model's own
+    draft_bits  bits of each of those weights; 0: the model's own
     """
 
     parameters: Parameters
@@ -161,6 +164,7 @@ class Basis:
     lossless: bool
     kept: tuple[float, ...] = ()
     draft: Parameters | None = None
+    draft_bits: int = 0
 
 
 def average_advance(rounds: Sequence[Round]) -> float | None:
@@ -196,6 +200,7 @@ def summarise(rounds: Sequence[Round], basis: Basis, seconds: float) -> Stats:
         aal=average_advance(drafted) if period != 1 else None,
         aal_complete=average_advance(complete) if period != 1 else None,
         period=period,
+        draft_bits=basis.draft_bits,
         density=published,
         effective_density=effective,
         density_streamed=streamed,
@@ -241,6 +246,7 @@ def combine(parts: Sequence[Stats]) -> Stats:
         **{name: mean for name, mean in means.items() if mean},
         aal=_mean([p.aal for p in parts], [sum(p.acceptance_histogram) for p in parts]),
         aal_complete=_mean([p.aal_complete for p in parts], [p.rounds_complete for p in parts]),
+        draft_bits=max(p.draft_bits for p in parts),  # parts of several machines may differ in it
         corrections_per_token=sums["corrections"] / sums["tokens"],
         acceptance_histogram=tuple(sum(bar) for bar in zip(*(p.acceptance_histogram for p in parts), strict=True)),
         tokens_per_second=sums["tokens"] / sums["seconds"] if sums["seconds"] > 0 else 0.0,

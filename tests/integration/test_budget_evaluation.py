@@ -10,7 +10,7 @@ from budgets import saved, streamed, unmeasured
 pytest.importorskip("lm_eval")
 
 from conftest import tiny_model
-from sirius.core import DRAFT, SparsityConfig
+from sirius.core import SparsityConfig
 from sirius.engine import Engine
 from sirius.errors import ConfigError
 from sirius.evaluation.fingerprint import fingerprint
@@ -132,7 +132,7 @@ def test_log_probabilities_are_those_of_the_model_in_memory():
     [
         ([{"sparsity": "none"}], SparsityConfig("none")),
         ([{"sparsity": "none"}, {"accept": "lossless"}], None),
-        ([{"draft_bits": 4, "period": 8}], DRAFT),
+        ([{"draft_bits": 4, "period": 8}], SparsityConfig("none", draft_bits=4)),
         ([{"draft_bits": 8, "period": [4, 8]}, {"sparsity": "none"}], SparsityConfig("none", draft_bits=8)),
         ([{**COARSE, "keep": [0.3, 0.6]}, {"sparsity": "none"}], SparsityConfig("coarse", 0.6)),
         ([{"sparsity": "coarse", "preset": "paper"}], SparsityConfig("coarse", 0.5)),
@@ -169,6 +169,6 @@ def test_a_sweep_that_needs_several_drafts_is_refused_before_a_model_is_loaded(s
 def test_a_task_s_budget_is_planned_for_the_draft_that_options_name():
     assert budget_for_tasks(5, {}, 8).draft is None
     assert budget_for_tasks(5, {"sparsity": "none"}, 8).draft == SparsityConfig("none")
-    assert budget_for_tasks(5, {"draft_bits": 4}, 8).draft == DRAFT
+    assert budget_for_tasks(5, {"draft_bits": 4}, 8).draft == SparsityConfig("none", draft_bits=4)
     paper = budget_for_tasks("50%", {"preset": "paper"}, 8)
     assert (paper.draft, paper.window, paper.rows) == (SparsityConfig("coarse", 0.5), 8 * 15, 8)

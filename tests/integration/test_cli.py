@@ -117,7 +117,8 @@ def test_json_holds_the_fields_that_are_promised(generate, folder):
     assert record["stats"]["mean_acceptance_length"] == record["stats"]["aal"]
     assert record["settings"]["model"] == folder
     assert record["settings"]["correction"]["period"] == 4
-    assert record["settings"]["sparsity"].items() >= {"method": "none", "draft_bits": 4}.items()
+    assert record["settings"]["sparsity"].items() >= {"method": "none", "draft_bits": "auto"}.items()
+    assert record["stats"]["draft_bits"] == 8
 
 
 @pytest.mark.parametrize("method", ["coarse", "griffin", "fine", "cats"])
@@ -377,7 +378,8 @@ def mistake(printed: Printed) -> str:
             ["--keep", "0.4"],
             "--keep would change nothing without a sparsity method, where every neuron is kept",
         ),
-        (["--draft-bits", "3"], "draft_bits are 4, 8, or 0 for the model's own weights; got 3"),
+        (["--draft-bits", "3"], "draft_bits are 4, 8, 'auto', or 0 for the model's own weights; got 3"),
+        (["--draft-bits", "four"], "--draft-bits is a whole number or auto; got 'four'"),
         (["--draft-ngram", "1"], "draft_ngram is a number of tokens, 2 to 16, or 0 (off); got 1"),
         (["--draft-confidence", "1"], "draft_confidence is a probability, from 0 (off) to below 1; got 1.0"),
         (["--draft-confidence", "0.5", "--tree-width", "2"], "draft_confidence 0.5 ends chains, and tree_width is 2"),
@@ -463,6 +465,7 @@ def test_options_of_a_hub_are_refused_beside_the_embedded_model(sirius):
         "--sparsity fine --tree-width 2 --per-branch --sparsity-threshold 0.1",
         "--refresh 0.1 --period 4 --sparsity coarse",
         "--draft-bits 8 --period 4",
+        "--sparsity coarse --draft-bits auto --period 4",
         "--sparsity none --draft-ngram 3",
         "--draft-confidence 0.4 --period 4",
         "--seed 3 --temperature 0.5 --top-k 5",

@@ -9,12 +9,14 @@ from conftest import FAMILIES, greedy, tiny_model
 from sirius import restore
 from sirius.batch import Batch
 from sirius.core import DRAFT, CorrectionConfig, SamplingConfig, SparsityConfig
+from sirius.decoding.period import Period
 from sirius.decoding.tree import Tree
 from sirius.engine import Engine
 from sirius.errors import ConfigError
 from sirius.forms import as_draft
-from sirius.kernels import cpu
+from sirius.kernels import cpu, ops
 from sirius.kernels.quantized import dequantize
+from sirius.model import quantized
 from sirius.model.matrix import dense
 from sirius.model.prepare import count_parameters, prepare
 from sirius.model.prepared import prepared_of
@@ -71,11 +73,35 @@ def test_more_bits_agree_more_often():
     assert accepted(8) > 80 and accepted(8) >= accepted(4) > 20
 
 
-def test_the_default_draft_reads_four_bits_and_no_other_option_is_needed():
+@pytest.mark.parametrize(("spare", "bits"), [(0, 8), (-1, 4)], ids=["small", "larger"])
+def test_the_default_draft_has_the_bits_that_suit_the_models_size(monkeypatch, spare, bits):
+    model = tiny_model(eos_token_id=None)
+    weights = sum(module.weight.numel() for module in model.modules() if isinstance(module, torch.nn.Linear))
+    monkeypatch.setattr(quantized, "SMALL", weights + spare)
+    engine, options = Engine(model), {"max_new_tokens": NEW, "correction": chain(4)}
+    default = engine.generate(PROMPT, **options)
+    for sparsity in (DRAFT, rounded(bits)):
+        named = engine.generate(PROMPT, sparsity=sparsity, **options)
+        assert named.stats.density == default.stats.density and named.stats.accepted == default.stats.accepted
+    assert default.stats.draft_bits == bits and set(prepared_of(model).twins) == {bits}
+
+
+def test_bits_that_are_asked_for_are_read_whatever_the_models_size():
     engine = Engine(tiny_model(eos_token_id=None))
-    got = engine.generate(PROMPT, max_new_tokens=NEW, correction=chain(4))
-    assert SparsityConfig("none", draft_bits=4) == DRAFT
-    assert got.stats.density == engine.generate(PROMPT, sparsity=DRAFT, correction=chain(4)).stats.density < 0.5
+    for bits in (4, 8):
+        assert engine.generate(PROMPT, sparsity=rounded(bits), correction=chain(4)).stats.draft_bits == bits
+
+
+def test_a_text_for_which_no_weights_were_rounded_says_so():
+    engine = Engine(tiny_model(eos_token_id=None))
+    for options in ({"sparsity": "none"}, {"correction": 1}, {"sparsity": "coarse"}):
+        assert engine.generate(PROMPT, max_new_tokens=4, **options).stats.draft_bits == 0
+
+
+@pytest.mark.parametrize("bits", [3, "four", True, 4.0, None])
+def test_other_bits_are_refused(bits):
+    with pytest.raises(ConfigError, match="draft_bits are 4, 8, 'auto', or 0"):
+        SparsityConfig("none", draft_bits=bits)
 
 
 def test_the_rounded_model_alone_is_called_lossy():
@@ -141,12 +167,55 @@ def test_weights_of_another_kind_are_not_rounded():
         engine.generate(PROMPT, correction=chain(4))
 
 
+def test_rounded_weights_of_other_bits_go_unless_an_open_batch_reads_them():
+    """Memory is to hold one kind beside the full weights."""
+    model = tiny_model(eos_token_id=None)
+    engine = Engine(model)
+    for bits in (4, 8, 4):
+        engine.generate(PROMPT, max_new_tokens=NEW, sparsity=rounded(bits), correction=chain(4))
+        assert set(prepared_of(model).twins) == {bits}
+    batch = engine.batch(rows=1, sparsity=rounded(4), correction=chain(4))
+    batch.add(engine.text(PROMPT, max_new_tokens=NEW))
+    batch.step()
+    engine.generate(PROMPT, max_new_tokens=NEW, sparsity=rounded(8), correction=chain(4))
+    assert set(prepared_of(model).twins) == {4, 8} and twin_of(model, 4) is batch.session.draft
+    done = [update.completion for _ in range(NEW) if batch.busy for update in batch.step() if update.completion]
+    assert list(done[0].token_ids) == greedy(model, PROMPT, NEW)
+    del batch
+    twin_of(model, 8)
+    assert set(prepared_of(model).twins) == {8}
+
+
+def test_no_second_kind_of_rounded_weights_is_in_memory_while_one_is_made(monkeypatch):
+    model, seen = tiny_model(), []
+    prepare(model)
+    twin_of(model, 4)
+    quantize = ops.quantize
+    monkeypatch.setattr(ops, "quantize", lambda *args: seen.append(set(prepared_of(model).twins)) or quantize(*args))
+    twin_of(model, 8)
+    assert seen and not any(seen)
+
+
+def test_memory_that_is_released_is_not_that_of_weights_in_use():
+    model = tiny_model()
+    session = Engine(model).batch(sparsity=rounded(4), correction=chain(4)).session
+    twin_of(model, 8)
+    session.release()
+    assert list(prepared_of(model).twins.values()) == [session.draft]
+
+
 DRAFTS = [  # what is asked for in Python, by the names of a command line or grid, and the draft that both mean
     ({}, {}, DRAFT),
     ({"sparsity": "none"}, {"sparsity": "none"}, SparsityConfig("none")),
     ({"sparsity": "coarse"}, {"sparsity": "coarse"}, SparsityConfig("coarse")),
     ({"sparsity": {"draft_bits": 8}}, {"draft_bits": 8}, SparsityConfig("none", draft_bits=8)),
     ({"sparsity": {"draft_bits": 0}}, {"draft_bits": 0}, SparsityConfig("none")),
+    ({"sparsity": {"draft_bits": "auto"}}, {"draft_bits": "auto"}, DRAFT),
+    (
+        {"sparsity": {"method": "fine", "draft_bits": "auto"}},
+        {"sparsity": "fine", "draft_bits": "auto"},
+        SparsityConfig("fine", draft_bits="auto"),
+    ),
     ({"correction": "paper"}, {"preset": "paper"}, SparsityConfig("coarse")),
 ]
 
@@ -240,6 +309,19 @@ def test_without_kernels_an_automatic_period_drafts_nothing_and_rounds_no_weight
     assert not got.stats.drafted and not prepared_of(model).twins
 
 
+def test_a_period_of_the_callers_own_is_honoured_where_an_automatic_one_drafts_nothing(monkeypatch, caplog):
+    model = tiny_model()
+    engine = Engine(model)
+    monkeypatch.setattr(cpu, "library", lambda: None)
+    assert engine.batch().draft_bits == 0
+    batch = engine.batch(period=Period(4))
+    assert batch.draft_bits == 8 and batch.plan.period.now == 4
+    assert "no kernel multiplies weights of 8 bits" in caplog.text
+    prepare(model, matrix=lambda layer, transposed: dense(layer, transposed))
+    with pytest.raises(ConfigError, match="this model's are of another kind"):
+        engine.batch(period=Period(4))
+
+
 def test_plain_decoding_rounds_no_weight():
     model = tiny_model()
     Batch(model, DRAFT, CorrectionConfig(period=1))
@@ -298,6 +380,23 @@ def test_guesses_from_the_text_that_a_rule_of_its_own_accepts_are_not_called_los
         batch.add(engine.text(LOOPING, max_new_tokens=NEW))
         done = [update.completion for _ in range(NEW) if batch.busy for update in batch.step() if update.completion]
         assert [each.stats.lossless for each in done] == [lossless]
+
+
+def test_a_rule_judges_guesses_from_the_text_where_no_model_drafts():
+    asked, engine = [], Engine(repeating_model())
+
+    def nothing(check):
+        asked.append(check.tree.tokens.shape[1] - 1)
+        return torch.zeros_like(check.own())
+
+    options = {"sparsity": "none", "correction": CorrectionConfig(8, draft_ngram=3)}
+    batch = engine.batch(rows=1, rule=nothing, **options)
+    batch.add(engine.text(LOOPING, max_new_tokens=NEW))
+    [done] = [update.completion for _ in range(NEW) if batch.busy for update in batch.step() if update.completion]
+    assert max(asked) > 0 and done.stats.accepted == 0 and not done.stats.lossless
+    assert list(done.token_ids) == greedy(engine.model, LOOPING, NEW)
+    with pytest.raises(ConfigError, match=r"^period would change nothing"):
+        engine.batch(period=Period(1), **options)
 
 
 def test_figures_tell_looked_up_guesses_apart():

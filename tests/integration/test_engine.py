@@ -13,7 +13,7 @@ from conftest import greedy, tiny_model
 from sirius.core import CorrectionConfig, SparsityConfig
 from sirius.decoding import accept, register
 from sirius.decoding.period import Period
-from sirius.engine import Engine, end_tokens
+from sirius.engine import LOSSLESS, Engine, end_tokens
 from sirius.errors import ConfigError, ModelError, RequestError
 
 pytestmark = pytest.mark.integration
@@ -229,6 +229,14 @@ def test_a_batch_takes_a_period_of_the_callers_own(engine):
 def test_a_rule_or_period_that_fits_no_correction_is_refused(engine, options, says):
     with pytest.raises(ConfigError, match=says):
         engine.batch(**options)
+
+
+@pytest.mark.parametrize("correction", [LOSSLESS, 4, None], ids=str)
+def test_a_rule_or_period_where_no_model_drafts_is_refused_by_name(engine, correction):
+    own = {"rule": accept.accept_own, "period": Period(1)}
+    for names in (("rule",), ("period",), ("rule", "period")):
+        with pytest.raises(ConfigError, match=rf"^{' and '.join(names)} would change nothing .*name a sparsity method"):
+            engine.batch(sparsity="none", correction=correction, **{name: own[name] for name in names})
 
 
 def test_a_model_without_a_tokenizer_takes_ids_and_gives_ids():

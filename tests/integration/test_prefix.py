@@ -331,6 +331,19 @@ def test_released_memory_costs_time_alone(long):
         assert_same_rows(session, open_rows(long, [first, second])[0])
 
 
+def test_a_batch_of_one_row_keeps_no_copies_for_others(long):
+    """Its prompts are read in the same blocks, so that their bits are those in any batch."""
+    prompt, seen = drawn(700), []
+    for rows in (1, 2):
+        batch = long.batch(rows=rows, sparsity=SparsityConfig("coarse", 0.3), correction=CHAIN)
+        batch.add(long.text(prompt, max_new_tokens=NEW))
+        with counted(long) as passes:
+            batch.step()
+        assert passes[:3] == [BLOCK, BLOCK, 700 - 512] and len(batch.session.prefixes.states) == (rows > 1) * 2
+        seen.append([method.score(0) for method in batch.session.methods])
+    assert all(torch.equal(*pair) for pair in zip(*seen, strict=True))
+
+
 def test_names_of_blocks_are_equal_where_all_tokens_up_to_them_are():
     one, other = drawn(1000), drawn(1000)
     other[300] += 1

@@ -5,9 +5,11 @@ from pathlib import Path
 import pytest
 
 from made_cells import MODEL, oracle, record, studies, write
+from sirius.report.build import build
 from sirius.report.cells import load_cells
 from sirius.report.compare import ModelCells, by_model, vary
 from sirius.report.labels import differing, pieces, told_apart, variant_labels
+from sirius.report.markdown import markdown
 
 PAPER = {"sparsity": "coarse", "preset": "paper"}
 
@@ -138,3 +140,23 @@ def test_labels_say_what_differs(tmp_path):
 def test_options_that_a_cell_lacks_make_no_line(tmp_path, name):
     cells = cells_of(tmp_path, record(), record(**PAPER))
     assert vary(cells.cells, name) == []
+
+
+def test_a_draft_of_fewer_bits_is_not_taken_for_the_full_model(tmp_path):
+    given = [record(), *(record(draft_bits=bits, period=8) for bits in (4, 8, "auto")), record(**PAPER)]
+    given += [record(sparsity="coarse", draft_bits=4, correct=False), record(sparsity="coarse", correct=False)]
+    given.append(record(sparsity="none", draft_ngram=3, period=8))
+    cells = cells_of(tmp_path, *given)
+    [variant] = cells.variants
+    full = cells.full(variant)
+    assert full and pieces(full.setting) == ["full"] and sum(cell.full for cell in cells.cells) == 1
+    rule = ["lossless", "K 8", "w 1"]
+    assert {tuple(pieces(cell.setting)) for cell in cells.cells if cell.setting.get("period") == 8} == {
+        *(("every neuron", bits, *rule) for bits in ("4 bits", "8 bits", "bits auto")),
+        ("no draft model", *rule, "ngram 3"),
+    }
+    assert values(cells, "draft_bits") == [[4, 8, "auto"]]
+    [paper] = [cell for cell in cells.cells if cell.setting.get("accept") == "threshold"]
+    alone = cells.alone(paper)
+    assert alone and "draft_bits" not in alone.setting
+    assert "every neuron: the full model" in markdown(build([tmp_path]))

@@ -46,6 +46,14 @@ def test_a_file_says_the_threshold_that_counts():
     assert make_setting({"accept": "argmax", "period": 4}).flat()["threshold"] is None
 
 
+def test_labels_and_files_name_the_bits_that_were_asked_for():
+    for bits, label in ((4, "4 bits"), ("auto", "bits auto")):
+        setting = make_setting({"draft_bits": bits, "period": 4})
+        assert setting.flat()["draft_bits"] == bits and setting.label() == f"{label}, lossless, K 4, w 1"
+        assert make_setting(setting.flat()) == setting and not setting.full
+    assert make_setting({}).flat()["draft_bits"] == "auto"
+
+
 def test_the_full_model_is_one_setting():
     assert make_setting({"sparsity": "none"}) == make_setting({"sparsity": "none", "correct": False, "keep": 0.5})
     assert make_setting({"sparsity": "none"}).label() == "full"

@@ -84,6 +84,7 @@ def make_model(config: PreTrainedConfig, dtype: torch.dtype, device: str, seed: 
     try:
         with no_init_weights(), torch.device(device):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model.tie_weights()  # which making one without initial values leaves out
     except Exception as error:  # whatever a configuration makes transformers raise
         raise ConfigError(f"no {config.model_type} of this configuration can be made: {_line(error)}") from error
     generator = torch.Generator().manual_seed(seed)

@@ -11,9 +11,10 @@ Sparsity = Annotated[
     typer.Option(help="coarse (griffin), fine (cats), none, or a plug-in. [default: none; coarse with --preset]"),
 ]
 DraftBits = Annotated[
-    int | None,
+    str | None,
     typer.Option(
-        help="Bits of the draft's weights: 4, 8, or 0 for the model's own. [default: 4; 0 with --sparsity or --preset]"
+        help="Bits of the draft's weights: 4, 8, auto (8 for a small model, else 4), or 0 for the model's own. "
+        "[default: auto; 0 with --sparsity or --preset]"
     ),
 ]
 DraftNgram = Annotated[

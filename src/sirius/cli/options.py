@@ -20,6 +20,7 @@ CORRECTING = (
 SPARSE = ("keep", "sparsity_threshold", "per_branch", "shared_set", "refresh")
 HOT = ("top_p", "top_k", "min_p", "seed")  # `sirius.jobs` has them too, and is slow to import
 LOSSLESS = ("lossless", "argmax", "sampling")  # `sirius.core` has them too, likewise
+AUTO = "auto"  # likewise
 PRESETS = ("paper",)
 UNDRAFTED = "at --period 1, which drafts nothing; give a longer period"
 
@@ -53,14 +54,19 @@ class CommandLine:
     @property
     def method(self) -> str:
         """The name of the sparsity method; beside the paper's preset it is the paper's coarse unless one is given."""
-        own = self["preset"] is not None and not self["draft_bits"]
+        own = self["preset"] is not None and not self.bits
         return self["sparsity"] or ("coarse" if own else "none")
 
     @property
     def draftless(self) -> bool:
         """Whether there is no draft model, so that guesses can only be looked up."""
-        bits = self["draft_bits"] if self["draft_bits"] is not None else self["sparsity"] is None
+        bits = self["sparsity"] is None if self.bits is None else self.bits
         return self.method == "none" and not bits
+
+    @property
+    def bits(self) -> int | str | None:
+        """Bits of the draft's weights; None where they were not given."""
+        return None if self["draft_bits"] is None else _number_or_auto("draft_bits", self["draft_bits"])
 
     @property
     def own_rule(self) -> bool:
@@ -148,7 +154,7 @@ def setting_of(command: CommandLine) -> dict[str, Any]:
     check_method(command, find(command.method))
     check_rule(command["accept"])
     found = {name: command[name] for name in NAMES if name in command.given}
-    return found | ({"period": _period(found["period"])} if "period" in found else {})
+    return found | {name: _number_or_auto(name, found[name]) for name in ("period", "draft_bits") if name in found}
 
 
 def check_method(command: CommandLine, factory: "Factory | None") -> None:
@@ -199,11 +205,11 @@ def make_options(command: CommandLine) -> dict[str, Any]:
     }
 
 
-def _period(text: str) -> int | str:
+def _number_or_auto(name: str, text: str) -> int | str:
     try:
-        return text if text == "auto" else int(text)
+        return text if text == AUTO else int(text)
     except ValueError as error:
-        raise ConfigError(f"--period is a whole number or auto; got {text!r}") from error
+        raise ConfigError(f"--{name.replace('_', '-')} is a whole number or auto; got {text!r}") from error
 
 
 def _flags(command: CommandLine, names: tuple[str, ...]) -> str:

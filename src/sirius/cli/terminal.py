@@ -112,15 +112,14 @@ def budget_of(command: "CommandLine", options: Mapping[str, Any], rows: int = 1)
 
 def round_weights(engine: "Engine", options: Mapping[str, Any]) -> None:
     """Round the weights that a draft reads, and say how much memory they take; options of `Engine.generate`."""
-    from sirius.model.quantized import extra_memory, reads_twin, twin_of
+    from sirius.model.quantized import bits_of_draft, extra_memory, twin_of
 
-    chosen = options["sparsity"]
-    if not reads_twin(engine.model, chosen, options["correction"]):
+    bits = bits_of_draft(engine.model, options["sparsity"], options["correction"])
+    if not bits:
         return
-    share = extra_memory(engine.model, chosen.draft_bits)
-    what = f"the draft's weights at {chosen.draft_bits} bits, {share:.0%} more memory"
+    what = f"the draft's weights at {bits} bits, {extra_memory(engine.model, bits):.0%} more memory"
     with progress(what, 100, passing=True) as advance:
-        twin_of(engine.model, chosen.draft_bits, lambda done: advance(to=round(100 * done)))
+        twin_of(engine.model, bits, lambda done: advance(to=round(100 * done)))
 
 
 def use_threads(count: int | None) -> None:

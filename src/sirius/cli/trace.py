@@ -57,10 +57,7 @@ def trace(
     threads: Threads = None,
     revision: arguments.Revision = None,
     trust_remote_code: arguments.TrustRemoteCode = False,
-    json: Annotated[
-        bool,
-        typer.Option("--json", help="Write JSON in place of the page; print it without --output."),
-    ] = False,
+    json: Annotated[bool, typer.Option("--json", help="Write JSON in place of the page, or print it.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Let --output overwrite a file that is no trace.")] = False,
 ) -> None:
     """Decode one prompt and write a page of HTML that shows where each token comes from."""
@@ -79,6 +76,9 @@ def trace(
     with err.status("decoding"):
         found = collect(engine, text, **options)
     _write(found if model else replace(found, model="embedded"), output, json)
+    asked = options["sparsity"].method != "none" or options["sparsity"].draft_bits
+    if output is not None and asked and found.correction and not found.stats["drafted"]:
+        remark("nothing was drafted; give --period 16 to see drafts on the page")
 
 
 def _check_output(output: Path | None, json: bool, force: bool) -> None:
@@ -106,9 +106,3 @@ def _write(found: "Trace", output: Path | None, json: bool) -> None:
     write(output, text)
     tokens, size = len(found.tokens), len(text.encode()) / 1000
     err.print(f"{tokens} tokens in {output} ({size:.0f} kB)", highlight=False, markup=False)
-    if (
-        (found.sparsity["method"] != "none" or found.sparsity["draft_bits"])
-        and found.correction
-        and not found.stats["drafted"]
-    ):
-        remark("nothing was drafted; give --period 16 to see drafts on the page")

@@ -45,3 +45,12 @@ def make_plan(
     for part in correction.ablate:
         plan = WITHOUT[part](plan)
     return plan if rule is None else replace(plan, rule=rule)
+
+
+def refuse_own(rule: Rule | None, period: Period | None) -> None:
+    """Raise ConfigError of a rule or period of the caller's own, for a batch in which no model drafts."""
+    if given := [name for name, own in (("rule", rule), ("period", period)) if own is not None]:
+        raise ConfigError(
+            f"{' and '.join(given)} would change nothing with sparsity 'none' and draft_bits 0, where no model drafts; "
+            "name a sparsity method, or set draft_bits to 'auto'"
+        )

@@ -100,7 +100,8 @@ def decode(  # noqa: PLR0913 - transformers' own arguments, and ours
 
     input_ids   [B, P] int64, left-padded; `attention_mask` says which tokens count
     sparsity    a method's name at keep 0.5, a SparsityConfig or a mapping of its fields; a keyword of `generate`.
-                None is every neuron, its weights at 4 bits; beside the correction "paper" it is coarse
+                None is every neuron, its weights at 4 bits (8 for a small model); beside the correction "paper" it is
+                coarse
     correction  a CorrectionConfig, a mapping of its fields, a period, "auto" or "paper"; None to decode with the sparse
                 model alone; likewise
     do_sample   samples as the processors and warpers of `generate` say, seeded by torch's generator

@@ -10,7 +10,6 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from sirius.errors import ModelError, UnsupportedModelError
 from sirius.model.limits import FULL, SLIDING
-from sirius.model.matrix import Placed
 from sirius.model.mlp import Roles, check_layers
 from sirius.model.placement import check_placement
 from sirius.model.prepared import prepared_of
@@ -101,7 +100,7 @@ def check_weights(model: PreTrainedModel) -> None:
             "the model was made within torch.inference_mode(), which keeps its weights from being laid out anew; "
             "make or load it outside"
         )
-    placed = isinstance(prepared_of(model).matrix, Placed)
+    placed = prepared_of(model).placed is not None
     devices = {p.device for p in model.parameters() if not (placed and p.is_meta)}
     if devices == {torch.device("meta")}:
         raise UnsupportedModelError("the model is on meta, where it has no weights; load it on cpu or cuda")

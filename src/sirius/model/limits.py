@@ -8,11 +8,17 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
-from sirius.errors import RequestError
+from sirius.errors import ConfigError, RequestError
 
 SCALED, DYNAMIC = ("linear", "dynamic", "ntk", "yarn"), "dynamic"
 MOST_READ = 1024  # tokens of a prompt's pass where weights come from elsewhere; it bounds the memory for the pass
 FULL, SLIDING = "full_attention", "sliding_attention"
+
+
+def check_context(max_context: object) -> None:
+    """Raise ConfigError where the most tokens of a text, as a user says, are no whole number from 2 on, or None."""
+    if max_context is not None and (type(max_context) is not int or max_context < 2):
+        raise ConfigError(f"max_context counts tokens, a prompt's and a new one at least, so 2; got {max_context!r}")
 
 
 def context_limit(config: PreTrainedConfig) -> int | None:

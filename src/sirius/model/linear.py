@@ -22,7 +22,8 @@ class MatrixLinear(Part):
         if (kept := vars(self).get("prepared")) is None:  # called by someone who kept it beyond `restore`
             return type(self).forward(self, input)
         if (now := kept.now()) is None:
-            return self.matrix.linear(input)
+            with kept.apart():
+                return self.matrix.linear(input)
         return now.matrix(cast("nn.Linear", self), False).linear(input, None, now.invariant)
 
 

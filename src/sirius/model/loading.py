@@ -93,9 +93,9 @@ class Source:
         if not self.gguf_file:
             return self
         if not path.is_dir():
-            _check_folder(self.location)  # raises of what is no hub id either
+            check_folder(self.location)  # raises of what is no hub id either
             fetch = partial(cached_file, filename=self.gguf_file, revision=self.revision)
-            file = Path(_attempt(replace(self, gguf_file=None), self.gguf_file, fetch))
+            file = Path(attempt(replace(self, gguf_file=None), self.gguf_file, fetch))
             return replace(self, path=str(file.parent), gguf_file=str(file))
         if not (file := path / self.gguf_file).is_file():
             raise ModelError(f"{self.path} holds no file {self.gguf_file}")
@@ -118,7 +118,7 @@ def load_model(source: Source, dtype: str | torch.dtype = "auto", device: str = 
     source = source.found()
     if source.gguf_file:
         return _moved(_load_gguf(source, torch.bfloat16 if isinstance(wanted, str) else wanted), target).eval()
-    _check_folder(source.location)
+    check_folder(source.location)
     return _moved(_load(source, wanted, use_safetensors=True), target).eval()
 
 
@@ -138,7 +138,7 @@ def _load_gguf(source: Source, dtype: torch.dtype) -> PreTrainedModel:
 def _load(source: Source, dtype: str | torch.dtype, **options: Any) -> PreTrainedModel:
     """Load what transformers can load, and check that it is whole."""
     config = load_config(source)
-    model, report = _attempt(
+    model, report = attempt(
         source,
         "weights",
         AutoModelForCausalLM.from_pretrained,
@@ -155,7 +155,7 @@ def _load(source: Source, dtype: str | torch.dtype, **options: Any) -> PreTraine
 
 def load_config(source: Source) -> PreTrainedConfig:
     """Load a model's configuration; raise ModelError and UnsupportedModelError as `load_model` does."""
-    config = _attempt(source, "config.json", AutoConfig.from_pretrained, **source.options)
+    config = attempt(source, "config.json", AutoConfig.from_pretrained, **source.options)
     check_config(config)
     remote = source.trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not remote:
@@ -172,7 +172,7 @@ def load_empty(source: Source, config: PreTrainedConfig, dtype: torch.dtype) -> 
     """
     with no_init_weights(), _parameters_on_meta():
         options = {"dtype": dtype, "trust_remote_code": source.trust_remote_code}
-        model = _attempt(source, "config.json", lambda _: AutoModelForCausalLM.from_config(config, **options))
+        model = attempt(source, "config.json", lambda _: AutoModelForCausalLM.from_config(config, **options))
     with suppress(OSError):  # a model need not have one
         model.generation_config = GenerationConfig.from_pretrained(
             source.location, **{k: v for k, v in source.options.items() if k == "revision"}
@@ -206,7 +206,7 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase | None:
     elif folder.is_dir() and not any(folder.glob("tokenizer*")) and not any(folder.glob("vocab*")):
         return None
     with gguf.quiet() if source.gguf_file else nullcontext():
-        return _attempt(source, "tokenizer", AutoTokenizer.from_pretrained, **source.options)
+        return attempt(source, "tokenizer", AutoTokenizer.from_pretrained, **source.options)
 
 
 def find_dtype(name: str | torch.dtype, auto: bool = False) -> torch.dtype:
@@ -246,7 +246,8 @@ def _moved(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
         ) from error
 
 
-def _check_folder(path: str) -> None:
+def check_folder(path: str) -> None:
+    """Raise ModelError where a path is no folder that holds a model's weights, and cannot be a hub id."""
     folder = Path(path)
     if not folder.exists():
         if path.count("/") > 1 or path.startswith((".", "/")):
@@ -268,8 +269,11 @@ def _check_folder(path: str) -> None:
         )
 
 
-def _attempt(source: Source, what: str, load: Any, **options: Any) -> Any:
-    """Call one of transformers' loaders, quietly, and turn what it raises of a bad checkpoint into one line."""
+def attempt(source: Source, what: str, load: Any, **options: Any) -> Any:
+    """Call one of transformers' loaders with a source's location, quietly.
+
+    Raises ModelError, a line that names `what`, of what a bad checkpoint makes it raise.
+    """
     try:
         with quiet():
             return load(source.location, **options)

@@ -33,7 +33,7 @@ def side_by_side(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
 
 def page_aligned(count: int) -> Tensor:
     """Return fresh memory [count] uint8 that begins where a page does, and goes back to the system when it is freed."""
-    return torch.frombuffer(mmap(-1, max(count, 1)), dtype=torch.uint8, count=count)
+    return torch.frombuffer(mmap(-1, max(count, 1)), dtype=torch.uint8)[:count]  # none is asked of an empty tensor
 
 
 def _views(like: Tensor, count: int, offsets: list[int]) -> list[Tensor]:

@@ -77,7 +77,8 @@ class SparseMLP(Part):
         """Return the MLP of x [..., H], computed as the pass at hand says."""
         now = self.prepared.now()
         if now is None:
-            return self.neurons.mlp(x, self.activation) if self._is_plain() else super().forward(x)
+            with self.prepared.apart():
+                return self.neurons.mlp(x, self.activation) if self._is_plain() else super().forward(x)
         route = now.routes[self.number]
         if route is not None:
             return route(self, x, now)

@@ -13,7 +13,7 @@ from sirius.model.attention import adopt_attention
 from sirius.model.find import check_config, check_finite, check_head, check_kind, check_weights, gated_mlps
 from sirius.model.inputs import check_preparing
 from sirius.model.linear import MatrixLinear, adopt_linears
-from sirius.model.matrix import MakeMatrix, Placed, check_matrix, dense, makes_dense
+from sirius.model.matrix import MakeMatrix, check_matrix, dense, makes_dense
 from sirius.model.mlp import Roles, SparseMLP, adopt_mlp, agrees, check_layers
 from sirius.model.norm import adopt_norms
 from sirius.model.prepared import Prepared, prepared_of
@@ -81,7 +81,7 @@ def restore(model: PreTrainedModel) -> None:
     """
     check_kind(model)
     with (kept := prepared_of(model)).lock:
-        if isinstance(kept.matrix, Placed):
+        if kept.placed is not None:
             raise UnsupportedModelError(
                 "some weights of this model are not in memory, as it was loaded with a memory budget; load it without"
             )
@@ -100,7 +100,7 @@ def restore(model: PreTrainedModel) -> None:
         _give_back_all(model)
         kept.idle.clear()
         kept.twins.clear()
-        kept.matrix, kept.own_attention = dense, False
+        kept.matrix, kept.own_attention, kept.last_twin = dense, False, None
 
 
 def sparse_mlps(model: nn.Module) -> list[SparseMLP]:

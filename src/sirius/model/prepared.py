@@ -2,7 +2,7 @@
 
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from threading import RLock, get_ident
 from typing import Any, NamedTuple
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sirius.model.matrix import MakeMatrix, dense
+from sirius.model.matrix import MakeMatrix, Placed, dense
 
 
 class Slots(NamedTuple):
@@ -60,7 +60,8 @@ class Prepared:
     own_attention  the model's attention cannot be replaced by a kernel of ours, as a pass has shown
     idle           workspaces of earlier sessions, for later ones
     spaces         all workspaces, of sessions at work too
-    twins          by bits, the weights at fewer bits that drafts read, and the state of those that were rounded
+    twins          by bits, the weights at fewer bits: those that open sessions read, and `last_twin`
+    last_twin      the ones that were asked for last, which stay for later sessions
     learnt         what passes cost and how often guesses accepted, for later sessions
     plan           what stays in memory under a budget, in words; None: there is no budget
     slots          slots of keys and values, of all texts together, for which a budget has room; None: as memory has
@@ -72,12 +73,22 @@ class Prepared:
         self.lock = RLock()
         self.idle: dict[Hashable, Any] = {}
         self.spaces: weakref.WeakSet[Any] = weakref.WeakSet()
-        self.twins: dict[int, tuple[object, Any]] = {}
+        self.twins: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+        self.last_twin: Any = None
         self.learnt: dict[Hashable, Any] = {}
         self.plan: str | None = None
         self.slots: int | None = None
         self._pass: Pass | None = None
         self._thread = 0
+
+    @property
+    def placed(self) -> Placed | None:
+        """What brings weights that lie elsewhere; None where all are in memory."""
+        return self.matrix if isinstance(self.matrix, Placed) else None
+
+    def apart(self) -> AbstractContextManager[object]:
+        """Return what a product outside of our passes runs in: the lock where its weights are in a shared buffer."""
+        return self.lock if isinstance(self.matrix, Placed) else nullcontext()
 
     def now(self) -> Pass | None:
         """Return the pass that this thread runs on the model, None where the model is called by someone else."""

@@ -16,11 +16,15 @@ from sirius.kernels.activations import Activation
 from sirius.kernels.quantized import Quantized, bytes_of, dequantize
 from sirius.model.adopt import parts_of
 from sirius.model.linear import MatrixLinear
-from sirius.model.matrix import Dense, Matrix, Placed, dense, makes_dense
+from sirius.model.matrix import Dense, Matrix, Placed, dense
 from sirius.model.prepared import prepared_of
 
 SAMPLED = 8  # rows and columns of each weight that are looked at to notice a change
 RESCORED = 16  # candidates of the rounded output head whose scores are computed anew from the full weights
+# Linear layers of at most so many weights are rounded to 8 bits where the draft's bits are "auto". A step of so small a
+# model takes little of its time to read weights, so the better guesses of 8 bits gain more than the fewer bytes of 4;
+# see dev/2026-11-28-draft-bits.md, "Bits by size".
+SMALL = 150_000_000
 
 
 class QuantizedRows(NamedTuple):
@@ -134,19 +138,19 @@ class Twin:
     """Makes the matrices of a draft pass: a model's layers at fewer bits, rounded once.
 
     bits    4 or 8
+    state   tells which weights were rounded, as `_state_of` does
     nbytes  bytes of the rounded weights
     shelf   holds those that do not stay in memory
     """
 
     def __init__(self, model: PreTrainedModel, bits: int, advance: Callable[[float], None] = lambda done: None) -> None:
         """Round every linear layer of a prepared model; `advance` is told the share that is done, 0 to 1."""
-        self.bits, self.nbytes, self.shelved = bits, 0, False
+        self.bits, self.state, self.nbytes, self.shelved = bits, _state_of(model), 0, False
         self.weights: dict[int, Quantized] = {}
         self.head = id(cast("nn.Module", model.get_output_embeddings()))
-        layers = [cast("nn.Linear", layer) for _, layer in parts_of(model, MatrixLinear)]
+        layers = _linears(model)
         total, done = sum(layer.weight.numel() for layer in layers), 0
-        made = prepared_of(model).matrix
-        placed = made if isinstance(made, Placed) else None
+        placed = prepared_of(model).placed
         self.shelf = placed.rounded_shelf() if placed else None
         with torch.no_grad():
             for layer in layers:
@@ -179,63 +183,89 @@ class Twin:
         return RescoredHead(rows, dense(layer)) if id(layer) == self.head else rows
 
 
-def reads_twin(model: PreTrainedModel, chosen: SparsityConfig, correction: CorrectionConfig | None) -> bool:
-    """Tell whether a draft reads the model's weights at fewer bits.
+def bits_of_draft(
+    model: PreTrainedModel, chosen: SparsityConfig, correction: CorrectionConfig | None, own_period: bool = False
+) -> int:
+    """Return the bits of the weights that drafts of a prepared model read; 0: the model's own, or nothing is drafted.
 
-    Without a kernel for such weights each product makes the full ones anew, so no period pays: "auto" drafts none. Nor
-    does it where the weights are of another kind than dense; a fixed period raises ConfigError there.
+    Bits "auto" are 8 where the linear layers have at most `SMALL` weights, and 4 otherwise. Without a kernel for such
+    weights each product makes the full ones anew, so no period pays: period "auto" drafts nothing then. Nor does it
+    where the weights are of another kind than dense; a fixed period raises ConfigError there.
+
+    own_period  the caller has a period of its own, in place of the correction's
     """
+    made, placed = prepared_of(model).matrix, prepared_of(model).placed
     if not chosen.draft_bits or (correction is not None and correction.period == 1):
-        return False
-    automatic = correction is not None and correction.period == AUTO
-    made = prepared_of(model).matrix
-    if isinstance(made, Placed) and (made.rounded == chosen.draft_bits or automatic):
-        return made.rounded == chosen.draft_bits
-    if isinstance(made, Placed):
-        raise ConfigError(
-            f"memory was planned without weights of {chosen.draft_bits} bits; load the model with draft="
-            f"SparsityConfig('none', draft_bits={chosen.draft_bits}), or set draft_bits to 0"
-        )
-    if not makes_dense(made):
+        return 0
+    automatic = correction is not None and correction.period == AUTO and not own_period
+    if placed is not None:
+        return _planned_bits(placed, chosen, automatic)
+    if made is not dense:
         if automatic:
-            return False
+            return 0
         raise ConfigError(
             f"draft_bits {chosen.draft_bits} rounds weights in memory, and this model's are of another kind; set "
             "draft_bits to 0, and name a sparsity method to draft with"
         )
-    fast = ops.multiplies_quantized(model.device, model.dtype)
-    if not fast and not automatic:
+    bits = chosen.draft_bits
+    if bits == AUTO:
+        bits = 8 if sum(layer.weight.numel() for layer in _linears(model)) <= SMALL else 4
+    if ops.multiplies_quantized(model.device, model.dtype):
+        return bits
+    if not automatic:
         logging.getLogger("sirius").warning(
             "no kernel multiplies weights of %d bits in %s on %s: each product makes the full ones anew; "
             "set draft_bits to 0, or period to 'auto', which then drafts nothing",
-            *(chosen.draft_bits, model.dtype, model.device),
+            *(bits, model.dtype, model.device),
         )
-    return fast or not automatic
+    return 0 if automatic else bits
+
+
+def _planned_bits(made: Placed, chosen: SparsityConfig, automatic: bool) -> int:
+    """Return the bits of a draft that a memory budget was planned for; raise ConfigError of others."""
+    if chosen.draft_bits == made.rounded or (chosen.draft_bits == AUTO and (made.rounded or automatic)):
+        return made.rounded
+    planned = f"weights of {made.rounded} bits" if made.rounded else "no weights of fewer bits"
+    raise ConfigError(
+        f"the memory budget was planned for {planned}, and draft_bits is {chosen.draft_bits}; load the model with "
+        "draft=SparsityConfig('none', draft_bits=4), or set draft_bits to 0"
+    )
 
 
 def extra_memory(model: PreTrainedModel, bits: int) -> float:
     """Return the bytes of a prepared model's weights at 4 or 8 bits over those of all its parameters."""
-    layers = (cast("nn.Linear", layer) for _, layer in parts_of(model, MatrixLinear))
-    rounded = sum(bytes_of(layer.out_features, layer.in_features, bits) for layer in layers)
+    rounded = sum(bytes_of(layer.out_features, layer.in_features, bits) for layer in _linears(model))
     return rounded / sum(each.nbytes for each in model.parameters())
 
 
 def twin_of(model: PreTrainedModel, bits: int, advance: Callable[[float], None] = lambda done: None) -> Twin:
-    """Return a prepared model's weights at 4 or 8 bits, rounded at the first call and after they have changed."""
-    kept, state = prepared_of(model), _state_of(model)
+    """Return a prepared model's weights at 4 or 8 bits, rounded at the first call and after they have changed.
+
+    Those asked for last are kept. Others stay as long as the caller or an open session holds them, and are rounded anew
+    afterwards: memory is to hold one kind beside the full weights, not both.
+    """
+    kept = prepared_of(model)
     with kept.lock:
-        known, twin = kept.twins.get(bits, (None, None))
-        if twin is None or known != state:
+        twin: Twin | None = kept.twins.get(bits)
+        if twin is None or twin.state != _state_of(model):
+            twin = kept.last_twin = None  # frees those that nobody holds before there are new ones
+            if kept.twins:
+                kept.idle.clear()  # a GPU's idle workspaces hold weights that their captured passes read
             began = perf_counter()
-            twin = Twin(model, bits, advance)
-            kept.twins[bits] = state, twin
+            twin = kept.twins[bits] = Twin(model, bits, advance)
             logging.getLogger("sirius").info(
                 "weights rounded to %d bits for drafts: %.0f MB in %.1f s",
                 bits,
                 twin.nbytes / 1e6,
                 perf_counter() - began,
             )
+        kept.last_twin = twin
         return twin
+
+
+def _linears(model: PreTrainedModel) -> list[nn.Linear]:
+    """Return the layers whose weights are rounded."""
+    return [cast("nn.Linear", layer) for _, layer in parts_of(model, MatrixLinear)]
 
 
 def _state_of(model: PreTrainedModel) -> list[object]:
@@ -243,8 +273,7 @@ def _state_of(model: PreTrainedModel) -> list[object]:
 
     Changes by `weight.data` leave no other trace than the numbers themselves.
     """
-    layers = [cast("nn.Linear", layer) for _, layer in parts_of(model, MatrixLinear)]
-    layers = [each for each in layers if not each.weight.is_meta]  # files are not looked at
+    layers = [each for each in _linears(model) if not each.weight.is_meta]  # files are not looked at
     lie = [(id(each), id(each.weight), each.weight.data_ptr()) for each in layers]
     with torch.no_grad():
         sums = torch.stack([_sample(each.weight).double().sum() for each in layers])

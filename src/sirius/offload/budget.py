@@ -8,25 +8,25 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from sirius.core import LONGEST, CorrectionConfig, SparsityConfig
+from sirius.core import AUTO, LONGEST, CorrectionConfig, SparsityConfig
 from sirius.errors import ConfigError
 from sirius.forms import as_config
 from sirius.kernels import ops
-from sirius.model.limits import MOST_READ, context_limit
+from sirius.model.limits import MOST_READ, check_context, context_limit
 from sirius.model.loading import Source, find_device, find_dtype, load_config, load_empty, load_tokenizer
 from sirius.model.prepared import prepared_of
 from sirius.offload.amounts import in_words, memory_of
-from sirius.offload.checkpoint import Stored
-from sirius.offload.load import Way, all_blocks, fill, find_weights, match, unit_of
+from sirius.offload.checkpoint import NUMBERS, Stored
+from sirius.offload.load import Transfer, all_blocks, check_source, fill, find_weights, match, unit_of
 from sirius.offload.measure import held_now, link_speed, memory_speed
 from sirius.offload.plan import Draft, Link, Sizes, make_plan, parse_budget
 from sirius.offload.sizes import draft_of, score_bytes, sizes_of
-from sirius.offload.stream import Planned
+from sirius.offload.stream import Planned, chance
 
 CONTEXT = 4096  # tokens that memory is planned for where nothing is said
 SLACK = 96 << 20  # bytes of a process for what comes and goes: a layer being rounded, modules imported later
-PERIOD = 16  # of rounds in predictions
-ADVANCE: dict[Draft, float] = {"none": 1.0, "rounded": 12.7, "coarse": 6.0}  # their tokens under a lossless rule
+PERIOD = 16  # of rounds in predictions, where no other is given
+ADVANCE: dict[Draft, float] = {"none": 1.0, "rounded": 12.7, "coarse": 6.0}  # their tokens under a lossless rule, of 16
 UNDRAFTED = SparsityConfig("none")
 ROUNDED = SparsityConfig("none", draft_bits=4)
 
@@ -43,6 +43,7 @@ class Budget:
     rows     texts that are decoded side by side. Fewer are planned for where that brings more tokens per second. With a
              `context` each has as many tokens; without one they share 4096
     window   most guesses of a check; more than 32 are those of trees
+    period   K of the rounds that are planned for
     """
 
     size: int | str
@@ -52,6 +53,7 @@ class Budget:
     link: float | None = None
     rows: int = 1
     window: int = LONGEST
+    period: int = PERIOD
 
     def __post_init__(self) -> None:
         if min(self.rows, self.window) < 1:
@@ -85,16 +87,18 @@ def load_within(
     checkpoint that cannot be read in part, and FileError where reading fails.
     """
     source = source.found()
+    check_source(source)
+    check_context(budget.context)
     config, target = load_config(source), find_device(device)
     if target.type not in ("cpu", "cuda"):
         raise ConfigError(f"a memory budget is for a CPU or a CUDA GPU; got {target}")
     stored = find_weights(source)
-    model = load_empty(source, config, _dtype(dtype, config, stored))
+    model = load_empty(source, config, chosen_dtype(dtype, config, stored))
     where = match(source, model, stored)
     tokenizer = load_tokenizer(source)  # before memory is planned, of which it takes some
-    way = Way(target, target.type == "cuda" if budget.host is None else budget.host, budget.link)
-    planned = _plan(model, where, way, budget)
-    fill(model, where, planned, way)
+    transfer = Transfer(target, target.type == "cuda" if budget.host is None else budget.host, budget.link)
+    planned = _plan(model, where, transfer, budget)
+    fill(model, where, planned, transfer)
     kept = prepared_of(model)
     kept.plan, kept.slots = in_short(planned), planned.slots
     logging.getLogger("sirius.offload").info("%s", kept.plan)
@@ -121,19 +125,19 @@ def _context(budget: Budget, config: PreTrainedConfig) -> int:
     return budget.context or min(CONTEXT, context_limit(config) or CONTEXT)
 
 
-def _plan(model: PreTrainedModel, where: dict[int, Stored], way: Way, budget: Budget) -> Planned:
+def _plan(model: PreTrainedModel, where: dict[int, Stored], transfer: Transfer, budget: Budget) -> Planned:
     """Return the plan that is expected to bring the most tokens per second."""
-    size = parse_budget(str(budget.size), memory_of(way.device))
-    link = Link(_speed(model, where, way), "host" if way.held else "disk")
-    speed = memory_speed(model.dtype, way.device)
-    held = (held_now() + SLACK) if way.device.type == "cpu" else 0
+    size = parse_budget(str(budget.size), memory_of(transfer.device))
+    link = Link(transfer_speed(model, where, transfer), "host" if transfer.held else "disk")
+    speed = memory_speed(model.dtype, transfer.device)
+    held = (held_now() + SLACK) if transfer.device.type == "cpu" else 0
 
     def planned(room: Room, rows: int) -> Planned:
         kind = draft_of(room.draft)
-        plan = make_plan(room.sizes(rows), size, link, speed, kind, PERIOD, ADVANCE[kind])
+        plan = make_plan(room.sizes(rows), size, link, speed, kind, budget.period, _advance(kind, budget.period))
         return Planned(plan, room.draft, room.slots(rows), rows, max(rows, room.most))
 
-    first, *others = (Room.of(model, draft, budget, held) for draft in _drafts(budget, way.device, model.dtype))
+    first, *others = (Room.of(model, draft, budget, held) for draft in _drafts(budget, transfer.device, model.dtype))
     found = [planned(first, 1)]  # which takes the least memory
     for room in (first, *others):
         for rows in _counts(budget.rows):
@@ -142,10 +146,16 @@ def _plan(model: PreTrainedModel, where: dict[int, Stored], way: Way, budget: Bu
     return min(found, key=lambda each: each.plan.seconds_per_token / each.rows)
 
 
+def _advance(draft: Draft, period: int) -> float:
+    """Return the tokens that a round is expected to bring; at any period a guess has the same chance."""
+    accepted = chance(ADVANCE[draft], PERIOD)
+    return sum(accepted**n for n in range(period))
+
+
 def _drafts(budget: Budget, device: torch.device, dtype: torch.dtype) -> list[SparsityConfig]:
     """Return the drafts that are planned for, of which the fastest one is taken; the first one needs the least."""
-    if budget.draft is not None:
-        return [budget.draft]
+    if (asked := budget.draft) is not None:
+        return [replace(asked, draft_bits=ROUNDED.draft_bits) if asked.draft_bits == AUTO else asked]
     return [UNDRAFTED, ROUNDED] if ops.multiplies_quantized(device, dtype) else [UNDRAFTED]
 
 
@@ -194,16 +204,22 @@ class Room:
         )
 
 
-def _speed(model: PreTrainedModel, where: dict[int, Stored], way: Way) -> float:
-    """Return the bytes per second that blocks take to come."""
-    units = [unit_of(block, way) for block in all_blocks(model, where)[: 1 if way.held else None]]
-    measured = link_speed(units, replace(way, throttle=None).make_mover())
-    return measured if way.throttle is None else min(measured, way.throttle)
+def transfer_speed(model: PreTrainedModel, where: dict[int, Stored], transfer: Transfer) -> float:
+    """Return the bytes per second at which the blocks of a model come to a device."""
+    blocks = all_blocks(model, where)[: 1 if transfer.held else None]
+    for block in blocks:
+        block.checks = False  # as in all passes but the first
+    units = [unit_of(block, transfer) for block in blocks]
+    measured = link_speed(units, replace(transfer, throttle=None).make_mover())
+    return measured if transfer.throttle is None else min(measured, transfer.throttle)
 
 
-def _dtype(dtype: str | torch.dtype, config: PreTrainedConfig, stored: dict[str, Stored]) -> torch.dtype:
+def chosen_dtype(dtype: str | torch.dtype, config: PreTrainedConfig, stored: dict[str, Stored]) -> torch.dtype:
     """Return the dtype that is asked for, "auto" being the checkpoint's."""
     if dtype != "auto":
         return find_dtype(dtype, auto=True)
     own = getattr(config, "dtype", None)
-    return own if isinstance(own, torch.dtype) else max(stored.values(), key=lambda each: each.nbytes).dtype
+    if isinstance(own, torch.dtype):
+        return own
+    numbers = [each for each in stored.values() if each.dtype in NUMBERS.values()]
+    return max(numbers, key=lambda each: each.nbytes).dtype if numbers else torch.float32  # `match` says what is wrong

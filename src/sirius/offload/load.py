@@ -14,14 +14,16 @@ from transformers import PreTrainedModel
 from sirius.errors import ModelError, UnsupportedModelError
 from sirius.kernels.ops import best_side_by_side
 from sirius.model.find import blocks, gated_mlp
-from sirius.model.loading import Source, check_complete
+from sirius.model.loading import Source, attempt, check_complete, check_folder
 from sirius.model.prepare import prepare
 from sirius.model.prepared import prepared_of
-from sirius.offload.checkpoint import Stored, read_checkpoint
+from sirius.offload.checkpoint import INDEX, NUMBERS, PAGE, WEIGHTS, Stored, read_checkpoint
 from sirius.offload.guard import guard
 from sirius.offload.ring import CudaMover, Mover, Pool, Ring, ThreadMover, Throttle
 from sirius.offload.shelf import FileStore, HostStore
-from sirius.offload.stream import Block, Held, Planned, Shelves, Stream, Streamed, is_finite, put
+from sirius.offload.stream import Block, Held, Planned, Shelves, Stream, Streamed, check_finite, put
+
+MARGIN = 64 * PAGE  # bytes of a buffer beyond its unit, as each tensor of a shelf begins where a page does
 
 
 @dataclass(frozen=True)
@@ -58,47 +60,74 @@ def layers_of(model: PreTrainedModel) -> list[Layers]:
     return found
 
 
-def find_weights(source: Source) -> dict[str, Stored]:
-    """Return the tensors of a model's files by name; those of a hub id are fetched.
-
-    Raises ModelError where files are missing or broken, UnsupportedModelError of a GGUF file.
-    """
+def check_source(source: Source) -> None:
+    """Raise UnsupportedModelError of a GGUF file, and ModelError of a folder that holds no model."""
     if source.gguf_file:
         raise UnsupportedModelError(
             f"{source.name} is a GGUF file, whose weights cannot be read in part; a memory budget needs safetensors"
         )
+    check_folder(source.location)
+
+
+def find_weights(source: Source) -> dict[str, Stored]:
+    """Return the tensors of a model's files by name; those of a hub id are fetched.
+
+    Raises ModelError where files are missing or broken.
+    """
     folder = Path(source.location)
     if not folder.is_dir():
-        folder = Path(snapshot_download(source.location, revision=source.revision, allow_patterns=["*.safetensors*"]))
+        patterns = [WEIGHTS, INDEX, "model-*.safetensors"]
+        fetch = partial(snapshot_download, revision=source.revision, allow_patterns=patterns)
+        folder = Path(attempt(source, "weights", fetch))
     return read_checkpoint(folder)
 
 
 def match(source: Source, model: PreTrainedModel, stored: dict[str, Stored]) -> dict[int, Stored]:
-    """Return where each parameter of a model is stored, by the parameter's id.
+    """Return where each parameter of a model is stored, and each buffer that belongs to a checkpoint, by the id.
 
-    Raises ModelError where the files lack parameters, or hold others.
+    Raises ModelError where the files lack some, hold others, or hold them in other numbers than `NUMBERS`.
     """
     model.tie_weights()
+    held = model.state_dict(keep_vars=True)
     names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    parameters = {id(each): each for each in model.parameters()}
-    found = {key: next((stored[name] for name in own if name in stored), None) for key, own in names.items()}
-    shapes = {key: tuple(parameters[key].shape) for key in found}
-    known = {name for own in names.values() for name in own}
+    for name, each in held.items():
+        names.setdefault(id(each), []).append(name)
+    found = {key: [stored[name] for name in own if name in stored] for key, own in names.items()}
+    shapes = {key: tuple(held[own[0]].shape) for key, own in names.items()}
     report = {
-        "missing_keys": [names[key][0] for key, each in found.items() if each is None],
+        "missing_keys": [names[key][0] for key, places in found.items() if not places],
         "mismatched_keys": [
-            (each.name, each.shape, shapes[key]) for key, each in found.items() if each and each.shape != shapes[key]
+            (each.name, each.shape, shapes[key])
+            for key, places in found.items()
+            for each in places
+            if each.shape != shapes[key]
         ],
-        "unexpected_keys": sorted(stored.keys() - known),
+        "unexpected_keys": sorted(stored.keys() - held.keys()),
     }
     check_complete(source, report)
-    return {key: each for key, each in found.items() if each is not None}
+    for places in found.values():
+        _check_places(places)
+    return {key: places[0] for key, places in found.items()}
+
+
+def _check_places(places: Sequence[Stored]) -> None:
+    """Raise ModelError where a weight is not stored as floats of 16 bits or more, or tied weights are stored apart."""
+    first, *others = places
+    if first.dtype not in NUMBERS.values():
+        raise ModelError(
+            f"{first.name} is stored as {first.dtype}; a memory budget needs {', '.join(map(str, NUMBERS.values()))}"
+        )
+    for other in others:
+        parts = ((first.rows(*rows).clone(), other.rows(*rows)) for rows in first.chunks(1 << 23))
+        if not all(torch.equal(one.double(), another.double()) for one, another in parts):
+            raise ModelError(
+                f"the configuration ties {first.name} to {other.name}, and their weights differ; set "
+                "tie_word_embeddings to false in config.json"
+            )
 
 
 @dataclass(frozen=True)
-class Way:
+class Transfer:
     """How weights that do not stay in memory come to a device.
 
     held        from the host's memory, where they are kept; otherwise from their files
@@ -114,7 +143,7 @@ class Way:
         return ThreadMover(Throttle(self.throttle)) if self.device.type == "cpu" else CudaMover(self.device)
 
 
-def fill(model: PreTrainedModel, where: dict[int, Stored], planned: Planned, way: Way) -> None:
+def fill(model: PreTrainedModel, where: dict[int, Stored], planned: Planned, transfer: Transfer) -> None:
     """Bring a model's weights from meta to a device, but for those that do not stay; then prepare it.
 
     where  each parameter's place, by its id
@@ -123,28 +152,30 @@ def fill(model: PreTrainedModel, where: dict[int, Stored], planned: Planned, way
     """
     found, plan = layers_of(model), planned.plan
     away = _away(found, where, plan.attention, plan.mlp)
-    absent = {id(each.layer.weight) for block in away for each in block.layers}
-    _bring(model, {key: each for key, each in where.items() if key not in absent}, way.device)
+    absent = {each.source for block in away for each in block.layers}
+    _bring(model, {key: each for key, each in where.items() if each not in absent}, transfer.device)
+    model.requires_grad_(False)  # a gradient would be of what a buffer holds by then
     if not away:
         prepare(model)
         return
-    units = [unit_of(block, way) for block in away]
-    pool = Pool(max(plan.unit, *(each.nbytes for each in units)), plan.buffers, way.make_mover())
-    store = partial(HostStore, way.device.type == "cuda") if way.held else FileStore
+    units = [unit_of(block, transfer) for block in away]
+    size = max(plan.unit, *(each.nbytes for each in units)) + MARGIN
+    pool = Pool(size, plan.buffers, transfer.make_mover())
+    store = partial(HostStore, transfer.device.type == "cuda") if transfer.held else FileStore
     shelves = Shelves(_shelved(found, plan.rounded), _shelved(found, plan.kept), store)
     prepared_of(model).matrix = Stream(away, Ring(units, pool), shelves, planned)
     tried = [each for each in found[0].mlp.values() if each.weight.is_meta]  # the other blocks' MLPs are alike
     for layer in tried:
-        layer.weight = nn.Parameter(_whole(where[id(layer.weight)], layer.weight, way.device))
+        layer.weight = nn.Parameter(_whole(where[id(layer.weight)], layer.weight, transfer.device), False)
     prepare(model)
     for layer in tried:
-        layer.weight = nn.Parameter(layer.weight.detach().to("meta"))
+        layer.weight = nn.Parameter(layer.weight.detach().to("meta"), False)
     guard(model)
 
 
-def unit_of(block: Block, way: Way) -> Block | Held:
+def unit_of(block: Block, transfer: Transfer) -> Block | Held:
     """Return a block as it comes to a device: from its files, or read now into the host's memory."""
-    return Held(block, pin=way.device.type == "cuda") if way.held else block
+    return Held(block, pin=transfer.device.type == "cuda") if transfer.held else block
 
 
 def all_blocks(model: PreTrainedModel, where: dict[int, Stored]) -> list[Block]:
@@ -173,11 +204,12 @@ def _away(
     """
     away: list[Block] = []
     for number, layers in enumerate(found):
-        out = [] if attention[number] else [Streamed(each, where[id(each.weight)]) for each in layers.attention]
+        out = [] if attention[number] else [Streamed(id(each), where[id(each.weight)]) for each in layers.attention]
         if not mlp[number]:
             out += _mlp(layers.mlp, where)
         if out:
-            away.append(Block(out, out[0].layer.weight.dtype))
+            first, *_ = *layers.attention, *layers.mlp.values()
+            away.append(Block(out, first.weight.dtype))
     return away
 
 
@@ -188,7 +220,7 @@ def _mlp(layers: dict[str, nn.Linear], where: dict[int, Stored]) -> list[Streame
         like = [torch.empty(shape, dtype=layers["up"].weight.dtype) for shape in _shapes(layers)]
         beside = best_side_by_side(*like)
     return [
-        Streamed(each, where[id(each.weight)], transposed=role == "down", beside=beside and role == "down")
+        Streamed(id(each), where[id(each.weight)], transposed=role == "down", beside=beside and role == "down")
         for role, each in layers.items()
     ]
 
@@ -198,15 +230,20 @@ def _shapes(layers: dict[str, nn.Linear]) -> tuple[tuple[int, ...], tuple[int, .
 
 
 def _bring(model: PreTrainedModel, where: dict[int, Stored], device: torch.device) -> None:
-    """Put parameters of a model into memory, shared ones once."""
-    brought: dict[int, nn.Parameter] = {}
+    """Put parameters and buffers of a model into memory, shared ones once; other buffers go to the device as they are.
+
+    where  each one's place, by its id; none of parameters that stay away
+    """
+    brought: dict[int, Tensor] = {}
     for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is None or (stored := where.get(id(parameter))) is None:
-                continue
-            if id(parameter) not in brought:
-                brought[id(parameter)] = nn.Parameter(_whole(stored, parameter, device), parameter.requires_grad)
-            module._parameters[name] = brought[id(parameter)]
+        for held in (cast("dict[str, Tensor | None]", module._parameters), module._buffers):
+            for name, each in held.items():
+                if each is None or (each.is_meta and id(each) not in where):
+                    continue
+                if id(each) not in brought:
+                    found = _whole(where[id(each)], each, device) if id(each) in where else each.to(device)
+                    brought[id(each)] = nn.Parameter(found) if isinstance(each, nn.Parameter) else found
+                held[name] = brought[id(each)]
 
 
 def _whole(stored: Stored, like: Tensor, device: torch.device) -> Tensor:
@@ -215,8 +252,6 @@ def _whole(stored: Stored, like: Tensor, device: torch.device) -> Tensor:
     if not stored.shape:
         return found.copy_(stored.whole())
     for begin, end in stored.chunks(1 << 23):
-        rows = stored.rows(begin, end)
-        if not is_finite(rows):
-            raise ModelError(f"{stored.name} holds numbers that are not finite (NaN or infinite); it is damaged")
+        check_finite(rows := stored.rows(begin, end), f"{stored.name}, rows {begin} to {end}")
         put(found[begin:end], rows)
     return found

@@ -1,11 +1,13 @@
 """A few buffers that take turns: while one unit of weights is used, the next ones are on their way."""
 
+import os
 import time
 import weakref
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import thread as executors
 from contextlib import suppress
 from threading import Lock
 from typing import Any, Generic, Protocol, TypeVar
@@ -85,6 +87,10 @@ class Mover(ABC):
     def used(self) -> Any:
         """Return the event from which on what was used so far is not used any more."""
 
+    @abstractmethod
+    def stop(self) -> None:
+        """Return when nothing is written to any buffer; what has not come by then need not come."""
+
 
 class ThreadMover(Mover):
     """Brings units by threads, into memory of the CPU."""
@@ -92,14 +98,14 @@ class ThreadMover(Mover):
     def __init__(self, throttle: Throttle | None = None) -> None:
         super().__init__()
         self.throttle = throttle or Throttle(None)
-        self.pool = ThreadPoolExecutor(READERS, thread_name_prefix="sirius-link")
+        self._make_threads()
 
     def memory(self, count: int) -> Tensor:
         return page_aligned(count)
 
     def send(self, unit: Unit[Any], views: Any, memory: Tensor, free: Any) -> list[Future[None]]:
         self.moved += unit.moved
-        return [self.pool.submit(self._run, task) for task in unit.tasks(views, memory)]
+        return [self.threads.submit(_run, task, self.throttle) for task in unit.tasks(views, memory)]
 
     def wait(self, arrival: list[Future[None]]) -> None:
         wait(arrival)  # all of them, also where one failed: none may write later
@@ -109,9 +115,24 @@ class ThreadMover(Mover):
     def used(self) -> None:
         return None
 
-    def _run(self, task: Task) -> None:
-        with torch.inference_mode(False), torch.no_grad():
-            self.throttle.passed(task())
+    def stop(self) -> None:
+        if self.process == os.getpid():
+            self.threads.shutdown(wait=True, cancel_futures=True)
+        self.end.detach()
+        self._make_threads()  # a process that was forked has none of its parent's threads
+
+    def _make_threads(self) -> None:
+        self.process = os.getpid()
+        self.threads = ThreadPoolExecutor(READERS, thread_name_prefix="sirius-link")
+        self.end = weakref.finalize(self, self.threads.shutdown, wait=False, cancel_futures=True)
+        self.end.atexit = False
+
+
+def _run(task: Task, throttle: Throttle) -> None:
+    if getattr(executors, "_shutdown", False):  # the interpreter ends, and waits for the threads of executors
+        raise RuntimeError("no weights are brought while the interpreter shuts down")
+    with torch.inference_mode(False), torch.no_grad():
+        throttle.passed(task())
 
 
 class CudaMover(Mover):
@@ -143,23 +164,55 @@ class CudaMover(Mover):
         event.record(torch.cuda.current_stream(self.device))
         return event
 
+    def stop(self) -> None:
+        self.stream.synchronize()
+
 
 class Pool:
-    """Buffers that rings share. What a ring needs now goes before what another one has brought ahead."""
+    """Buffers that rings share. What a ring needs now goes before what another one has brought ahead.
+
+    free    buffers that no ring has, each with the event from which on it may be written to
+    midway  a ring takes and gives back buffers; where that was interrupted, as by Ctrl-C, it stays True
+    lost    a ring is gone, and perhaps buffers with it
+    """
 
     def __init__(self, size: int, count: int, mover: Mover) -> None:
         """Make `count` buffers of `size` bytes, where passes read weights."""
         self.size, self.mover = size, mover
         self.memories = [mover.memory(size) for _ in range(count)]
-        self.free: deque[tuple[int, Any]] = deque((number, None) for number in range(count))  # from an event on
+        self.free: deque[tuple[int, Any]] = deque((number, None) for number in range(count))
         self.rings: weakref.WeakSet[Ring[Any]] = weakref.WeakSet()
+        self.midway, self.lost, self.process = False, False, os.getpid()
+
+    @property
+    def sound(self) -> bool:
+        """Whether every buffer is in `free` or a ring's, and the threads that fill them are this process's."""
+        return not (self.midway or self.lost) and self.process == os.getpid()
+
+    def recover(self) -> None:
+        """Let every buffer be free, and no ring have one."""
+        self.lost = False
+        self.mover.stop()
+        for ring in self.rings:
+            ring.coming.clear()
+            ring.held = None
+        self.free = deque((number, self.mover.used()) for number in range(len(self.memories)))
+        self.process = os.getpid()
+
+    def lose(self) -> None:
+        """Take note that a ring is gone; this may be called in the midst of anything."""
+        self.lost = True
 
     def take(self, ring: "Ring[Any]") -> tuple[int, Any]:
         """Return a buffer, and the event from which on it is free, for what a ring needs now."""
         for other in [each for each in self.rings if each is not ring]:
             other.leave()
         if not self.free:
-            max(self.rings, key=lambda each: (each is not ring, len(each.coming))).drop_last()
+            longest = max(self.rings, key=lambda each: (each is not ring, len(each.coming)))
+            if longest.coming:
+                longest.drop_last()
+            else:  # a ring has gone just now
+                self.recover()
         return self.free.popleft()
 
 
@@ -177,25 +230,30 @@ class Ring(Generic[V]):
         self.coming: deque[tuple[int, int, Any]] = deque()  # unit, buffer, arrival
         self.held: tuple[int, int] | None = None  # the unit in use, and its buffer
         pool.rings.add(self)
+        weakref.finalize(self, pool.lose).atexit = False
 
     def enter(self, number: int) -> V:
         """Return the views of a unit, waiting until it is there; the last one's are not to be used any more.
 
         Raises FileError where it cannot be read; it may be asked for again.
         """
-        if self.held is not None and self.held[0] == number:
-            return self.views[self.held]
+        if self.pool.sound:
+            if self.held is not None and self.held[0] == number:
+                return self.views[self.held]
+        else:
+            self.pool.recover()
+        self.pool.midway = True  # also after an error, so that the next entry begins with free buffers
+        found = self._enter(number)
+        self.pool.midway = False
+        return found
+
+    def _enter(self, number: int) -> V:
         self.leave()
         while self.coming and self.coming[0][0] != number:
             self._drop(self.coming.popleft())
         if not self.coming:
             self._send(number, *self.pool.take(self))
-        try:
-            self.pool.mover.wait(self.coming[0][2])
-        except BaseException:
-            while self.coming:
-                self._drop(self.coming.popleft())
-            raise
+        self.pool.mover.wait(self.coming[0][2])
         unit, buffer, _ = self.coming.popleft()
         self.held = unit, buffer
         self._send_ahead()

@@ -2,8 +2,10 @@
 
 import os
 import tempfile
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -52,40 +54,39 @@ class FileStore(Store):
         """Make a file in a folder, None: the system's for temporary files; raise FileError where that cannot be."""
         self.end = 0
         try:
-            self.handle, path = tempfile.mkstemp(prefix="sirius-", dir=folder)
+            handle, path = tempfile.mkstemp(prefix="sirius-", dir=folder)
         except OSError as error:
             raise FileError(f"cannot make a temporary file: {error}; set TMPDIR to a folder with room") from error
+        self.handle = handle
+        weakref.finalize(self, os.close, handle).atexit = False
         self.file = File(Path(path))
-        self.file.open()
-        os.unlink(path)
-
-    def __del__(self) -> None:
-        if hasattr(self, "file"):
-            self.file.close()
-            os.close(self.handle)
+        try:
+            self.file.open()
+        finally:
+            os.unlink(path)
 
     def write(self, parts: Sequence[Tensor]) -> Read:
         begin = self.end
-        for each in parts:
-            self._write(each.cpu().numpy())
-        os.fdatasync(self.handle)
+        try:
+            for each in parts:
+                self._write(each.cpu().numpy())
+            os.fdatasync(self.handle)  # where a file system counts room late, it is found to be full here
+        except OSError as error:
+            raise FileError(
+                f"cannot write byte {self.end} of a temporary file in {self.file.path.parent}: "
+                f"{error.strerror or error}; set TMPDIR to a folder with more room, or raise the memory budget"
+            ) from error
         if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self.handle, begin, self.end - begin, os.POSIX_FADV_DONTNEED)
+            with suppress(OSError):
+                os.posix_fadvise(self.handle, begin, self.end - begin, os.POSIX_FADV_DONTNEED)
         return partial(self._read, begin)
 
     def _write(self, part: np.ndarray) -> None:
-        """Write bytes at the end, up to a whole page; raise FileError where there is no room."""
+        """Write bytes at the end, up to a whole page."""
         padded = np.concatenate([part, np.zeros(_room(len(part)) - len(part), np.uint8)]).data
-        until = self.end + len(padded)
-        try:
-            while padded:
-                count = os.pwrite(self.handle, padded, self.end)
-                padded, self.end = padded[count:], self.end + count
-        except OSError as error:
-            raise FileError(
-                f"cannot write byte {self.end} of {until} to a temporary file in {self.file.path.parent}: "
-                f"{error.strerror}; set TMPDIR to a folder with more room, or raise the memory budget"
-            ) from error
+        while padded:
+            count = os.pwrite(self.handle, padded, self.end)
+            padded, self.end = padded[count:], self.end + count
 
     def _read(self, first: int, begin: int, target: Tensor) -> int:
         np.copyto(target.numpy(), self.file.read(first + begin, len(target)))

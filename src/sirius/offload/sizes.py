@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from sirius.core import LONGEST, SparsityConfig
+from sirius.core import AUTO, LONGEST, SparsityConfig
 from sirius.errors import ConfigError
 from sirius.kernels.quantized import bytes_of
 from sirius.model.find import blocks, check_config, gated_mlp
@@ -54,7 +54,8 @@ def sizes_of(
     Raises ConfigError where transformers makes no such model, or `keep` keeps no neuron, and UnsupportedModelError
     where its structure does not fit.
     """
-    model = skeleton(config, dtype)
+    assert draft.draft_bits != AUTO, "whoever plans has chosen the bits"
+    model, bits = skeleton(config, dtype), draft.draft_bits
     parts = _parts(model)
     streamed = [[*block.attention, *block.mlp] for block in parts]
     head = [each for each in [model.get_output_embeddings()] if isinstance(each, nn.Linear)]
@@ -63,8 +64,8 @@ def sizes_of(
         fixed=whole - sum(map(_bytes, streamed)),
         attention=tuple(_bytes(block.attention) for block in parts),
         mlp=tuple(_bytes(block.mlp) for block in parts),
-        rounded=tuple(_rounded(block, draft.draft_bits) for block in streamed),
-        rounded_head=_rounded(head, draft.draft_bits),
+        rounded=tuple(_rounded(block, bits) for block in streamed),
+        rounded_head=_rounded(head, bits),
         kept=tuple(_kept(block, draft) for block in parts),
         cache=cache_bytes(config, context, dtype),
         working=held + _working(config, dtype, parts, (chunk, context, checked), draft.method in COARSE),

@@ -23,15 +23,15 @@ Views = dict[int, Tensor]
 
 
 class Streamed(NamedTuple):
-    """A layer that is not in memory.
+    """A layer whose weight [out, in] is not in memory.
 
-    layer       whose weight [out, in] is on meta
+    key         the layer's id; the layer itself holds what holds this, so that the model would never be freed
     source      where its numbers are
     transposed  its rows in memory are the columns of its weight: a down layer's, whose inputs are the neurons
     beside      it lies in memory beside the layer before it, row by row
     """
 
-    layer: nn.Linear
+    key: int
     source: Stored
     transposed: bool = False
     beside: bool = False
@@ -39,16 +39,20 @@ class Streamed(NamedTuple):
     @property
     def shape(self) -> tuple[int, int]:
         """Rows in memory, and their length."""
-        outputs, inputs = self.layer.weight.shape
+        outputs, inputs = self.source.shape
         return (inputs, outputs) if self.transposed else (outputs, inputs)
 
 
 class Block:
-    """The layers of a block that come together, read from the checkpoint; see `Unit`."""
+    """The layers of a block that come together, read from the checkpoint; see `Unit`.
+
+    checks  numbers that are not finite are refused; looking at them takes time when a block comes for the first time
+    """
 
     def __init__(self, layers: Sequence[Streamed], dtype: torch.dtype) -> None:
         self.layers, self.dtype = layers, dtype
-        self.checked = False
+        self.checks = True
+        self.finite: set[tuple[int, int]] = set()  # parts that were found to be numbers, by layer and first row
         self.nbytes = sum(-(-self._size(each) // ALIGNED) * ALIGNED for each in layers)
         self.moved = sum(each.source.nbytes for each in layers)
 
@@ -64,44 +68,41 @@ class Block:
             width = 2 * length if pair else length
             size = rows * width * self.dtype.itemsize
             whole = memory[begin : begin + size].view(self.dtype).view(rows, width)
-            found[id(each.layer)] = whole[:, :length]
+            found[each.key] = whole[:, :length]
             if pair:
-                found[id(self.layers[place + 1].layer)] = whole[:, length:]
+                found[self.layers[place + 1].key] = whole[:, length:]
             begin += -(-size // ALIGNED) * ALIGNED
         return found
 
     def tasks(self, views: Views, memory: Tensor) -> Iterator[Task]:
-        """Yield what reads the layers, some rows at a time; each task raises FileError where they cannot be read."""
-        check, self.checked = not self.checked, True
+        """Yield what reads the layers, some rows at a time.
+
+        Each task raises FileError where they cannot be read, and ModelError of numbers that are not finite.
+        """
         for each in self.layers:
-            target = views[id(each.layer)]
+            target = views[each.key]
             target = target.t() if each.transposed else target
             for begin, end in each.source.chunks(CHUNK):
-                yield partial(_fill, target[begin:end], each.source, (begin, end), check)
+                yield partial(self._fill, target[begin:end], each, begin, end)
+
+    def _fill(self, target: Tensor, layer: Streamed, begin: int, end: int) -> int:
+        """Read rows of a layer's weight into target [n, length] of any strides; return how many bytes were read."""
+        found, source = layer.source.rows(begin, end), layer.source
+        if self.checks and (layer.key, begin) not in self.finite:  # looking at them takes time, so once
+            check_finite(found, f"{source.name}, rows {begin} to {end}")
+            self.finite.add((layer.key, begin))
+        put(target, found)
+        return (end - begin) * source.row_bytes
 
     def _size(self, each: Streamed) -> int:
         rows, length = each.shape
         return rows * length * self.dtype.itemsize
 
 
-def _fill(target: Tensor, source: Stored, rows: tuple[int, int], check: bool) -> int:
-    """Read rows of a tensor into target [n, length] of any strides; return how many bytes were read.
-
-    check  raise ModelError where a number is not finite
-    """
-    found = source.rows(*rows)
-    if check and not is_finite(found):
-        raise ModelError(
-            f"{source.name} holds numbers that are not finite (NaN or infinite), among rows {rows[0]} to {rows[1]}; "
-            "the checkpoint is damaged"
-        )
-    put(target, found)
-    return (rows[1] - rows[0]) * source.row_bytes
-
-
-def is_finite(numbers: Tensor) -> bool:
-    """Tell whether all numbers are finite, by the sums of some at a time, which takes little memory."""
-    return all(bool(part.sum(dtype=torch.float64).isfinite()) for part in numbers.view(-1).split(SUMMED))
+def check_finite(numbers: Tensor, name: str) -> None:
+    """Raise ModelError where numbers are not finite. The sums of some at a time tell, which takes little memory."""
+    if not all(bool(part.sum(dtype=torch.float64).isfinite()) for part in numbers.view(-1).split(SUMMED)):
+        raise ModelError(f"{name}: numbers that are not finite (NaN or infinite); the checkpoint is damaged")
 
 
 def put(target: Tensor, source: Tensor) -> None:
@@ -134,7 +135,8 @@ class Held:
         """Yield what copies the layers into a buffer, part by part; a GPU's are copied as a whole."""
         step = CHUNK if memory.device.type == "cpu" else self.nbytes
         for begin in range(0, self.nbytes, step):
-            yield partial(_copy, memory[begin : begin + step], self.memory[begin : begin + step])
+            part = slice(begin, min(begin + step, self.nbytes))  # a buffer may be larger
+            yield partial(_copy, memory[part], self.memory[part])
 
 
 def _copy(target: Tensor, source: Tensor) -> int:
@@ -175,10 +177,10 @@ class Stream(Placed):
     def __init__(self, blocks: Sequence[Block], ring: Ring[Views], shelves: Shelves, planned: Planned) -> None:
         """Bring `blocks` by a ring of theirs; they come in the order in which passes use them."""
         self.ring, self.shelves, self.planned, plan = ring, shelves, planned, planned.plan
-        self.rounded = planned.draft.draft_bits
+        self.rounded = int(planned.draft.draft_bits)
         self.expected = Expected(plan.plain_seconds, plan.draft_seconds, chance(plan.aal, plan.period))
-        self.of = {id(each.layer): number for number, block in enumerate(blocks) for each in block.layers}
-        self.turned = {id(each.layer) for block in blocks for each in block.layers if each.transposed}
+        self.of = {each.key: number for number, block in enumerate(blocks) for each in block.layers}
+        self.turned = {each.key for block in blocks for each in block.layers if each.transposed}
 
     @property
     def moved(self) -> int:
@@ -198,8 +200,8 @@ class Stream(Placed):
         Raises ConfigError where memory was planned for another draft, or one that reads less.
         """
         planned = self.planned.draft
-        if chosen.method == "none" or (chosen.draft_bits and chosen.draft_bits == planned.draft_bits):
-            return self.planned.most  # every rounded weight is there; where there is none, `reads_twin` says so
+        if chosen.method == "none" or chosen.draft_bits:
+            return self.planned.most  # `bits_of_draft` refuses bits that were not planned
         if (chosen.method, chosen.draft_bits) == (planned.method, 0) and chosen.keep <= planned.keep:
             return self.planned.most if chosen.shared_set else self.planned.rows
         raise ConfigError(

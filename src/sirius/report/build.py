@@ -21,7 +21,9 @@ MEANINGS = (
     ("full", "The model with all of its neurons, without sparsity."),
     ("coarse, fine", "Sparsity methods. coarse keeps one set of neurons for each prompt, fine one for each token. "
      "The number is the fraction of neurons that is kept."),
-    ("alone", "The sparse model decodes without correction."),
+    ("every neuron, 4 bits", "The draft keeps every neuron and reads the weights at 4 bits. Bits auto are 8 in a small "
+     "model and 4 in others."),
+    ("alone", "The draft model decodes without correction."),
     ("K, w", "The period (tokens of the full model's check, of which K - 1 are guesses) and the width of the tree."),
     ("AAL", "Average advance length: tokens that a window adds to the text, the full model's own token included. Its "
      "standard error is the one of the number of accepted guesses, with windows taken as independent."),

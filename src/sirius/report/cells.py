@@ -13,7 +13,8 @@ from sirius.errors import ConfigError, FileError
 from sirius.report.estimate import Estimate, accepted_spread
 
 TEST = "test"
-FULL = "none"  # the sparsity method of the full model
+EVERY = "none"  # the sparsity method that keeps every neuron
+GUESSING = ("draft_bits", "draft_ngram")  # options by which there are guesses though every neuron is kept
 FACTS = ("machine", "gpu", "kernels", "threads", "sirius", "lm_eval", "torch", "transformers", "python")
 ORIGINS = (*FACTS, "commit", "date", "command")
 
@@ -106,7 +107,7 @@ class Cell:
     @property
     def full(self) -> bool:
         """Whether the full model alone decoded."""
-        return self.setting["sparsity"] == FULL
+        return self.setting["sparsity"] == EVERY and not any(self.setting.get(name) for name in GUESSING)
 
     @property
     def corrected(self) -> bool:

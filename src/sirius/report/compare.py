@@ -11,7 +11,7 @@ from sirius.report.cells import TEST, Cell, Variant
 from sirius.report.estimate import Estimate, paired
 
 KINDS = ("understanding", "reasoning", None)  # in the order of the tables
-SPARSE = ("sparsity", "keep", "sparsity_threshold", "per_branch", "shared_set")  # options that choose the neurons
+SPARSE = ("sparsity", "keep", "sparsity_threshold", "per_branch", "shared_set", "draft_bits")  # what a draft reads
 APART = ("sparsity", "correct", "ablate")  # options with tables of their own
 ORDER = ("threshold", "period", "tree_width", "keep", "sparsity_threshold")  # of the sweeps; others come after
 Entry = TypeVar("Entry")
@@ -146,7 +146,7 @@ def frozen(setting: Mapping[str, Any], *but: str) -> str:
 
 
 def sparse_part(cell: Cell) -> list[Any]:
-    """Return the values of the options that choose the neurons."""
+    """Return the values of the options that say what a draft reads."""
     return [cell.setting.get(name) for name in SPARSE]
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
-from sirius.report.cells import Cell, Variant
+from sirius.report.cells import EVERY, GUESSING, Cell, Variant
 from sirius.report.document import MISSING
 from sirius.report.estimate import Estimate
 
@@ -21,7 +21,11 @@ NAMES = {  # of options, in headings and on axes
     "prune": "Pruning of branches",
     "refresh": "Refresh of the set of neurons",
     "accept": "Accept rule",
+    "draft_bits": "Bits of the draft's weights",
+    "draft_ngram": "Longest match of prompt lookup",
+    "draft_confidence": "Least probability of a guess in the draft",
 }
+METHODS = {EVERY: "every neuron"}  # names of sparsity methods, where others than their own are used
 SELDOM = ("accept_temperature", "prune", "refresh", "per_branch", "shared_set")  # named where they differ
 
 
@@ -46,23 +50,32 @@ def pieces(setting: Mapping[str, Any], leave_out: Iterable[str] = (), seldom: It
     seldom     those of `SELDOM` to name
     """
     hidden = set(leave_out)
-    if setting["sparsity"] == "none":
+    if setting["sparsity"] == EVERY and not any(setting.get(name) for name in GUESSING):
         return [FULL]
-    bar = setting.get("sparsity_threshold")
-    found = [str(setting["sparsity"])]
-    if bar is None and "keep" not in hidden:
-        found[0] += f" {value_shown(setting.get('keep'))}"
-    elif bar is not None and "sparsity_threshold" not in hidden:
-        found[0] += f" |a|>{bar:g}"
+    found = [_neurons(setting, hidden)]
+    if (bits := setting.get("draft_bits")) and "draft_bits" not in hidden:
+        found.append(f"bits {bits}" if isinstance(bits, str) else f"{bits} bits")
     if not setting.get("correct"):
         found.append(ALONE)
     else:
         found += _rule(setting, hidden)
         found += [f"{short} {setting.get(name)}" for name, short in SHORT.items() if name not in hidden]
+    for name in ("draft_ngram", "draft_confidence"):
+        if setting.get(name) and name not in hidden:
+            found.append(f"{name.removeprefix('draft_')} {value_shown(setting[name])}")
     for name in seldom:
         if name in setting and name not in hidden:
             found.append(f"{name.replace('_', ' ')} {value_shown(setting[name])}")
     return found + [f"no {part}" for part in setting.get("ablate") or () if "ablate" not in hidden]
+
+
+def _neurons(setting: Mapping[str, Any], hidden: set[str]) -> str:
+    method, bar = str(setting["sparsity"]), setting.get("sparsity_threshold")
+    if method == EVERY:
+        return METHODS[EVERY] if setting.get("draft_bits") else "no draft model"
+    if bar is None:
+        return method if "keep" in hidden else f"{method} {value_shown(setting.get('keep'))}"
+    return method if "sparsity_threshold" in hidden else f"{method} |a|>{bar:g}"
 
 
 def _rule(setting: Mapping[str, Any], hidden: set[str]) -> list[str]:

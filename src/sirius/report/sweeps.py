@@ -133,7 +133,9 @@ def components(cells: ModelCells) -> Part | None:
         rows = [[name, *measured(cells, cell)] for name, cell in zip(named, group, strict=True)]
         columns = [Column("setting", text=True), *MEASURES]
         sections = [each for each in (Rows(_references(cells, group)), Rows(rows, common)) if each.rows]
-        blocks.append(Table(f"Parts of the correction: {task}, {group[0].setting['sparsity']}", columns, sections))
+        method = group[0].setting["sparsity"]
+        caption = f"Parts of the correction: {task}, {labels.METHODS.get(method, method)}"
+        blocks.append(Table(caption, columns, sections))
         blocks.append(_component_bars(cells, group, named, f"{task} ({common})"))
     return Part("Parts of the correction", blocks) if blocks else None
 

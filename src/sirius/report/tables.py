@@ -185,7 +185,7 @@ def _second_table(cells: ModelCells, method: str) -> Table:
             rows.append([f"{name} (chosen)" if cell.choice is not None else name, *measured(cells, cell)])
         sections.append(Rows(rows, names[variant]))
     return Table(
-        f"{method}: the full model, the sparse model alone, and the sparse model with correction",
+        f"{labels.METHODS.get(method, method)}: the full model, the draft model alone, and the draft model corrected",
         [Column("setting", text=True), *MEASURES],
         sections,
         [*notes, SWEPT] if _some_hidden(cells, method) else notes,

@@ -17,7 +17,7 @@ DEFINITION = (
 
 
 def windows(cells: ModelCells) -> Part | None:
-    """Return the acceptance of one corrected setting of each task, sparsity method and K; None without any."""
+    """Return the acceptance of one corrected setting of each task, draft and K; None without any."""
     blocks: list[Block] = []
     for variant in cells.variants:
         task = labels.variant_labels(cells.variants)[variant]
@@ -27,16 +27,20 @@ def windows(cells: ModelCells) -> Part | None:
 
 
 def _chosen(cells: ModelCells, variant: Variant) -> list[Cell]:
-    """Return one corrected cell of each sparsity method and K: one of those that stand for the method, if there is."""
-    found: dict[tuple[str, str], Cell] = {}
+    """Return one corrected cell of each draft and K: one of those that stand for its sparsity method, if there is."""
+    found: dict[tuple[str, str, str], Cell] = {}
     plain = cells.of(variant, lambda cell: cell.corrected and not cell.ablated)
     methods = dict.fromkeys(cell.setting["sparsity"] for cell in plain)
     main = [cell for method in methods for cell in cells.main(variant, method)]
     chosen_first = sorted(main, key=lambda cell: cell.choice is None)
     for cell in [*chosen_first, *plain]:
         if cell.stats.drafted and sum(cell.stats.acceptance_histogram):
-            found.setdefault((cell.setting["sparsity"], str(cell.stats.period)), cell)
-    return sorted(found.values(), key=lambda cell: (cell.setting["sparsity"], len(cell.stats.acceptance_histogram)))
+            found.setdefault((*_draft(cell), str(cell.stats.period)), cell)
+    return sorted(found.values(), key=lambda cell: (*_draft(cell), len(cell.stats.acceptance_histogram)))
+
+
+def _draft(cell: Cell) -> tuple[str, str]:
+    return cell.setting["sparsity"], str(cell.setting.get("draft_bits", 0))
 
 
 def _both(cells: ModelCells, shown: Sequence[Cell], task: str) -> list[Block]:

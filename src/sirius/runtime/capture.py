@@ -18,7 +18,6 @@ from sirius.kernels.launch import is_plain
 from sirius.kernels.tape import Tape
 from sirius.model.adopt import parts_of
 from sirius.model.linear import MatrixLinear
-from sirius.model.matrix import Placed
 from sirius.model.prepared import prepared_of
 from sirius.shortage import SHORTAGE, ran_out
 
@@ -213,7 +212,7 @@ def _identity(weight: Tensor) -> int:
 
 def capture_of(model: PreTrainedModel) -> Capture | None:
     """Return the way to capture a model's passes on its device, None where there is none."""
-    placed = isinstance(prepared_of(model).matrix, Placed)  # its passes are not captured, those of a draft may be
+    placed = prepared_of(model).placed is not None  # its passes are not captured, those of a draft may be
     if not placed and not all(layer.matrix.replayable for _, layer in parts_of(model, MatrixLinear)):
         return None
     on_gpu = model.device.type == "cuda"

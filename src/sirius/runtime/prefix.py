@@ -44,10 +44,11 @@ class Prefixes:
     copies  whether copies are still made: not once the method could not be copied, or was larger than MOST_BYTES
     """
 
-    def __init__(self) -> None:
+    def __init__(self, copies: bool = True) -> None:
+        """Begin with no row; copies are of no use where two rows are never open side by side."""
         self.rows: list[tuple[bytes, ...]] = []
         self.states: dict[bytes, tuple[PromptSparsity, int]] = {}
-        self.copies = True
+        self.copies = copies
 
     def find(self, blocks: tuple[bytes, ...], observed: bool) -> tuple[int, int]:
         """Return how many first blocks need not be read, and a row that holds them (0 where there are none).

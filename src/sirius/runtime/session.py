@@ -19,7 +19,7 @@ from sirius.model.attention import MaskChanged
 from sirius.model.find import check_mode, dropouts
 from sirius.model.inputs import cache_argument
 from sirius.model.limits import MOST_READ, rescaling_length
-from sirius.model.matrix import MakeMatrix, Placed, is_replayable, makes_dense
+from sirius.model.matrix import MakeMatrix, is_replayable, makes_dense
 from sirius.model.mlp import SparseMLP, check_layers
 from sirius.model.prepared import Pass, Prepared, Slots, prepared_of
 from sirius.runtime.cache import SlotCache
@@ -71,11 +71,14 @@ class Session:
         make: MakeMethod = lambda: None,
         compiled: bool = False,
         draft: MakeMatrix | None = None,
+        *,
+        several: bool = True,
     ) -> None:
         """Open an empty session; `make` gives a method for a prompt, or None to draft with every neuron.
 
         compiled  passes that are captured are compiled first
         draft     makes the weights of the linear layers in draft passes; None: those of the full model
+        several   rows may be open side by side, so what their prompts have in common is remembered
         """
         self.model, self.mlps, self.make = model, mlps, make
         self.prepared = prepared_of(model)
@@ -85,12 +88,11 @@ class Session:
         self.shared = make()
         self.draft = draft or self.prepared.matrix
         self.space = borrow(self, model, (self.shared and self.shared.config, draft, compiled))
-        eager = model.config._attn_implementation == "eager"
-        self.mask_dtype = model.dtype if eager else None
+        self.mask_dtype = model.dtype if model.config._attn_implementation == "eager" else None
         self.dense: list[Route | None] = [None] * len(mlps)
         self.drafts: list[Route | None] | None
         self.methods: list[Sparsity | None] = []  # one for each row
-        self.prefixes = Prefixes()
+        self.prefixes = Prefixes(copies=several)
         self._rows_changed()
 
     @property
@@ -131,13 +133,13 @@ class Session:
         self.space.reserve(rows, slots)
 
     def release(self) -> None:
-        """Free memory: idle workspaces, rounded weights of other drafts, captured passes, and copies of methods.
+        """Free memory: idle workspaces, captured passes, copies of methods, and rounded weights that no session reads.
 
         The cache goes too where no row is open.
         """
         drop_idle(self.model)
-        twins = self.prepared.twins
-        self.prepared.twins = {bits: each for bits, each in twins.items() if each[1] is self.draft}
+        if self.prepared.last_twin is not self.draft:
+            self.prepared.last_twin = None
         self.prefixes.states.clear()
         if self.methods:
             self.space.passes.forget()
@@ -186,7 +188,7 @@ class Session:
 
     def _reads_blocks(self, length: int) -> bool:
         """Tell whether the blocks of a prompt have the same positions as the whole prompt would give them."""
-        return not self._rescales(length) and not isinstance(self.prepared.matrix, Placed)
+        return not self._rescales(length) and self.prepared.placed is None
 
     def _rescales(self, length: int) -> bool:
         limit = rescaling_length(self.model.config)
@@ -366,7 +368,7 @@ class Session:
             return [Chosen(self.shared, layer, None) for layer in range(len(self.mlps))]
         if self.drafts is None:
             prompts = [method for method in self.methods if isinstance(method, PromptSparsity)]
-            if isinstance(self.draft, Placed):  # there is no memory for another copy of neurons beside the last one
+            if self.draft is self.prepared.placed:  # no memory for another copy of neurons
                 self.space.drafts.clear()
             chosen = fixed_routes(prompts, self.mlps, self.draft)
             self.drafts = self.space.renew(chosen, len(prompts))

@@ -12,7 +12,6 @@ from sirius.kernels import gpu
 from sirius.kernels.ops import attends
 from sirius.model.adopt import parts_of
 from sirius.model.attention import SlotAttention
-from sirius.model.matrix import Placed
 from sirius.model.mlp import SparseMLP
 from sirius.model.prepared import Prepared, prepared_of
 from sirius.runtime.cache import SlotCache
@@ -39,7 +38,7 @@ class Workspace:
         self.mlps = sum(1 for _ in parts_of(model, SparseMLP))
         self.prepared = prepared_of(model)
         self.attends, self.tried = attends_to(model), False
-        self.reused = self.attends and reused_on(model.device) and not isinstance(self.prepared.matrix, Placed)
+        self.reused = self.attends and reused_on(model.device) and self.prepared.placed is None
         self.passes = CapturedPasses(GRAPHS if self.reused else TAPES)
         self.state: list[object] = []
         self.look_at(model)
@@ -111,7 +110,7 @@ def reused_on(device: torch.device) -> bool:
 
 def check_compiles(model: PreTrainedModel) -> None:
     """Raise ConfigError where no pass of a model is captured, and so none would be compiled."""
-    if isinstance(prepared_of(model).matrix, Placed):
+    if prepared_of(model).placed is not None:
         raise ConfigError("passes are not compiled where weights come from elsewhere; leave compile out")
     if model.device.type != "cuda" or not attends_to(model):
         raise ConfigError(

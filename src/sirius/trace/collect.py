@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import isfinite
 from pathlib import Path
 from typing import Any, Literal
@@ -95,6 +95,7 @@ class Trace:
     faith       "lossless"; "lossy"; or "rounding": the rule is lossless, but rounding may differ with the number of
                 tokens in a pass
     stats       the fields of `Stats`, with acceptance_rate and mean_acceptance_length
+    sparsity    what the draft read; its draft_bits are those of `Stats`
     correction  the one that was in force: of period 1 where the sparsity keeps every neuron; None is the draft model
                 alone
     kept        the share of its neurons that a draft token kept in each layer, over the whole text; none where no
@@ -161,7 +162,7 @@ def collect(
         tokens=tuple(_tokens(engine.tokenizer, done, rounds)),
         rounds=tuple(_rounds(engine.tokenizer, rounds)),
         stats=_stats(done),
-        sparsity=asdict(as_draft(sparsity, correction)),
+        sparsity=asdict(replace(as_draft(sparsity, correction), draft_bits=done.stats.draft_bits)),
         correction=None if basis.correction is None else asdict(basis.correction),
         sampling=asdict(sampled),
         kept=basis.kept,
