@@ -131,7 +131,8 @@ def decode_in_memory(workload: Workload) -> tuple[int, ...]:
 def _run_ours(workload: Workload, setting: OffloadSetting) -> Turn:
     """Decode by our engine: the prompt and the first round, then the rounds that are timed."""
     host = True if workload.link is not None else None
-    budget = Budget(workload.budget, setting.draft, workload.longest, host, workload.link, workload.period)
+    kind = {"host": host, "link": workload.link, "period": workload.period}
+    budget = Budget(workload.budget, setting.draft, workload.longest, **kind)
     model, _, limit = load_within(Source(workload.folder).found(), workload.dtype, workload.device, budget)
     _never_end(model)
     made = prepared_of(model).matrix
