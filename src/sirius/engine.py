@@ -95,7 +95,7 @@ class Engine:
         device  "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1", ...
         gguf_file  the file's name, where the folder or hub id holds GGUF files; its weights are dequantised
         compile, max_context  see `Engine`
-        memory_budget  bytes, "8GiB" or "50%" of the device's memory; weights beyond it come when they are used
+        memory_budget  bytes, "8GiB", "50%" of the device's memory, or a `Budget`; other weights come when they are used
         draft   what the budget is planned for, as `sparsity` of `generate`; None: 4 bits, if that is faster
 
         Raises ModelError where it cannot be loaded, otherwise as `Engine` does.
