@@ -338,7 +338,7 @@ def test_a_streamed_model_is_neither_restored_nor_compiled(folder):
 @pytest.fixture
 def known_speed(monkeypatch):
     """Nothing is measured, and the process itself takes no memory."""
-    for name, value in {"held_now": 0, "_speed": 1e8, "memory_speed": 1e10}.items():
+    for name, value in {"held_now": 0, "transfer_speed": 1e8, "memory_speed": 1e10}.items():
         monkeypatch.setattr(f"sirius.offload.budget.{name}", lambda *_, value=value: value)
     monkeypatch.setattr("sirius.offload.budget.SLACK", 0)
 
