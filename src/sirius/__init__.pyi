@@ -18,6 +18,7 @@ from .hf import decode as decode
 from .hf import generate as generate
 from .model.prepare import prepare as prepare
 from .model.prepare import restore as restore
+from .offload.budget import Budget as Budget
 from .sparsity import PromptSparsity as PromptSparsity
 from .sparsity import TokenSparsity as TokenSparsity
 from .sparsity import register as register

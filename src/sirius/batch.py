@@ -27,6 +27,7 @@ from sirius.model.prepare import count_parameters, prepare
 from sirius.model.prepared import prepared_of
 from sirius.model.quantized import bits_of_draft, twin_of
 from sirius.processors import look_at_lines
+from sirius.runtime.room import fitting
 from sirius.runtime.session import Session, ordinary
 from sirius.runtime.studies import RefreshingSession
 from sirius.scoring import SharedProcessor
@@ -44,6 +45,7 @@ class _Entry:
     """A text in the batch, with its rounds so far.
 
     most     slots of the cache that it needs at most
+    least    slots that it begins with where no more are reserved
     seconds  time of all passes that it took part in
     """
 
@@ -52,6 +54,7 @@ class _Entry:
     ending: Ending
     row: Row
     most: int
+    least: int
     watch: Watch | None = None
     rounds: list[Round] = field(default_factory=list)
     seconds: float = 0.0
@@ -99,16 +102,17 @@ class Batch:
         """
         if type(rows) is not int or rows < 1:
             raise ConfigError(f"a batch has a whole number of rows, at least 1; got {rows!r}")
-        self.model, self.lock = model, prepared_of(model).lock
+        self.model, kept = model, prepared_of(model)
+        self.lock, self.room = kept.lock, kept.slots
         with self.lock, ordinary():
             mlps = prepare(model)
-            neurons, self.placed = tuple(mlp.size for mlp in mlps), prepared_of(model).placed
+            neurons, self.placed = tuple(mlp.size for mlp in mlps), kept.placed
+            self.rows = min(rows, self.placed.rows_of(chosen)) if self.placed else rows
             self.draft_bits = bits = bits_of_draft(model, chosen, correction, own_period=period is not None)
             self.sparsity = read = replace(chosen, draft_bits=bits)
-            make = RefreshingSession if read.refresh else Session
-            draft = twin_of(model, bits) if bits else None
-            self.rows = rows = rows if self.placed is None else self.placed.most_rows(read, rows)
-            self.session = make(model, mlps, partial(sparsity.create, read, neurons), compiled, draft, several=rows > 1)
+            make, draft = RefreshingSession if read.refresh else Session, twin_of(model, bits) if bits else None
+            method = partial(sparsity.create, read, neurons)
+            self.session = make(model, mlps, method, compiled, draft, several=self.rows > 1)
             self.draft = draft and count_parameters(model, draft.outline)
         self.asked = self.correction = correction
         if self.session.shared is None and draft is None:  # a draft with every weight would save nothing
@@ -135,17 +139,16 @@ class Batch:
         """Put a text in line and return its ticket; raise ConfigError where its sampling contradicts the rule."""
         request = text.request
         check_together(request.sampling, self.asked)
-        noise, seed = None, request.sampling.seed
-        if request.sampling.temperature > 0:
-            noise = Noise(int(torch.randint(SEEDS, ())) if seed is None else seed)
+        hot, seed = request.sampling.temperature > 0, request.sampling.seed
+        noise = Noise(int(torch.randint(SEEDS, ())) if seed is None else seed) if hot else None
         most = len(request.prompt) + request.max_new_tokens + self.window
-        whole = self.compiled or self.placed is not None  # growing would compile anew, or hold keys and values twice
-        slots = most if whole else self._first_slots(request.prompt, most)
+        least = min(most, len(request.prompt) + self.window + GROWTH)
+        slots = most if self.compiled or self.placed else least  # growing would compile anew, or hold K/V twice
         row = Row(list(request.prompt), request.max_new_tokens, slots, text.process, noise, text.keep_scores)
         row.grams = NGrams(self.correction.draft_ngram) if self.correction and self.correction.draft_ngram else None
         row.stateless, watch = self._try_processor(text)
         self.tickets += 1
-        self.waiting.append(_Entry(self.tickets, text, text.make_ending(), row, most, watch))
+        self.waiting.append(_Entry(self.tickets, text, text.make_ending(), row, most, least, watch))
         return self.tickets
 
     @property
@@ -201,13 +204,16 @@ class Batch:
         if self.midway:
             raise RequestError("a step of this batch ended midway, so its texts cannot go on; open another batch")
         self.midway = True
-        count = min(self.rows - len(self.active), len(self.waiting))
-        if self.placed is not None:
-            wanted = [entry.row.slots for entry in islice(self.waiting, count)]
-            count = self.placed.count_fitting(wanted, len(self.active), self.session.slots)
-        updates = self._admit(count) if count else self._round() if self.active else []
+        count = self._joining()
+        updates = self._admit(count) if count else self._round()
         self.midway = False
         return updates
+
+    def _joining(self) -> int:
+        """Return how many waiting texts join now: as many as there are rows, and slots where those were planned."""
+        count = min(self.rows - len(self.active), len(self.waiting))
+        active, waiting = ([entry.most for entry in each] for each in (self.active, islice(self.waiting, count)))
+        return count if self.room is None else fitting(self.room, active, waiting)
 
     def _admit(self, count: int) -> list[Update]:
         """Read the prompts of the next waiting texts, one after the other, and choose their first tokens together."""
@@ -234,8 +240,9 @@ class Batch:
 
     def _read_prompt(self, entry: _Entry) -> Tensor:
         """Read a prompt; if memory suffices, reserve the slots of all waiting texts first, so that rows move once."""
-        rows = min(self.rows, len(self.active) + 1 + len(self.waiting))
-        slots = max(e.row.slots for e in (entry, *islice(self.waiting, self.rows)))
+        waiting = self.waiting if self.room is None else ()  # a budget may have no room for these
+        rows = min(self.rows, len(self.active) + 1 + len(waiting))
+        slots = max(e.row.slots for e in (*self.active, entry, *islice(waiting, self.rows)))
         try:
             with telling(slots):
                 self.session.reserve(rows, slots)
@@ -243,14 +250,10 @@ class Batch:
         except OutOfMemoryError:
             self._close_unread()
         self.session.release()
-        entry.row.slots = self._first_slots(entry.text.request.prompt, entry.most)
+        entry.row.slots = entry.least
         with telling(entry.row.slots):
             self.session.reserve(len(self.active) + 1, entry.row.slots)
             return start(self.session, entry.row)
-
-    def _first_slots(self, prompt: Sequence[int], most: int) -> int:
-        """Return the slots that a text begins with where no more are reserved."""
-        return min(most, len(prompt) + self.window + GROWTH)
 
     def _round(self) -> list[Update]:
         """Bring every row on by a round; without memory for that the longest text ends, without weights to read all."""

@@ -22,7 +22,7 @@ from sirius.model.ends import end_tokens, stop_strings
 from sirius.model.limits import check_context, check_length, context_limit, rescaling_length, sliding_window
 from sirius.model.loading import Source, load_model, load_tokenizer
 from sirius.model.prepare import prepare
-from sirius.offload.budget import Budget, load_within
+from sirius.offload.budget import Budget, as_budget, load_within
 from sirius.processors import make_processor
 from sirius.runtime.workspace import check_compiles
 from sirius.text import StopAt
@@ -86,7 +86,7 @@ class Engine:
         gguf_file: str | None = None,
         compile: bool = False,
         max_context: int | None = None,
-        memory_budget: int | str | None = None,
+        memory_budget: int | str | Budget | None = None,
         draft: Sparsity | None = None,
     ) -> "Engine":
         """Load a model folder, a GGUF file or a hub id.
@@ -95,14 +95,14 @@ class Engine:
         device  "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1", ...
         gguf_file  the file's name, where the folder or hub id holds GGUF files; its weights are dequantised
         compile, max_context  see `Engine`
-        memory_budget  bytes, "8GiB" or "50%" of the device's memory; weights beyond it come when they are used
+        memory_budget  bytes, "8GiB", "50%" of the device's memory, or a `Budget`; other weights come when they are used
         draft   what the budget is planned for, as `sparsity` of `generate`; None: 4 bits, if that is faster
 
         Raises ModelError where it cannot be loaded, otherwise as `Engine` does.
         """
         source = Source(str(path), revision, trust_remote_code, gguf_file).found()
         if memory_budget is not None:
-            budget = Budget(memory_budget, None if draft is None else as_config(SparsityConfig, draft), max_context)
+            budget = as_budget(memory_budget, draft, max_context)
             model, tokenizer, max_context = load_within(source, dtype, device, budget)
         elif draft is not None:
             raise ConfigError("draft says what memory is planned for; give memory_budget too, or leave it out")

@@ -9,6 +9,7 @@ from sirius.core import SparsityConfig
 from sirius.engine import Engine
 from sirius.model.limits import MOST_READ
 from sirius.model.loading import Source, load_config, load_empty, load_tokenizer
+from sirius.model.prepared import prepared_of
 from sirius.offload import plan as plans
 from sirius.offload.load import Transfer, fill, find_weights, match
 from sirius.offload.plan import Link, Plan, Residents, Setting
@@ -66,5 +67,7 @@ def streamed(  # noqa: PLR0913 - a folder, and options by their names
     stored = find_weights(source)
     model = load_empty(source, load_config(source), dtype)
     where = match(source, model, stored)
-    fill(model, where, Planned(plan, draft, slots), Transfer(torch.device("cpu"), held, throttle))
+    planned = Planned(plan, draft, slots, most=8)
+    fill(model, where, planned, Transfer(torch.device("cpu"), held, throttle))
+    prepared_of(model).slots = planned.slots
     return Engine(model, load_tokenizer(source))

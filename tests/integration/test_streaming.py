@@ -295,7 +295,7 @@ def test_neurons_of_each_prompt_are_kept_for_one_text_at_a_time(folder, want):
 
 def test_a_text_longer_than_was_planned_for_is_refused(folder, want):
     engine = streamed(folder, "000 000", slots=40)
-    with pytest.raises(OutOfMemoryError, match="with 107 cache slots for a text"):
+    with pytest.raises(OutOfMemoryError, match=r"107 slots of keys and values are needed .* planned for 40;"):
         engine.generate(PROMPT, max_new_tokens=100, correction=chain(1))
     assert write(engine, correction=chain(1)) == want[0]
 
@@ -348,7 +348,7 @@ def test_a_streamed_model_is_neither_restored_nor_compiled(folder):
 @pytest.fixture
 def known_speed(monkeypatch):
     """Nothing is measured, and the process itself takes no memory."""
-    for name, value in {"held_now": 0, "_speed": 1e8, "memory_speed": 1e10}.items():
+    for name, value in {"held_now": 0, "transfer_speed": 1e8, "memory_speed": 1e10}.items():
         monkeypatch.setattr(f"sirius.offload.budget.{name}", lambda *_, value=value: value)
     monkeypatch.setattr("sirius.offload.budget.SLACK", 0)
 

@@ -192,3 +192,19 @@ def test_no_second_copy_is_ever_made():
     cache.keep(torch.tensor([[2]]), torch.tensor([1]))
     seen, _ = write(cache, [[1]], [[4.0]])
     assert cache.slot_layers[0].stores[0].data_ptr() == address == seen.data_ptr()
+
+
+def test_a_cache_is_cut_to_what_its_rows_hold_and_grows_again():
+    cache = filled([3, 2, 0])
+    cache.shrink(2, 4)
+    assert (cache.table.rows, cache.table.slots, cache.lengths.tolist()) == (2, 4, [3, 2])
+    assert {tuple(store.shape[:2]) for layer in cache.slot_layers for store in layer.stores} == {(2, 4)}
+    assert [held(cache, row) for row in range(2)] == [[0, 1, 2], [100, 101]]
+    cache.reserve(3, 6)
+    write(cache, [[0]], [[7.0]], first=2)
+    cache.advance(2, 1)
+    assert [held(cache, row) for row in range(3)] == [[0, 1, 2], [100, 101], [7]]
+    check_integrity(cache)
+    for rows, slots in ((2, 6), (3, 2)):
+        with pytest.raises(AssertionError, match="hold more"):
+            cache.shrink(rows, slots)

@@ -628,9 +628,10 @@ def test_a_folder_for_temporary_files_that_is_not_there_is_named(tmp_path):
 
 
 def test_a_temporary_file_that_cannot_be_opened_again_leaves_nothing_behind(tmp_path, monkeypatch):
+    gc.collect()  # what other tests left
     before = len(os.listdir("/proc/self/fd"))
     monkeypatch.setattr(checkpoint.File, "_open", lambda self: failing(errno.EMFILE)())
     with pytest.raises(FileError, match="Too many open files"):
         FileStore(tmp_path)
     gc.collect()  # the exception holds it
-    assert not list(tmp_path.iterdir()) and len(os.listdir("/proc/self/fd")) == before
+    assert not list(tmp_path.iterdir()) and len(os.listdir("/proc/self/fd")) <= before

@@ -105,6 +105,15 @@ def test_the_layout_is_the_one_that_is_described(bits):
         assert got.scales.shape == (1, 0) and got.base.tolist() == [1.0]
 
 
+@pytest.mark.parametrize("bits", quantized.BITS)
+@pytest.mark.parametrize("size", [(1, 1), (7, 1), (1, 70), (65, 130)], ids=str)
+def test_a_weight_whose_neurons_are_its_columns_is_rounded_alike(bits, size, monkeypatch):
+    """Two of its rows are rounded at a time."""
+    monkeypatch.setattr(ops, "CHUNK", 2 * size[1])
+    weight = random(torch.bfloat16, *size[::-1]).t()
+    assert same(ops.quantize(weight, bits), reference.quantize(weight, bits))
+
+
 @needs_kernels
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("bits", quantized.BITS)

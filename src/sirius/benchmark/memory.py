@@ -23,5 +23,14 @@ def peak_bytes(device: str) -> int:
     """Return the most bytes held since `reset_peak` said yes: of the GPU, or resident ones of the process."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated()
-    [line] = [line for line in STATUS.read_text().splitlines() if line.startswith("VmHWM:")]
+    return _status("VmHWM")
+
+
+def swapped_bytes() -> int:
+    """Return the bytes of this process that the system has swapped out; raise OSError where it does not tell."""
+    return _status("VmSwap")
+
+
+def _status(name: str) -> int:
+    [line] = [line for line in STATUS.read_text().splitlines() if line.startswith(f"{name}:")]
     return int(line.split()[1]) * 1024

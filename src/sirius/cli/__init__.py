@@ -8,6 +8,7 @@ import typer
 
 from sirius import __version__
 from sirius.cli.bench import bench_app
+from sirius.cli.bench_offload import offload
 from sirius.cli.demo import demo
 from sirius.cli.evaluate import evaluate
 from sirius.cli.export import export
@@ -35,6 +36,7 @@ app.command()(export)
 app.command()(trace)
 app.command()(report)
 app.command()(plan)
+bench_app.command()(offload)
 app.add_typer(bench_app, name="bench")
 
 

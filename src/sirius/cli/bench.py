@@ -75,7 +75,7 @@ def decode(
         raise ConfigError(f"--peer is llama.cpp, which is all that there is; got {peer!r}")
     if aal is not None and replay is not None:
         raise ConfigError("--aal and --replay each say what is played back; give one of them")
-    known = _begin(threads)
+    known = begin(threads)
     from sirius.benchmark import decode as measure
     from sirius.benchmark import show
     from sirius.benchmark.ceiling import measure_ceiling
@@ -83,8 +83,8 @@ def decode(
     from sirius.benchmark.peer import open_peer
     from sirius.engine import Engine
 
-    played, histogram = _played_back(aal, replay, period)
-    where = _device(device)
+    played, histogram = played_back(aal, replay, period)
+    where = device_name(device)
     fines, bits, widths = _each(fine_keep, 0.5, 0.25), _each(draft_bits, 4), _each(tree_width, 1, 4)
     settings = measure.make_settings(keep, fines, bits, period, widths, where)
     workload = measure.Workload(context, tokens, cycles, histogram, where, compile, played)
@@ -97,7 +97,7 @@ def decode(
             rows = measure.run(model, settings, workload, ceiling, other, on_turn=advance)
         besides = {"peer": other.facts} if other else {}
     parts = {"ceiling": asdict(ceiling), "workload": asdict(workload), "rows": [asdict(row) for row in rows]}
-    _print({**known, **besides, **parts}, lambda: show.decoding(rows, ceiling, played), json)
+    print_record({**known, **besides, **parts}, lambda: show.decoding(rows, ceiling, played), json)
 
 
 @bench_app.command()
@@ -136,15 +136,17 @@ def growth(
     if source is None:
         given = {"context": context, "batch": batch, "period": period, "tree_width": tree_width, "keep": keep}
         points = measure.make_points({name: given[name] or measure.VALUES[name] for name in given}, axis or given)
-        known = {**_begin(threads), "shape": shape, "layers": layers, "dtype": dtype, "seed": seed}
-        found = _grow(points, measure.Workload(points[0], sparsity, cycles, _device(device), compile), known, output)
+        known = {**begin(threads), "shape": shape, "layers": layers, "dtype": dtype, "seed": seed}
+        found = _grow(
+            points, measure.Workload(points[0], sparsity, cycles, device_name(device), compile), known, output
+        )
     else:
         found = record.read_record(source)
     workload, rows = measure.read_rows(found)
     ceiling = measure.read_ceiling(found)
     if plot is not None:
         paper.draw(workload, rows, plot)
-    _print(found, lambda: show.growing(workload, rows, ceiling), json)
+    print_record(found, lambda: show.growing(workload, rows, ceiling), json)
 
 
 @bench_app.command()
@@ -157,21 +159,21 @@ def kernels(
     json: Json = False,
 ) -> None:
     """Every operation over densities 0 to 1 and batches 1 to 16: kernel, plain reference and ceiling."""
-    known = _begin(threads)
+    known = begin(threads)
     from sirius.benchmark import kernels as measure
     from sirius.benchmark import show
     from sirius.benchmark.ceiling import measure_ceiling
     from sirius.model.loading import find_dtype
 
-    size = measure.Size(neurons, hidden, find_dtype(dtype), _device(device))
+    size = measure.Size(neurons, hidden, find_dtype(dtype), device_name(device))
     ceiling = measure_ceiling(size.dtype, size.device)
     with progress("measuring", measure.count(size)) as advance:
         rows = measure.run(size, ceiling, on_row=advance)
     parts = {"ceiling": asdict(ceiling), "rows": [asdict(row) for row in rows]}
-    _print({**known, **parts}, lambda: show.operations(rows, ceiling), json)
+    print_record({**known, **parts}, lambda: show.operations(rows, ceiling), json)
 
 
-def _begin(threads: int | None) -> dict[str, Any]:
+def begin(threads: int | None) -> dict[str, Any]:
     """Set the threads, and return the facts of what follows."""
     quieten()
     import torch
@@ -182,7 +184,8 @@ def _begin(threads: int | None) -> dict[str, Any]:
     return facts(" ".join(["sirius", *sys.argv[1:]]), torch.get_num_threads())
 
 
-def _device(device: str) -> str:
+def device_name(device: str) -> str:
+    """Return the device that an option means, "auto" being a GPU if there is one."""
     from sirius.model.loading import find_device
 
     return str(find_device(device))
@@ -226,7 +229,7 @@ def _grow(
     return found
 
 
-def _print(record: Mapping[str, Any], table: "Callable[[], RenderableType]", json: bool) -> None:
+def print_record(record: Mapping[str, Any], table: "Callable[[], RenderableType]", json: bool) -> None:
     """Show a record: itself as JSON, or its table."""
     from sirius.benchmark.record import to_line
 
@@ -241,7 +244,7 @@ def _each(given: list[T] | None, *default: T) -> list[T]:
     return list(dict.fromkeys(given or default))
 
 
-def _played_back(aal: float | None, replay: str | None, period: int) -> tuple[str, tuple[float, ...]]:
+def played_back(aal: float | None, replay: str | None, period: int) -> tuple[str, tuple[float, ...]]:
     """Return where the acceptance that is played back comes from, and its histogram."""
     from sirius.benchmark.playback import NAMED, PUBLISHED_AAL, PUBLISHED_PERIOD, acceptance, geometric
 

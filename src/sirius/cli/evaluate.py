@@ -12,7 +12,7 @@ import typer
 from sirius.cli import arguments
 from sirius.cli.options import CommandLine, check_effect, setting_of
 from sirius.cli.sweep import check_lm_eval
-from sirius.cli.terminal import Threads, quieten, remark, uncollected, use_threads
+from sirius.cli.terminal import Threads, plans_shown, quieten, remark, uncollected, use_threads
 from sirius.errors import ConfigError
 
 OURS = (
@@ -59,6 +59,7 @@ def evaluate(
     device: arguments.Device = "auto",
     threads: Threads = None,
     max_context: arguments.MaxContext = None,
+    memory_budget: arguments.MemoryBudget = None,
     revision: arguments.Revision = None,
     trust_remote_code: arguments.TrustRemoteCode = False,
     completions: Annotated[
@@ -78,7 +79,7 @@ def evaluate(
     from sirius.model.loading import find_device
 
     load = {"dtype": dtype, "revision": revision, "max_context": max_context, "trust_remote_code": trust_remote_code}
-    load |= {"completions": completions and str(completions)}
+    load |= {"memory_budget": memory_budget, "completions": completions and str(completions)}
     given = {name: value for name, value in load.items() if value not in (None, False)}
     given |= {"pretrained": model or "embedded", **setting_of(command)}
     if completions is not None:
@@ -143,7 +144,7 @@ def run(tasks: Sequence[str], data: Path | None, model_args: dict[str, Any], opt
             for name, group in groups.items():
                 if (said := suite.tell_limit(name, group, config.limit)) is not None:
                     remark(said)
-            with suite.lm_eval_reads(folder, tasks):
+            with suite.lm_eval_reads(folder, tasks), plans_shown():
                 harness.execute(parsed)
         finally:
             sys.argv = before

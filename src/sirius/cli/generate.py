@@ -98,7 +98,7 @@ def generate(
     def load() -> "Engine":
         hub = {"revision": revision, "trust_remote_code": trust_remote_code}
         kind = {"dtype": dtype, "device": device, "compile": compile, "max_context": max_context}
-        budget = terminal.budget_of(command, options)
+        budget = terminal.budget_of(command, options, 1 if input is None else batch_size)
         engine = terminal.load(model, threads, **kind, **hub, **budget)
         terminal.round_weights(engine, options)
         return engine

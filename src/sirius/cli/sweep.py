@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
 
     from sirius.evaluation.grid import Grid
+    from sirius.offload.budget import Budget
 
 
 def sweep(
@@ -33,6 +34,7 @@ def sweep(
     device: arguments.Device = "auto",
     threads: Threads = None,
     max_context: arguments.MaxContext = None,
+    memory_budget: arguments.MemoryBudget = None,
     revision: arguments.Revision = None,
     trust_remote_code: arguments.TrustRemoteCode = False,
     confirm_run_unsafe_code: Annotated[
@@ -61,6 +63,7 @@ def sweep(
     if dry_run:
         list_settings(wanted)
         return
+    budget = {} if memory_budget is None else {"memory_budget": _budget(memory_budget, wanted, batch_size)}
     with suite_folder(data) as folder:
         manager = task_manager(folder, wanted.tasks)
         check_tasks(wanted.tasks, data, manager)
@@ -74,8 +77,15 @@ def sweep(
             threads,
             batch_size,
             confirm_run_unsafe_code,
-            {**load, "trust_remote_code": trust_remote_code},
+            {**load, **budget, "trust_remote_code": trust_remote_code},
         )
+
+
+def _budget(size: str, grid: "Grid", rows: int) -> "Budget":
+    """Return a budget for a grid; raise ConfigError where its settings need different drafts."""
+    from sirius.evaluation.within import budget_for_settings
+
+    return budget_for_settings(size, grid.settings(), rows)
 
 
 def _run(

@@ -1,6 +1,7 @@
 """What all commands share: the terminal, a model's loading, and what is said when something is wrong."""
 
 import gc
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Annotated, Any
@@ -79,15 +80,34 @@ def load(model: str | None, threads: int | None = None, **options: Any) -> "Engi
     return engine
 
 
-def budget_of(command: "CommandLine", options: Mapping[str, Any]) -> dict[str, Any]:
+@contextmanager
+def plans_shown() -> Iterator[None]:
+    """Show the plan of a memory budget, where a model is loaded by someone else than `load`."""
+    log = logging.getLogger("sirius.offload")
+    handler, level = logging.Handler(), log.level
+    handler.emit = lambda record: remark(record.getMessage())
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+        log.removeHandler(handler)
+
+
+def budget_of(command: "CommandLine", options: Mapping[str, Any], rows: int = 1) -> dict[str, Any]:
     """Return the options of `Engine.load` for a memory budget, which is planned for the draft that was asked for.
 
     options  those of `Engine.generate`
+    rows     texts that are decoded side by side
     """
     if command["memory_budget"] is None:
         return {}
-    asked = {"sparsity", "draft_bits", "preset"} & command.given
-    return {"memory_budget": command["memory_budget"], "draft": options["sparsity"] if asked else None}
+    from sirius.offload.budget import Budget, window_of
+
+    draft = options["sparsity"] if {"sparsity", "draft_bits", "preset"} & command.given else None
+    window = window_of(options["correction"])
+    return {"memory_budget": Budget(command["memory_budget"], draft, rows=rows, window=window)}
 
 
 def round_weights(engine: "Engine", options: Mapping[str, Any]) -> None:

@@ -49,6 +49,7 @@ def trace(
     seed: arguments.Seed = None,
     max_new_tokens: arguments.MaxNewTokens = None,
     max_context: arguments.MaxContext = None,
+    memory_budget: arguments.MemoryBudget = None,
     stop: arguments.Stop = None,
     chat: arguments.Chat = None,
     dtype: arguments.Dtype = "auto",
@@ -56,10 +57,7 @@ def trace(
     threads: Threads = None,
     revision: arguments.Revision = None,
     trust_remote_code: arguments.TrustRemoteCode = False,
-    json: Annotated[
-        bool,
-        typer.Option("--json", help="Write JSON in place of the page; print it without --output."),
-    ] = False,
+    json: Annotated[bool, typer.Option("--json", help="Write JSON in place of the page, or print it.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Let --output overwrite a file that is no trace.")] = False,
 ) -> None:
     """Decode one prompt and write a page of HTML that shows where each token comes from."""
@@ -72,7 +70,8 @@ def trace(
     _check_output(output, json, force)
     text = as_message(read_prompt(prompt), model is None if chat is None else chat)
     hub = {"revision": revision, "trust_remote_code": trust_remote_code}
-    engine = terminal.load(model, threads, dtype=dtype, device=device, max_context=max_context, **hub)
+    budget = terminal.budget_of(command, options)
+    engine = terminal.load(model, threads, dtype=dtype, device=device, max_context=max_context, **hub, **budget)
     terminal.round_weights(engine, options)
     with err.status("decoding"):
         found = collect(engine, text, **options)

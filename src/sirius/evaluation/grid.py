@@ -58,9 +58,15 @@ class Grid:
                 "values are chosen on items that are not tested: set limit (those tested) and validation (those after)"
             )
         for task in self.tasks:  # every setting is made once, so that a bad one is told at the beginning
-            settings = [*self.fixed(task), *(each for _, options in self.choices(task) for each in options)]
-            for each in settings:
+            for each in self._settings(task):
                 _check_repeatable(each)
+
+    def settings(self) -> list[Setting]:
+        """Return the settings of all tasks, those to choose from too, each once."""
+        return list(dict.fromkeys(each for task in self.tasks for each in self._settings(task)))
+
+    def _settings(self, task: str) -> list[Setting]:
+        return [*self.fixed(task), *(each for _, options in self.choices(task) for each in options)]
 
     def fixed(self, task: str) -> list[Setting]:
         """Return the settings of a task that are tested as they are, each once."""

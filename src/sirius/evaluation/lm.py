@@ -8,7 +8,6 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from hashlib import sha256
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,7 +19,6 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, po
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
 from tqdm import tqdm
-from transformers import PreTrainedModel
 
 from sirius.core import SamplingConfig
 from sirius.demo.embedded import FOLDER, check_embedded
@@ -28,7 +26,9 @@ from sirius.engine import Completion, Engine, TextOptions
 from sirius.errors import ConfigError, SiriusError
 from sirius.evaluation.catalogue import setting_for
 from sirius.evaluation.completions import Completions, key_of
+from sirius.evaluation.fingerprint import fingerprint
 from sirius.evaluation.ranks import Ranks
+from sirius.evaluation.within import budget_for_tasks
 from sirius.settings import Setting, make_setting
 from sirius.stats import Stats, combine
 
@@ -40,8 +40,6 @@ PASSED_OVER = {"do_sample", "until", "max_gen_toks", "num_beams", "use_cache"}
 GenerationRequest = tuple[str, dict[str, Any]]  # a prompt, and the options that lm-eval gives for its text
 EncodedRequest = tuple[tuple[int, ...], dict[str, Any]]  # the tokens of a prompt, and the options of `Engine.generate`
 TOGETHER = 16  # batches of given texts that are sorted by their length, between two looks at the clock
-SPREAD = 64  # numbers of a weight in a model's fingerprint
-WHOLE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 log = logging.getLogger(__name__)
 
 
@@ -62,6 +60,7 @@ class SiriusLM(TemplateLM):
         trust_remote_code: bool = False,
         gguf_file: str | None = None,
         max_context: int | None = None,
+        memory_budget: int | str | None = None,
         threads: int | None = None,
         max_gen_toks: int = NEW_TOKENS,
         completions: str | Path | Completions | None = None,
@@ -75,6 +74,7 @@ class SiriusLM(TemplateLM):
 
         pretrained   a folder, GGUF file or hub id, "embedded", or an engine that is there
         batch_size   texts decoded side by side; "auto" is 8
+        memory_budget  of each process: bytes, "8GiB" or "50%", planned for the setting's draft and `batch_size` texts
         completions  a folder in which finished samples are saved and found again
         ranks        the processes that share the work; None: as the environment says
         quiet        show no progress
@@ -92,8 +92,8 @@ class SiriusLM(TemplateLM):
             torch.set_num_threads(int(threads))
         load: dict[str, Any] = {"dtype": dtype, "revision": revision, "max_context": max_context}
         load |= {"trust_remote_code": trust_remote_code, "gguf_file": gguf_file}
-        load["device"] = self.ranks.device(_device(device))
-        self.engine = _engine(pretrained, load)
+        load["memory_budget"] = memory_budget and budget_for_tasks(memory_budget, setting, self.batch_size)
+        self.engine = _engine(pretrained, self.ranks.device(_device(device)), load)
         if self.engine.tokenizer is None:
             raise ConfigError("lm-eval's tasks are texts, and this model has no tokenizer")
         self.tokenizer: Any = self.engine.tokenizer
@@ -102,13 +102,11 @@ class SiriusLM(TemplateLM):
         self._rank, self._world_size = self.ranks.rank, self.ranks.size
         self.quiet = quiet or self._rank > 0
         self._device = torch.device("cpu")  # where `all_gather` wants its tensors
-        if isinstance(completions, str | Path):
-            completions = Completions(Path(completions), self._rank)
-        self.completions = completions
+        self.completions = _completions(completions, self._rank)
         self.identity = {"model": self.name, "revision": revision, "dtype": str(self.engine.model.dtype)}
         self.identity |= {} if gguf_file is None else {"gguf_file": gguf_file}
-        if completions is not None:
-            completions.check_model(json.dumps(self.identity), fingerprint(self.engine.model))
+        if self.completions is not None:
+            self.completions.check_model(json.dumps(self.identity), fingerprint(self.engine.model))
         self.tokens: dict[str, list[int]] = {}  # of prompts
         self.stats: dict[str, list[Mapping[str, Any]]] = {}  # by task, on rank 0
 
@@ -317,20 +315,6 @@ class SiriusLM(TemplateLM):
 register_model("sirius")(SiriusLM)
 
 
-def fingerprint(model: PreTrainedModel) -> str:
-    """Return a digest of every weight's bits, so that another checkpoint, file or adapter has another one.
-
-    Of each weight it takes the sum of all numbers, read as whole numbers by their bits, and about `SPREAD` of them.
-    Such a sum does not depend on machine or order. A billion weights of bfloat16 take some 3 s on one core.
-    """
-    digest = sha256()
-    for name, weight in model.named_parameters():
-        bits = weight.detach().view(WHOLE[weight.element_size()]).reshape(-1)
-        some = bits[:: max(1, bits.numel() // SPREAD)].tolist()
-        digest.update(f"{name} {list(weight.shape)} {int(bits.sum(dtype=torch.int64))} {some}".encode())
-    return digest.hexdigest()[:16]
-
-
 def figures(stats: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return the figures of several texts together, from those of each."""
     lossless = all(each["lossless"] for each in stats)  # texts of several devices may differ in it
@@ -353,12 +337,16 @@ def _sampling_of(given: Mapping[str, Any]) -> dict[str, Any]:
     return own
 
 
-def _engine(pretrained: str | Engine, options: Mapping[str, Any]) -> Engine:
+def _engine(pretrained: str | Engine, device: str, options: Mapping[str, Any]) -> Engine:
     if isinstance(pretrained, Engine):
         return pretrained
     if pretrained == EMBEDDED:
         check_embedded()
-    return Engine.load(str(FOLDER) if pretrained == EMBEDDED else pretrained, **options)
+    return Engine.load(str(FOLDER) if pretrained == EMBEDDED else pretrained, device=device, **options)
+
+
+def _completions(given: str | Path | Completions | None, rank: int) -> Completions | None:
+    return Completions(Path(given), rank) if isinstance(given, str | Path) else given
 
 
 def _device(device: str | None) -> str:

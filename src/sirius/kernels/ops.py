@@ -19,7 +19,7 @@ from torch import Tensor
 from sirius.kernels import attention, cpu, gpu, reference
 from sirius.kernels.activations import Activation, activation_name
 from sirius.kernels.launch import is_plain
-from sirius.kernels.quantized import Quantized
+from sirius.kernels.quantized import CHUNK, Quantized, joined
 from sirius.kernels.reference import NormForm, Weight
 
 MANY = 64  # tokens from which PyTorch's product is the faster one, where the CPU has instructions for the dtype
@@ -256,6 +256,9 @@ def put(store: Tensor, rows: Tensor, slots: Tensor, values: Tensor) -> None:
 
 def quantize(weight: Tensor, bits: int) -> Quantized:
     """Return weight [F, H] rounded to 4 or 8 bits; raise ConfigError of other bits; see `reference.quantize`."""
+    if weight.stride(-1) != 1:  # a kernel reads rows whose elements are neighbours
+        parts = weight.split(max(1, CHUNK // max(1, weight.shape[1])))
+        return joined([quantize(part.clone(memory_format=torch.contiguous_format), bits) for part in parts])
     return (kernel("quantize", Asked([weight])) or reference.quantize)(weight, bits)
 
 

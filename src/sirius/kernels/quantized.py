@@ -5,6 +5,7 @@ takes one byte: its sign, a 4-bit exponent and a 3-bit mantissa, so that every p
 in float32. With 8 bits, every row has a float32 scale.
 """
 
+from collections.abc import Sequence
 from functools import reduce
 from typing import NamedTuple
 
@@ -20,7 +21,7 @@ STEPS = range(-3, 4)  # the scales that are tried for a group, in steps of a man
 LAST = 127  # the largest code of a scale's magnitude
 LEAST = 8  # the upper bits of the least normal float32, 2^-126: no scale is below it
 SMALL = 2.0**-100  # a block of activations whose values are all below it counts as zeros
-CHUNK = 1 << 22  # elements that are quantized at a time, which bounds the memory for it
+CHUNK = 1 << 20  # elements that are quantized at a time, which bounds the memory for it to some 40 MB
 
 
 class Quantized(NamedTuple):
@@ -64,8 +65,13 @@ def quantize(weight: Tensor, bits: int) -> Quantized:
     check_bits(bits)
     chunk = max(1, CHUNK // max(1, weight.shape[1]))
     parts = [(_to_4_bits if bits == 4 else _to_8_bits)(part) for part in weight.split(chunk)]
-    codes, scales, base = (torch.cat(each) for each in zip(*parts, strict=True))
-    return Quantized(codes, scales, base, bits, weight.shape[1])
+    return joined([Quantized(*part, bits, weight.shape[1]) for part in parts])
+
+
+def joined(parts: Sequence[Quantized]) -> Quantized:
+    """Return the rows of quantized weights of one length, one behind the other."""
+    codes, scales, base = (torch.cat(each) for each in zip(*(part[:3] for part in parts), strict=True))
+    return parts[0]._replace(codes=codes, scales=scales, base=base)
 
 
 def bytes_of(rows: int, length: int, bits: int) -> int:

@@ -11,7 +11,9 @@ from typing import Any, TypeVar, cast
 
 from torch import nn
 
+from sirius.errors import ModelError
 from sirius.kernels.launch import is_plain
+from sirius.model.matrix import Placed
 from sirius.model.prepared import Prepared
 
 P = TypeVar("P", bound="Part")
@@ -28,7 +30,15 @@ class Part(nn.Module):
     prepared: Prepared
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Callable[..., nn.Module], tuple[type, type], dict[str, Any]]:
-        """Tell how to copy or pickle it; its class is made anew and not found by name."""
+        """Tell how to copy or pickle it; its class is made anew and not found by name.
+
+        Raises ModelError where weights are not in memory.
+        """
+        if isinstance(self.prepared.matrix, Placed) and any(each.is_meta for each in self.parameters()):
+            raise ModelError(
+                "this model was loaded with a memory budget, and not all of its weights are in memory, so that it "
+                "cannot be copied or pickled; load it once more, or without a memory budget"
+            )
         return _empty, (self.ours, self.original), self.__getstate__()
 
 

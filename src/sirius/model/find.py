@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from sirius.errors import ModelError, UnsupportedModelError
 from sirius.model.limits import FULL, SLIDING
 from sirius.model.mlp import Roles, check_layers
+from sirius.model.placement import check_placement
 from sirius.model.prepared import prepared_of
 
 SEPARATE = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
@@ -88,6 +89,7 @@ def check_config(config: PreTrainedConfig) -> None:
 
 def check_weights(model: PreTrainedModel) -> None:
     """Raise UnsupportedModelError where weights lie where they cannot be laid out anew, or attention takes no mask."""
+    check_placement(model)
     chosen = model.config._attn_implementation
     if chosen not in ATTENTION:
         raise UnsupportedModelError(
@@ -104,7 +106,10 @@ def check_weights(model: PreTrainedModel) -> None:
         raise UnsupportedModelError("the model is on meta, where it has no weights; load it on cpu or cuda")
     if len(devices) > 1:
         names = ", ".join(sorted(str(d) for d in devices))
-        raise UnsupportedModelError(f"the model is spread over {names}; load it whole on one device")
+        raise UnsupportedModelError(
+            f"the model is spread over {names}; load it whole on one device, or where it is too large for one with "
+            "Engine.load(folder, memory_budget=...)"
+        )
 
 
 def check_finite(path: str, module: nn.Module) -> None:

@@ -131,33 +131,16 @@ class Placed(ABC):
 
     The weights of such layers are on PyTorch's device meta.
 
-    slots     slots of keys and values, of all rows together, for which there is memory
     expected  what passes and guesses are expected to be before they are measured
     rounded   bits of the rounded weights for which there is memory; 0: none
     """
 
-    slots: int
     expected: "Expected"
     rounded: int
 
     @abstractmethod
-    def check(self, chosen: SparsityConfig) -> None:
-        """Raise ConfigError where there is no memory for what a draft reads."""
-
-    @abstractmethod
-    def most_rows(self, chosen: SparsityConfig, rows: int) -> int:
-        """Return for how many texts side by side, of at most `rows`, there is memory for what a draft reads."""
-
-    def count_fitting(self, wanted: Sequence[int], rows: int, held: int) -> int:
-        """Return how many of the next texts have memory for their keys and values; the first one, if it is alone.
-
-        wanted  slots of each text
-        rows    texts at work, each of `held` slots
-        """
-        for count in range(len(wanted), 0, -1):
-            if (rows + count) * max(*wanted[:count], held if rows else 0) <= self.slots:
-                return count
-        return 0 if rows else min(1, len(wanted))
+    def rows_of(self, chosen: SparsityConfig) -> int:
+        """Return for how many texts side by side there is memory; raise ConfigError where a draft has none at all."""
 
     @abstractmethod
     def __call__(self, layer: nn.Linear, transposed: bool = False) -> Dense:

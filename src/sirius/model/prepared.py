@@ -59,10 +59,12 @@ class Prepared:
     matrix         makes the weights of a linear layer
     own_attention  the model's attention cannot be replaced by a kernel of ours, as a pass has shown
     idle           workspaces of earlier sessions, for later ones
+    spaces         all workspaces, of sessions at work too
     twins          by bits, the weights at fewer bits: those that open sessions read, and `last_twin`
     last_twin      the ones that were asked for last, which stay for later sessions
     learnt         what passes cost and how often guesses accepted, for later sessions
     plan           what stays in memory under a budget, in words; None: there is no budget
+    slots          slots of keys and values, of all texts together, for which a budget has room; None: as memory has
     """
 
     def __init__(self) -> None:
@@ -70,10 +72,12 @@ class Prepared:
         self.own_attention = False
         self.lock = RLock()
         self.idle: dict[Hashable, Any] = {}
+        self.spaces: weakref.WeakSet[Any] = weakref.WeakSet()
         self.twins: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
         self.last_twin: Any = None
         self.learnt: dict[Hashable, Any] = {}
         self.plan: str | None = None
+        self.slots: int | None = None
         self._pass: Pass | None = None
         self._thread = 0
 

@@ -204,8 +204,6 @@ def bits_of_draft(
     own_period  the caller has a period of its own, in place of the correction's
     """
     made, placed = prepared_of(model).matrix, prepared_of(model).placed
-    if placed is not None:
-        placed.check(chosen)
     if not chosen.draft_bits or (correction is not None and correction.period == 1):
         return 0
     automatic = correction is not None and correction.period == AUTO and not own_period

@@ -3,12 +3,14 @@
 import logging
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from sirius.core import AUTO, LONGEST, SparsityConfig
+from sirius.core import AUTO, LONGEST, CorrectionConfig, SparsityConfig
 from sirius.errors import ConfigError
+from sirius.forms import as_config
 from sirius.kernels import ops
 from sirius.model.limits import MOST_READ, check_context, context_limit
 from sirius.model.loading import Source, find_device, find_dtype, load_config, load_empty, load_tokenizer
@@ -17,14 +19,14 @@ from sirius.offload.amounts import in_words, memory_of
 from sirius.offload.checkpoint import NUMBERS, Stored
 from sirius.offload.load import Transfer, all_blocks, check_source, fill, find_weights, match, unit_of
 from sirius.offload.measure import held_now, link_speed, memory_speed
-from sirius.offload.plan import Draft, Link, Plan, make_plan, parse_budget
-from sirius.offload.sizes import draft_of, sizes_of
-from sirius.offload.stream import Planned
+from sirius.offload.plan import Draft, Link, Sizes, make_plan, parse_budget
+from sirius.offload.sizes import draft_of, score_bytes, sizes_of
+from sirius.offload.stream import Planned, chance
 
 CONTEXT = 4096  # tokens that memory is planned for where nothing is said
 SLACK = 96 << 20  # bytes of a process for what comes and goes: a layer being rounded, modules imported later
-PERIOD = 16  # of rounds in predictions
-ADVANCE: dict[Draft, float] = {"none": 1.0, "rounded": 12.7, "coarse": 6.0}  # their tokens under a lossless rule
+PERIOD = 16  # of rounds in predictions, where no other is given
+ADVANCE: dict[Draft, float] = {"none": 1.0, "rounded": 12.7, "coarse": 6.0}  # their tokens under a lossless rule, of 16
 UNDRAFTED = SparsityConfig("none")
 ROUNDED = SparsityConfig("none", draft_bits=4)
 
@@ -38,6 +40,10 @@ class Budget:
     context  most tokens of a prompt and its text; None: 4096, or the model's limit where that is less
     host     keep what does not stay in the host's memory, not in its files; None: on a GPU
     link     the most bytes per second that cross the link, on a CPU; None: all that it has
+    rows     texts that are decoded side by side. Fewer are planned for where that brings more tokens per second. With a
+             `context` each has as many tokens; without one they share 4096
+    window   most guesses of a check; more than 32 are those of trees
+    period   K of the rounds that are planned for
     """
 
     size: int | str
@@ -45,6 +51,30 @@ class Budget:
     context: int | None = None
     host: bool | None = None
     link: float | None = None
+    rows: int = 1
+    window: int = LONGEST
+    period: int = PERIOD
+
+    def __post_init__(self) -> None:
+        if min(self.rows, self.window) < 1:
+            raise ConfigError(f"rows and window count texts and guesses, at least 1; got {self.rows} and {self.window}")
+
+
+def window_of(correction: CorrectionConfig | None) -> int:
+    """Return the most guesses of a correction's check, at least as many as where none is named."""
+    return LONGEST if correction is None else max(LONGEST, (correction.longest - 1) * correction.tree_width)
+
+
+def as_budget(given: int | str | Budget, draft: Any, context: int | None) -> Budget:
+    """Return a budget given as such, or by its size alone beside a draft and a context.
+
+    Raises ConfigError of a draft that is none, and of one beside a whole budget, which has its own.
+    """
+    if not isinstance(given, Budget):
+        return Budget(given, None if draft is None else as_config(SparsityConfig, draft), context)
+    if draft is not None:
+        raise ConfigError("the memory budget says what it is planned for; give the draft there: Budget(..., draft=)")
+    return given if context is None else replace(given, context=context)
 
 
 def load_within(
@@ -63,61 +93,128 @@ def load_within(
     if target.type not in ("cpu", "cuda"):
         raise ConfigError(f"a memory budget is for a CPU or a CUDA GPU; got {target}")
     stored = find_weights(source)
-    model = load_empty(source, config, _dtype(dtype, config, stored))
+    model = load_empty(source, config, chosen_dtype(dtype, config, stored))
     where = match(source, model, stored)
     tokenizer = load_tokenizer(source)  # before memory is planned, of which it takes some
     transfer = Transfer(target, target.type == "cuda" if budget.host is None else budget.host, budget.link)
     planned = _plan(model, where, transfer, budget)
     fill(model, where, planned, transfer)
-    prepared_of(model).plan = in_short(planned.plan)
-    logging.getLogger("sirius").info("%s", prepared_of(model).plan)
-    return model, tokenizer, planned.slots - LONGEST
+    kept = prepared_of(model)
+    kept.plan, kept.slots = in_short(planned), planned.slots
+    logging.getLogger("sirius.offload").info("%s", kept.plan)
+    return model, tokenizer, _context(budget, config)
 
 
-def in_short(plan: Plan) -> str:
+def in_short(planned: Planned) -> str:
     """Return a plan in one line: what stays, what crosses the link, and the predicted time of a token."""
+    plan = planned.plan
     parts = {"attention": plan.attention, "MLP": plan.mlp, "rounded weights": plan.rounded, "kept neurons": plan.kept}
     stays = ", ".join(f"{name} of {sum(each)}" for name, each in parts.items() if any(each)) or "none"
     drafted = f" and {in_words(plan.draft_streamed)} a draft pass" if plan.draft != "none" else ""
     advance = f" (a window of {plan.period} taken to bring {plan.aal:g} tokens)" if plan.draft != "none" else ""
+    beside = f", {planned.rows} texts side by side" if planned.rows > 1 else ""
     return (
         f"{in_words(plan.used)} of {in_words(plan.budget)}; in memory of {len(plan.mlp)} blocks: {stays}; over the "
         f"link {in_words(plan.full_streamed)} a full pass{drafted}; {plan.seconds_per_token:.3g} s a token expected"
-        f"{advance}, {plan.plain_seconds:.3g} s without a draft"
+        f"{advance}{beside}, {plan.plain_seconds:.3g} s without a draft"
     )
 
 
+def _context(budget: Budget, config: PreTrainedConfig) -> int:
+    """Return the most tokens of a prompt and its text."""
+    return budget.context or min(CONTEXT, context_limit(config) or CONTEXT)
+
+
 def _plan(model: PreTrainedModel, where: dict[int, Stored], transfer: Transfer, budget: Budget) -> Planned:
-    """Return the plan that is expected to be the fastest."""
-    held = (held_now() + SLACK) if transfer.device.type == "cpu" else 0
-    limit = context_limit(model.config)
-    slots = (budget.context or min(CONTEXT, limit or CONTEXT)) + LONGEST
+    """Return the plan that is expected to bring the most tokens per second."""
     size = parse_budget(str(budget.size), memory_of(transfer.device))
-    link = Link(_speed(model, where, transfer), "host" if transfer.held else "disk")
+    link = Link(transfer_speed(model, where, transfer), "host" if transfer.held else "disk")
     speed = memory_speed(model.dtype, transfer.device)
+    held = (held_now() + SLACK) if transfer.device.type == "cpu" else 0
 
-    def planned(draft: SparsityConfig) -> Planned:
-        kind = draft_of(draft)
-        sizes = sizes_of(model.config, model.dtype, draft, slots, MOST_READ, held)
-        return Planned(make_plan(sizes, size, link, speed, kind, PERIOD, ADVANCE[kind]), draft, slots)
+    def planned(room: Room, rows: int) -> Planned:
+        kind = draft_of(room.draft)
+        plan = make_plan(room.sizes(rows), size, link, speed, kind, budget.period, _advance(kind, budget.period))
+        return Planned(plan, room.draft, room.slots(rows), rows, max(rows, room.most))
 
+    first, *others = (Room.of(model, draft, budget, held) for draft in _drafts(budget, transfer.device, model.dtype))
+    found = [planned(first, 1)]  # which takes the least memory
+    for room in (first, *others):
+        for rows in _counts(budget.rows):
+            with suppress(ConfigError):  # too little memory
+                found.append(planned(room, rows))
+    return min(found, key=lambda each: each.plan.seconds_per_token / each.rows)
+
+
+def _advance(draft: Draft, period: int) -> float:
+    """Return the tokens that a round is expected to bring; at any period a guess has the same chance."""
+    accepted = chance(ADVANCE[draft], PERIOD)
+    return sum(accepted**n for n in range(period))
+
+
+def _drafts(budget: Budget, device: torch.device, dtype: torch.dtype) -> list[SparsityConfig]:
+    """Return the drafts that are planned for, of which the fastest one is taken; the first one needs the least."""
     if (asked := budget.draft) is not None:
-        return planned(replace(asked, draft_bits=ROUNDED.draft_bits) if asked.draft_bits == AUTO else asked)
-    plain = planned(UNDRAFTED)
-    if ops.multiplies_quantized(transfer.device, model.dtype):
-        with suppress(ConfigError):  # too little memory for the draft's head
-            return min(plain, planned(ROUNDED), key=lambda each: each.plan.seconds_per_token)
-    return plain
+        return [replace(asked, draft_bits=ROUNDED.draft_bits) if asked.draft_bits == AUTO else asked]
+    return [UNDRAFTED, ROUNDED] if ops.multiplies_quantized(device, dtype) else [UNDRAFTED]
 
 
-def _speed(model: PreTrainedModel, where: dict[int, Stored], transfer: Transfer) -> float:
-    """Return the bytes per second that blocks take to come."""
-    units = [unit_of(block, transfer) for block in all_blocks(model, where)[: 1 if transfer.held else None]]
+def _counts(rows: int) -> list[int]:
+    """Return the numbers of texts side by side that are tried: 1, 2, 4, ... and the largest one."""
+    return [*(2**power for power in range(rows.bit_length()) if 2**power < rows), rows]
+
+
+@dataclass(frozen=True)
+class Room:
+    """What texts side by side take of memory.
+
+    one     the sizes of a model with one text
+    scores  bytes of the scores of one text's check
+    most    texts whose scores take no more than what a prompt's pass takes
+    """
+
+    draft: SparsityConfig
+    one: Sizes
+    budget: Budget
+    context: int
+    scores: int
+    most: int
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, draft: SparsityConfig, budget: Budget, held: int) -> "Room":
+        """Return what texts of a model take beside a draft and what the process holds already."""
+        config, dtype, context = model.config, model.dtype, _context(budget, model.config)
+        checked = budget.window
+        one = sizes_of(config, dtype, draft, context + checked, MOST_READ, held, checked)
+        scores = score_bytes(config, dtype, checked)
+        return cls(draft, one, budget, context + checked, scores, (one.working - held) // scores)
+
+    def slots(self, rows: int) -> int:
+        """Return the slots of keys and values of so many texts together."""
+        return self.context * (1 if self.budget.context is None else rows)
+
+    def sizes(self, rows: int) -> Sizes:
+        """Return the sizes of the model with so many texts side by side."""
+        sets = 1 if self.draft.shared_set else rows
+        return replace(
+            self.one,
+            kept=tuple(sets * each for each in self.one.kept),
+            cache=self.one.cache * self.slots(rows) // self.context,
+            working=self.one.working + max(0, rows - max(1, self.most)) * self.scores,
+        )
+
+
+def transfer_speed(model: PreTrainedModel, where: dict[int, Stored], transfer: Transfer) -> float:
+    """Return the bytes per second at which the blocks of a model come to a device."""
+    blocks = all_blocks(model, where)[: 1 if transfer.held else None]
+    for block in blocks:
+        block.checks = False  # as in all passes but the first
+    units = [unit_of(block, transfer) for block in blocks]
     measured = link_speed(units, replace(transfer, throttle=None).make_mover())
     return measured if transfer.throttle is None else min(measured, transfer.throttle)
 
 
-def _dtype(dtype: str | torch.dtype, config: PreTrainedConfig, stored: dict[str, Stored]) -> torch.dtype:
+def chosen_dtype(dtype: str | torch.dtype, config: PreTrainedConfig, stored: dict[str, Stored]) -> torch.dtype:
     """Return the dtype that is asked for, "auto" being the checkpoint's."""
     if dtype != "auto":
         return find_dtype(dtype, auto=True)

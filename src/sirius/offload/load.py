@@ -18,6 +18,7 @@ from sirius.model.loading import Source, attempt, check_complete, check_folder
 from sirius.model.prepare import prepare
 from sirius.model.prepared import prepared_of
 from sirius.offload.checkpoint import INDEX, NUMBERS, PAGE, WEIGHTS, Stored, read_checkpoint
+from sirius.offload.guard import guard
 from sirius.offload.ring import CudaMover, Mover, Pool, Ring, ThreadMover, Throttle
 from sirius.offload.shelf import FileStore, HostStore
 from sirius.offload.stream import Block, Held, Planned, Shelves, Stream, Streamed, check_finite, put
@@ -169,6 +170,7 @@ def fill(model: PreTrainedModel, where: dict[int, Stored], planned: Planned, tra
     prepare(model)
     for layer in tried:
         layer.weight = nn.Parameter(layer.weight.detach().to("meta"), False)
+    guard(model)
 
 
 def unit_of(block: Block, transfer: Transfer) -> Block | Held:

@@ -19,24 +19,35 @@ TRIES = 5
 
 
 def link_speed(units: Sequence[Unit[Any]], mover: Mover) -> float:
-    """Return the bytes per second at which units come one after the other, as they do in a pass.
+    """Return the bytes per second at which units come one after the other, as they do in a pass; see `ring_speed`.
 
-    The first round is not counted: it opens files and makes memory. Raises FileError where a unit cannot be read.
+    The mover is stopped. Raises FileError where a unit cannot be read.
     """
-    ring = Ring(units, Pool(max(each.nbytes for each in units), min(BUFFERS, len(units)), mover))
-    number = 0
-    for number in range(min(BUFFERS, len(units))):
+    try:
+        return ring_speed(Ring(units, Pool(max(each.nbytes for each in units), min(BUFFERS, len(units)), mover)))
+    finally:
+        mover.stop()  # units that were to come next take memory that loading needs
+
+
+def ring_speed(ring: Ring[Any]) -> float:
+    """Return the bytes per second at which the units of a ring come while nothing is computed.
+
+    Bytes are those of memory, as in plans; files may hold weights in another dtype, and so more or fewer bytes. As many
+    units as there are buffers are not counted: they may be there already, or open files and make memory. Raises
+    FileError where a unit cannot be read.
+    """
+    mover, number = ring.pool.mover, 0
+    for number in range(min(len(ring.pool.memories), len(ring.units))):
         ring.enter(number)
-    moved, began = 0, perf_counter()
-    while moved < MOST and perf_counter() - began < SECONDS:
-        number = (number + 1) % len(units)
+    brought, began = 0, perf_counter()
+    while brought < MOST and perf_counter() - began < SECONDS:
+        number = (number + 1) % len(ring.units)
+        ring.leave()  # else a ring of one unit has it at hand
         ring.enter(number)
-        moved += units[number].moved
+        brought += ring.units[number].nbytes
     if isinstance(mover, CudaMover):
         torch.cuda.synchronize(mover.device)
-    seconds = perf_counter() - began
-    mover.stop()  # units that were to come next take memory that loading needs
-    return moved / seconds
+    return brought / (perf_counter() - began)
 
 
 def memory_speed(dtype: torch.dtype, device: torch.device) -> float:

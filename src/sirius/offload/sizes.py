@@ -36,13 +36,20 @@ def draft_of(sparsity: SparsityConfig) -> Draft:
 
 
 def sizes_of(
-    config: PreTrainedConfig, dtype: torch.dtype, draft: SparsityConfig, context: int, chunk: int, held: int = 0
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
+    draft: SparsityConfig,
+    context: int,
+    chunk: int,
+    held: int = 0,
+    checked: int = LONGEST,
 ) -> Sizes:
     """Return the sizes of a model of a configuration; rounded weights and kept neurons are those of `draft`.
 
     context  slots of keys and values: tokens of prompt and text, and of a window
     chunk    most tokens of a prompt that one pass reads
     held     bytes that the process holds before loading, which count as working memory
+    checked  most tokens of a text that a check reads
 
     Raises ConfigError where transformers makes no such model, or `keep` keeps no neuron, and UnsupportedModelError
     where its structure does not fit.
@@ -61,7 +68,7 @@ def sizes_of(
         rounded_head=_rounded(head, bits),
         kept=tuple(_kept(block, draft) for block in parts),
         cache=cache_bytes(config, context, dtype),
-        working=held + _working(config, dtype, parts, (chunk, context), draft.method in COARSE),
+        working=held + _working(config, dtype, parts, (chunk, context, checked), draft.method in COARSE),
         head=_bytes(head),
     )
 
@@ -121,21 +128,25 @@ def _kept(block: _Part, draft: SparsityConfig) -> int:
 
 
 def _working(
-    config: PreTrainedConfig, dtype: torch.dtype, parts: Sequence[_Part], tokens: tuple[int, int], observed: bool
+    config: PreTrainedConfig, dtype: torch.dtype, parts: Sequence[_Part], tokens: tuple[int, int, int], observed: bool
 ) -> int:
     """Return the bytes of what is computed in a pass, as far as it is in memory at the same time.
 
     Of a prompt's chunk: the inputs and outputs of a block and of its norms, the outputs of the attention's linear
-    layers, gate, up and their product, and the mask. Of the longest window: the scores, also as float32.
+    layers, gate, up and their product, and the mask. Of a check: the scores, see `score_bytes`.
 
-    tokens    of a chunk, and of the context
+    tokens    of a chunk, of the context, and of a check
     observed  a method adds up the neurons' activations, float32, which takes two copies of a chunk's
     """
     text: Any = config.get_text_config()
-    (chunk, context), wide = tokens, torch.float32.itemsize
+    (chunk, context, checked), wide = tokens, torch.float32.itemsize
     outputs = max(sum(layer.out_features for layer in block.attention) for block in parts)
     neurons = max(block.neurons for block in parts)
     activations = chunk * (4 * text.hidden_size + outputs + 3 * neurons) * dtype.itemsize
-    scores = LONGEST * text.vocab_size * (dtype.itemsize + 2 * wide)
     statistic = neurons * (2 * chunk + len(parts)) * wide if observed else 0
-    return activations + chunk * context + scores + statistic
+    return activations + chunk * context + score_bytes(config, dtype, checked) + statistic
+
+
+def score_bytes(config: PreTrainedConfig, dtype: torch.dtype, checked: int) -> int:
+    """Return the bytes of the scores of so many tokens in one pass: in the model's dtype, and twice in float32."""
+    return checked * config.get_text_config().vocab_size * (dtype.itemsize + 2 * torch.float32.itemsize)

@@ -1,6 +1,5 @@
 """The layers of a model whose blocks partly lie elsewhere: on disk, or in the host's memory."""
 
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -45,10 +44,14 @@ class Streamed(NamedTuple):
 
 
 class Block:
-    """The layers of a block that come together, read from the checkpoint; see `Unit`."""
+    """The layers of a block that come together, read from the checkpoint; see `Unit`.
+
+    checks  numbers that are not finite are refused; looking at them takes time when a block comes for the first time
+    """
 
     def __init__(self, layers: Sequence[Streamed], dtype: torch.dtype) -> None:
         self.layers, self.dtype = layers, dtype
+        self.checks = True
         self.finite: set[tuple[int, int]] = set()  # parts that were found to be numbers, by layer and first row
         self.nbytes = sum(-(-self._size(each) // ALIGNED) * ALIGNED for each in layers)
         self.moved = sum(each.source.nbytes for each in layers)
@@ -85,7 +88,7 @@ class Block:
     def _fill(self, target: Tensor, layer: Streamed, begin: int, end: int) -> int:
         """Read rows of a layer's weight into target [n, length] of any strides; return how many bytes were read."""
         found, source = layer.source.rows(begin, end), layer.source
-        if (layer.key, begin) not in self.finite:  # looking at them takes time, so once
+        if self.checks and (layer.key, begin) not in self.finite:  # looking at them takes time, so once
             check_finite(found, f"{source.name}, rows {begin} to {end}")
             self.finite.add((layer.key, begin))
         put(target, found)
@@ -153,11 +156,19 @@ class Shelves(NamedTuple):
 
 
 class Planned(NamedTuple):
-    """A plan, what drafts read by it, and the slots of keys and values that it has memory for."""
+    """A plan, and what it has memory for.
+
+    draft  what drafts read by it
+    slots  of keys and values, of all texts together
+    rows   texts side by side, for the neurons that are kept of each
+    most   texts side by side where drafts keep none of their own
+    """
 
     plan: Plan
     draft: SparsityConfig
     slots: int
+    rows: int = 1
+    most: int = 1
 
 
 class Stream(Placed):
@@ -166,7 +177,7 @@ class Stream(Placed):
     def __init__(self, blocks: Sequence[Block], ring: Ring[Views], shelves: Shelves, planned: Planned) -> None:
         """Bring `blocks` by a ring of theirs; they come in the order in which passes use them."""
         self.ring, self.shelves, self.planned, plan = ring, shelves, planned, planned.plan
-        self.slots, self.rounded = planned.slots, int(planned.draft.draft_bits)
+        self.rounded = int(planned.draft.draft_bits)
         self.expected = Expected(plan.plain_seconds, plan.draft_seconds, chance(plan.aal, plan.period))
         self.of = {each.key: number for number, block in enumerate(blocks) for each in block.layers}
         self.turned = {each.key for block in blocks for each in block.layers if each.transposed}
@@ -183,30 +194,20 @@ class Stream(Placed):
         rows = self.ring.enter(number)[id(layer)]
         return Dense(rows if transposed == (id(layer) in self.turned) else rows.t(), layer.bias)
 
-    def check(self, chosen: SparsityConfig) -> None:
-        """Raise ConfigError where memory was planned for another draft, or one that reads less."""
+    def rows_of(self, chosen: SparsityConfig) -> int:
+        """Return for how many texts side by side there is memory.
+
+        Raises ConfigError where memory was planned for another draft, or one that reads less.
+        """
         planned = self.planned.draft
         if chosen.method == "none" or chosen.draft_bits:
-            return  # `bits_of_draft` refuses bits that were not planned
+            return self.planned.most  # `bits_of_draft` refuses bits that were not planned
         if (chosen.method, chosen.draft_bits) == (planned.method, 0) and chosen.keep <= planned.keep:
-            return
+            return self.planned.most if chosen.shared_set else self.planned.rows
         raise ConfigError(
             f"memory was planned for {_named(planned)}, and {_named(chosen)} may read more; load the model with the "
             "draft that is to be used (Engine.load(..., draft=), or the same options on the command line)"
         )
-
-    def most_rows(self, chosen: SparsityConfig, rows: int) -> int:
-        """Return for how many texts side by side there is memory for what a draft reads.
-
-        It is one where each prompt keeps neurons of its own: there is memory for a copy of one prompt's.
-        """
-        copied = not (chosen.method == "none" or chosen.draft_bits or chosen.shared_set or all(self.planned.plan.mlp))
-        if copied and rows > 1:
-            logging.getLogger("sirius").info(
-                "texts are decoded one after the other, as memory was planned for the neurons of one prompt; "
-                "with shared_set all texts of a batch share them"
-            )
-        return 1 if copied else rows
 
     def rounded_shelf(self) -> BlockShelf:
         """Return an empty shelf for weights of fewer bits."""

@@ -135,6 +135,16 @@ class SlotCache(Cache):
         table.rows, table.slots = rows, slots
         table.every_row = torch.arange(rows, device=table.device)[:, None]
 
+    def shrink(self, rows: int, slots: int) -> None:
+        """Give back what is beyond so many rows and slots; what is held must be within them."""
+        table = self.table
+        rows, slots = min(rows, table.rows), min(slots, table.slots)
+        assert not table.lengths[rows:].any() and not (table.lengths > slots).any(), "rows hold more than would be left"
+        for layer in self.slot_layers:
+            layer.shrink(rows, slots)
+        table.lengths = table.lengths[:rows].clone()
+        table.rows, table.slots, table.every_row = rows, slots, table.every_row[:rows].clone()
+
     def locate(self, slots: Tensor, first: int = 0) -> Slots:
         """Return the slots [b, T] int64 of rows first .. first + b for a pass to write; lengths stay as they are.
 

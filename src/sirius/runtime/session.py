@@ -27,6 +27,7 @@ from sirius.runtime.capture import compile_model
 from sirius.runtime.mask import chain_mask, tree_mask
 from sirius.runtime.neurons import Chosen, Observe, Route, fixed_routes
 from sirius.runtime.prefix import BLOCK, Prefixes, block_names
+from sirius.runtime.room import make_room
 from sirius.runtime.workspace import borrow, drop_idle, keep_attention
 from sirius.shortage import ran_out
 from sirius.sparsity.base import PromptSparsity, Sparsity, TokenSparsity
@@ -87,8 +88,7 @@ class Session:
         self.shared = make()
         self.draft = draft or self.prepared.matrix
         self.space = borrow(self, model, (self.shared and self.shared.config, draft, compiled))
-        eager = model.config._attn_implementation == "eager"
-        self.mask_dtype = model.dtype if eager else None
+        self.mask_dtype = model.dtype if model.config._attn_implementation == "eager" else None
         self.dense: list[Route | None] = [None] * len(mlps)
         self.drafts: list[Route | None] | None
         self.methods: list[Sparsity | None] = []  # one for each row
@@ -126,10 +126,10 @@ class Session:
     def reserve(self, rows: int, slots: int) -> None:
         """Make room for rows and slots to come, between passes; keys and values that are held move with it.
 
-        Raises MemoryError where no memory was planned for so many.
+        Raises OutOfMemoryError where no memory was planned for so many.
         """
-        if (placed := self.prepared.placed) is not None and rows * slots > placed.slots:
-            raise MemoryError(f"tried to allocate {rows * slots} slots; {placed.slots} were planned for")
+        if self.prepared.slots is not None:
+            make_room(self.space, self.prepared.slots, rows, slots)
         self.space.reserve(rows, slots)
 
     def release(self) -> None:
@@ -368,7 +368,7 @@ class Session:
             return [Chosen(self.shared, layer, None) for layer in range(len(self.mlps))]
         if self.drafts is None:
             prompts = [method for method in self.methods if isinstance(method, PromptSparsity)]
-            if self.draft is self.prepared.placed:  # there is no memory for another copy of neurons beside the last one
+            if self.draft is self.prepared.placed:  # no memory for another copy of neurons
                 self.space.drafts.clear()
             chosen = fixed_routes(prompts, self.mlps, self.draft)
             self.drafts = self.space.renew(chosen, len(prompts))

@@ -38,11 +38,12 @@ class Workspace:
         self.mlps = sum(1 for _ in parts_of(model, SparseMLP))
         self.prepared = prepared_of(model)
         self.attends, self.tried = attends_to(model), False
-        self.reused = self.attends and reused_on(model.device)
+        self.reused = self.attends and reused_on(model.device) and self.prepared.placed is None
         self.passes = CapturedPasses(GRAPHS if self.reused else TAPES)
         self.state: list[object] = []
         self.look_at(model)
         self.release()
+        self.prepared.spaces.add(self)
 
     def look_at(self, model: PreTrainedModel) -> None:
         """Forget the captured passes where the model has been altered since they were."""
