@@ -77,6 +77,7 @@ def test_eval_takes_a_budget_and_shows_its_plan(sirius_command, tmp_path):
     assert whole.splitlines()[-4:] == within.splitlines()[-4:]
 
 
+@pytest.mark.slow
 def test_a_sweep_takes_a_budget_and_goes_on_in_a_folder_that_it_began_without(sirius_command, tmp_path):
     grid = tmp_path / "grid.yaml"
     grid.write_text(json.dumps({"tasks": ["demo_reasoning"], "chat": True, "grids": [{"sparsity": "none"}, COARSE]}))

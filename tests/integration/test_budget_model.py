@@ -12,7 +12,7 @@ from budgets import saved, streamed, unmeasured
 from safetensors.torch import save_model
 
 import sirius
-from conftest import greedy
+from conftest import greedy, slow
 from sirius import likelihood
 from sirius.core import SparsityConfig
 from sirius.engine import Engine
@@ -105,7 +105,7 @@ TEXTS = [
 ]
 
 
-@pytest.mark.parametrize(("read", "scored"), [(1024, 2**23), (16, 2**23), (50, 7 * 131), (50, 1)])
+@pytest.mark.parametrize(("read", "scored"), [(1024, 2**23), (16, 2**23), (50, 7 * 131), slow(50, 1)])
 def test_scores_of_given_tokens_are_those_of_the_model_in_memory(engine, whole, monkeypatch, read, scored):
     monkeypatch.setattr(likelihood, "MOST_READ", read)
     monkeypatch.setattr(likelihood, "PLANNED_SCORES", scored)

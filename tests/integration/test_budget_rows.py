@@ -66,6 +66,7 @@ def test_eight_rows_share_the_planned_slots_and_write_what_the_model_in_memory_w
     assert got == texts(Engine.load(folder), asked, sparsity="none")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shared", [False, True], ids=["a set each", "one set"])
 def test_drafts_with_kept_neurons_have_as_many_rows_as_were_planned(folder, largest, shared):
     draft = SparsityConfig("coarse", shared_set=shared)
