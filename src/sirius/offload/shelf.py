@@ -83,10 +83,10 @@ class FileStore(Store):
 
     def _write(self, part: np.ndarray) -> None:
         """Write bytes at the end, up to a whole page."""
-        padded = np.concatenate([part, np.zeros(_room(len(part)) - len(part), np.uint8)]).data
-        while padded:
-            count = os.pwrite(self.handle, padded, self.end)
-            padded, self.end = padded[count:], self.end + count
+        for left in (part.data, memoryview(bytes(_room(len(part)) - len(part)))):
+            while left:
+                count = os.pwrite(self.handle, left, self.end)
+                left, self.end = left[count:], self.end + count
 
     def _read(self, first: int, begin: int, target: Tensor) -> int:
         np.copyto(target.numpy(), self.file.read(first + begin, len(target)))
