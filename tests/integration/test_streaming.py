@@ -24,6 +24,7 @@ from sirius.engine import Engine
 from sirius.errors import ConfigError, FileError, ModelError, OutOfMemoryError, RequestError, UnsupportedModelError
 from sirius.kernels import cpu
 from sirius.model.prepared import prepared_of
+from sirius.offload.checkpoint import PAGE
 from sirius.offload.ring import ThreadMover
 
 pytestmark = pytest.mark.integration
@@ -240,6 +241,21 @@ def test_each_pass_moves_the_bytes_of_its_plan(folder):
     assert done.stats.rounds - 1 <= passes <= done.stats.rounds + 1, "drafts move nothing"
 
 
+@pytest.mark.parametrize("stays", ["000 000", "010 001", "100 010 000 001"])
+def test_a_draft_pass_of_coarse_moves_attention_and_kept_neurons_alone(folder, stays):
+    plan = plan_of(folder, stays, COARSE, torch.float32, 600, 3)
+    engine = streamed(folder, stays, COARSE)
+    batch = engine.batch(rows=1, sparsity=COARSE, correction=chain())
+    batch.add(engine.text(PROMPT, max_new_tokens=60))
+    [batch.step() for _ in range(3)]  # the prompt, and rounds after which the next one finds the buffers filled
+    before, rounds = prepared_of(engine.model).placed.moved, 4
+    guesses = sum(len(update.round.draft) for _ in range(rounds) for update in batch.step())
+    found = prepared_of(engine.model).placed.moved - before
+    pages = 3 * PAGE - 3 * 22 * 36 * 4  # gate, up and down of 22 neurons take a page each
+    expected = rounds * plan.full_streamed + guesses * (plan.draft_streamed + plan.neurons.count(False) * pages)
+    assert guesses and expected <= found <= expected + rounds * 4 * plan.unit, "a pass of another kind is a surprise"
+
+
 def test_a_batch_is_opened_without_bringing_what_its_drafts_read(folder):
     engine = streamed(folder, "000 000 000", FOUR)
     want = engine.generate(PROMPT, max_new_tokens=NEW, sparsity=FOUR, correction=chain()).stats.density
@@ -259,11 +275,11 @@ def test_an_engine_that_is_deleted_frees_its_buffers_threads_and_files(folder):
     threads, files = set(threading.enumerate()), opened()
     engine = streamed(folder, "010 000", COARSE)
     write(engine, COARSE)
-    pool = weakref.ref(prepared_of(engine.model).placed.ring.pool)
+    ring = weakref.ref(prepared_of(engine.model).placed.ring)
     assert opened() > files and set(threading.enumerate()) - threads
     del engine
     gc.collect()
-    assert pool() is None and opened() == files
+    assert ring() is None and opened() == files
     for thread in set(threading.enumerate()) - threads:
         thread.join(10)
         assert not thread.is_alive()
@@ -373,7 +389,7 @@ def test_the_smallest_budget_works_and_one_byte_less_names_it(folder, want, draf
     message = refused(folder, ConfigError, memory_budget=least - 1, draft=draft)
     assert f"a memory budget of {least - 1} bytes" in message and f"give at least {least} bytes, or shorten" in message
     engine = Engine.load(str(folder), memory_budget=least, draft=draft)
-    assert prepared_of(engine.model).placed.ring.pool.memories[1:2], "two buffers"
+    assert prepared_of(engine.model).placed.ring.memories[1:2], "two buffers"
     assert write(engine, draft or PLAIN) == want[0]
 
 
@@ -384,7 +400,7 @@ def test_what_is_in_memory_is_no_more_than_the_plan_says(folder):
         engine = Engine.load(str(folder), memory_budget=budget, draft=PLAIN)
         held = sum(each.nbytes for each in engine.model.parameters() if not each.is_meta)
         placed = prepared_of(engine.model).placed
-        buffers = len(placed.ring.pool.memories) * placed.planned.plan.unit
+        buffers = len(placed.ring.memories) * placed.planned.plan.unit
         assert held + buffers <= placed.planned.plan.used <= budget
 
 

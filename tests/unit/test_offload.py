@@ -25,9 +25,9 @@ from sirius.model.matrix import Dense, Neurons
 from sirius.model.memory import page_aligned
 from sirius.offload import checkpoint, ring
 from sirius.offload.checkpoint import PAGE, File, read_checkpoint
-from sirius.offload.ring import CHUNK, Mover, Pool, Ring, ThreadMover, Throttle
+from sirius.offload.ring import CHUNK, READERS, Mover, Order, Ring, ThreadMover, Throttle
 from sirius.offload.shelf import BlockShelf, FileStore, HostStore
-from sirius.offload.stream import Block, Held, Streamed
+from sirius.offload.stream import Held, Part, Streamed
 
 SHM = Path("/dev/shm")
 GENERATOR = torch.Generator().manual_seed(0)
@@ -282,20 +282,20 @@ def stored_mlp(folder: Path, dtype: torch.dtype, hidden: int = 24, neurons: int 
     [(torch.float32, torch.float32), (torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)],
     ids=str,
 )
-def test_a_block_lies_in_a_buffer_neuron_by_neuron(tmp_path, stored, dtype, beside, held):
+def test_an_mlp_lies_in_a_buffer_neuron_by_neuron(tmp_path, stored, dtype, beside, held):
     weights, where = stored_mlp(tmp_path, stored)
     layers = [
         Streamed(1, where["gate"]),
         Streamed(2, where["up"]),
         Streamed(3, where["down"], transposed=True, beside=beside),
     ]
-    block = Block(layers, dtype)
-    unit = Held(block) if held else block
+    part = Part(layers, dtype)
+    unit = Held(part) if held else part
     memory = page_aligned(unit.nbytes + 5 * PAGE)
     memory.fill_(255)  # as numbers: NaN
     views = unit.views(memory)
     assert sum(task() for task in unit.tasks(views, memory)) == unit.moved
-    assert unit.moved == (block.nbytes if held else sum(each.nbytes for each in weights.values()))
+    assert unit.moved == (part.nbytes if held else sum(each.nbytes for each in weights.values()))
     for key, want in {1: weights["gate"], 2: weights["up"], 3: weights["down"].t()}.items():
         assert torch.equal(views[key], want.to(dtype))
         assert views[key].stride() == ((48 if beside and key > 1 else 24), 1)
@@ -310,11 +310,11 @@ def test_numbers_that_are_not_finite_are_refused_by_name_however_often_they_are_
     weights, _ = stored_mlp(tmp_path, torch.bfloat16)
     weights["up"][17, 3] = value
     save_file(weights, tmp_path / "model.safetensors")
-    block = Block([Streamed(key, each) for key, each in read_checkpoint(tmp_path).items()], torch.bfloat16)
-    memory = page_aligned(block.nbytes)
+    part = Part([Streamed(key, each) for key, each in read_checkpoint(tmp_path).items()], torch.bfloat16)
+    memory = page_aligned(part.nbytes)
     for _ in range(2):
         with pytest.raises(ModelError, match=r"up, rows 0 to 40: numbers that are not finite"):
-            [task() for task in block.tasks(block.views(memory), memory)]
+            [task() for task in part.tasks(part.views(memory), memory)]
 
 
 # --- buffers
@@ -343,6 +343,10 @@ class FakeMover(Mover):
         for task in self.writing.pop(arrival):
             task()
         self.tick()
+
+    def drop(self, unit, arrival):
+        self.tick()
+        del self.writing[arrival]
 
     def used(self):
         return None
@@ -375,103 +379,124 @@ class FakeUnit:
         yield write
 
 
-def entered(ring: Ring, number: int) -> Tensor:
-    views = ring.enter(number)
-    assert set(views.tolist()) == {ring.units[number].number}
+def entered(ring: Ring, unit: FakeUnit, order: Order) -> Tensor:
+    views = ring.enter(unit, order)
+    assert set(views.tolist()) == {unit.number}
     return views
 
 
-def check_buffers(pool: Pool) -> None:
+def check_buffers(ring: Ring) -> None:
     """Raise AssertionError where a buffer is nobody's, or belongs to two."""
-    rings = list(pool.rings)
-    held = [each.held[1] for each in rings if each.held]
-    coming = [buffer for each in rings for _, buffer, _ in each.coming]
-    assert sorted([number for number, _ in pool.free] + held + coming) == list(range(len(pool.memories)))
+    held = [ring.held[1]] if ring.held else []
+    coming = [buffer for buffer, _ in ring.coming.values()]
+    assert sorted([number for number, _ in ring.free] + held + coming) == list(range(len(ring.memories)))
 
 
-ENTRIES = st.lists(st.tuples(st.integers(0, 1), st.integers(0, 6), st.sampled_from(["", "", "", "broken", "new"])))
+def numbers(ring: Ring) -> set[int]:
+    """Return the numbers of the units that are on their way."""
+    return {unit.number for unit in ring.coming}
+
+
+SIZES = st.tuples(st.integers(1, 4), st.integers(0, 4), st.integers(1, 4))  # of one order, of both, of the other one
+ENTRIES = st.lists(st.tuples(st.integers(0, 1), st.integers(0, 7), st.sampled_from(["", "", "", "broken", "new"])))
 
 
 @settings(max_examples=150, derandomize=True, deadline=None)
-@given(st.integers(2, 4), st.tuples(st.integers(1, 5), st.integers(1, 5)), ENTRIES, st.integers(0, 60))
-def test_rings_that_share_buffers_give_the_units_that_are_asked_for_in_any_order(count, sizes, entries, interrupted):
-    """Where units fail, rings go and new ones come, and Ctrl-C interrupts anything."""
-    pool = Pool(8, count, FakeMover())
-    units = [[FakeUnit(100 * which + number) for number in range(size)] for which, size in enumerate(sizes)]
-    rings = [Ring(each, pool) for each in units]
-    pool.mover.interrupted = interrupted
+@given(st.integers(2, 4), SIZES, ENTRIES, st.integers(0, 60))
+def test_a_ring_gives_the_units_that_are_asked_for_in_any_order(count, sizes, entries, interrupted):
+    """Where units fail, orders go and new ones come, and Ctrl-C interrupts anything."""
+    ring, units = Ring(8, count, FakeMover()), [FakeUnit(number) for number in range(sum(sizes))]
+    owned = units[: sizes[0] + sizes[1]], units[sizes[0] :]
+    orders = [Order(each) for each in owned]
+    ring.mover.interrupted = interrupted
     for which, number, what in entries:
-        number %= len(units[which])
-        unit = units[which][number]
+        unit = owned[which][number % len(owned[which])]
         if what == "new":
-            rings[which] = Ring(units[which], pool)
+            orders[which] = Order(owned[which])
         unit.broken = what == "broken"
-        before = rings[which].held
+        before = ring.held
         try:
-            entered(rings[which], number)
-            assert not unit.broken or (before is not None and before[0] == number)
-            check_buffers(pool)
+            entered(ring, unit, orders[which])
+            assert not unit.broken or (before is not None and before[0] is unit)
+            check_buffers(ring)
         except FileError as error:
             assert str(error) == f"unit {unit.number} is broken" and unit.broken
         except KeyboardInterrupt:
             pass
         unit.broken = False
-    pool.mover.interrupted = 0
-    for which in (0, 1):
-        for number in range(len(units[which])):
-            entered(rings[which], number)
-    check_buffers(pool)
-    pool.recover()
-    assert len(pool.free) == count and not any(each.coming or each.held for each in rings)
+    ring.mover.interrupted = 0
+    for each, order in zip(owned, orders, strict=True):
+        [entered(ring, unit, order) for unit in each]
+    check_buffers(ring)
+    ring.recover()
+    assert len(ring.free) == count and not ring.coming and not ring.held
 
 
 def test_units_come_ahead_in_turn_while_one_is_used():
-    pool = Pool(8, 3, FakeMover())
-    ring = Ring([FakeUnit(number) for number in range(4)], pool)
-    entered(ring, 2)
-    assert [unit for unit, _, _ in ring.coming] == [3, 0]
-    entered(ring, 3)
-    assert [unit for unit, _, _ in ring.coming] == [0, 1]
-    before = pool.mover.writing.copy()
-    entered(ring, 3)  # it is there already
-    assert pool.mover.writing == before
+    ring, order = Ring(8, 3, FakeMover()), Order([FakeUnit(number) for number in range(4)])
+    entered(ring, order.units[2], order)
+    assert numbers(ring) == {3, 0}
+    entered(ring, order.units[3], order)
+    assert numbers(ring) == {0, 1}
+    before = ring.mover.writing.copy()
+    entered(ring, order.units[3], order)  # it is there already
+    assert ring.mover.writing == before
 
 
-def test_what_a_ring_needs_now_goes_before_what_another_one_has_brought_ahead():
-    pool = Pool(8, 2, FakeMover())
-    first, second = (Ring([FakeUnit(number + 10 * which) for number in range(3)], pool) for which in range(2))
-    entered(first, 0)
-    for number in (0, 1, 2):
-        entered(second, number)
-        entered(first, number)
-    check_buffers(pool)
+def test_a_pass_of_another_kind_is_known_by_the_first_unit_that_is_its_own():
+    ring, units = Ring(8, 3, FakeMover()), [FakeUnit(number) for number in range(6)]
+    full, draft = Order(units), Order([units[0], own := FakeUnit(10), units[2], other := FakeUnit(12)])
+    entered(ring, units[0], full)
+    assert numbers(ring) == {1, 2}
+    entered(ring, own, draft)
+    assert numbers(ring) == {2, 12}, "the unit that both kinds use goes on coming"
+    entered(ring, units[2], full)
+    entered(ring, other, draft)
+    entered(ring, units[0], full)
+    assert numbers(ring) == {10, 2}, "the next draft pass is expected"
+    entered(ring, units[1], full)
+    assert numbers(ring) == {2, 3}
 
 
-def test_buffers_of_a_ring_that_is_gone_are_used_again():
-    pool = Pool(8, 3, FakeMover())
-    kept = Ring([FakeUnit(number) for number in range(5)], pool)
+def test_buffers_of_an_order_that_is_gone_are_used_again():
+    ring, kept = Ring(8, 3, FakeMover()), Order([FakeUnit(number) for number in range(5)])
     for _ in range(5):
-        passing = Ring([FakeUnit(9), FakeUnit(8), FakeUnit(7)], pool)
-        entered(passing, 0)
+        passing = Order([FakeUnit(9), FakeUnit(8), FakeUnit(7)])
+        entered(ring, passing.units[0], passing)
         del passing
-        entered(kept, 0)
-        check_buffers(pool)
-        assert len(kept.coming) == 2, "all three buffers are at work"
+        entered(ring, kept.units[0], kept)
+        check_buffers(ring)
+        assert numbers(ring) == {1, 2}, "all three buffers are at work"
 
 
 @pytest.mark.parametrize("sized", [1, 200])
 def test_threads_bring_units_into_real_buffers(sized):
-    pool = Pool(sized * PAGE, 3, ThreadMover())
+    ring = Ring(sized * PAGE, 3, ThreadMover())
     units = [FakeUnit(number, sized * PAGE) for number in range(6)]
-    ring = Ring(units, pool)
+    order = Order(units)
     for number in [*range(6), 0, 3, 3, 5, *range(6)]:
-        entered(ring, number)
+        entered(ring, units[number], order)
     units[3].broken = True
     with pytest.raises(FileError, match="unit 3 is broken"):
-        entered(ring, 3)
+        entered(ring, units[3], order)
     units[3].broken = False
-    [entered(ring, number) for number in (3, 4, 2)]
-    assert pool.mover.moved >= 17 * sized * PAGE
+    [entered(ring, units[number], order) for number in (3, 4, 2)]
+    assert ring.mover.moved >= 17 * sized * PAGE
+
+
+def test_what_was_not_brought_of_a_unit_that_is_dropped_is_not_counted():
+    began, go = threading.Event(), threading.Event()
+
+    class Parts(FakeUnit):
+        def tasks(self, views, memory):
+            return [lambda: (began.set(), go.wait(10), 10)[-1]] * 9
+
+    mover, unit = ThreadMover(), Parts(1, 90)
+    arrival = mover.send(unit, None, None, None)
+    assert began.wait(10) and mover.moved == 90
+    threading.Timer(0.2, go.set).start()
+    mover.drop(unit, arrival)
+    assert all(each.done() for each in arrival) and 10 <= mover.moved <= 10 * READERS
 
 
 def test_threads_end_with_their_mover_and_what_is_left_to_bring_is_not_brought():
@@ -496,7 +521,7 @@ def test_threads_end_with_their_mover_and_what_is_left_to_bring_is_not_brought()
 
 PROGRAM = """
 import os, sys
-from sirius.offload.ring import Pool, Ring, ThreadMover, Throttle
+from sirius.offload.ring import Order, Ring, ThreadMover, Throttle
 
 class Unit:
     nbytes = moved = 100
@@ -510,15 +535,16 @@ class Unit:
     def tasks(self, views, memory):
         return [lambda: views.fill_(self.number) is None or 100] * self.parts
 
-ring = Ring([Unit(number) for number in range(9)], Pool(100, 3, ThreadMover(Throttle(1000.0))))
-assert set(ring.enter(0).tolist()) == {0}
+units = [Unit(number) for number in range(9)]
+ring, order = Ring(100, 3, ThreadMover(Throttle(1000.0))), Order(units)
+assert set(ring.enter(units[0], order).tolist()) == {0}
 if not (child := os.fork()):
-    assert set(ring.enter(5).tolist()) == {5} and set(ring.enter(6).tolist()) == {6}
+    assert all(set(ring.enter(units[number], order).tolist()) == {number} for number in (5, 6))
     os._exit(7)
 assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
-for unit in ring.units[5:]:
+for unit in units[5:]:
     unit.parts = 100
-assert set(ring.enter(4).tolist()) == {4}
+assert set(ring.enter(units[4], order).tolist()) == {4}
 print("there", flush=True)
 """
 
@@ -564,8 +590,7 @@ STORES = {"host": lambda folder: HostStore(), "file": FileStore}
 @pytest.mark.parametrize("bits", [4, 8])
 def test_rounded_weights_come_back_from_a_shelf_as_they_were(tmp_path, store, bits):
     layers, blocks = linears(2, 4)
-    pool = Pool(1 << 20, 2, ThreadMover())
-    shelf = BlockShelf(blocks, STORES[store](tmp_path), pool)
+    shelf = BlockShelf(blocks, STORES[store](tmp_path), Ring(1 << 20, 2, ThreadMover()), {})
     weights = {id(each): torch.randn(9 + i, 65 * i + 3, generator=GENERATOR) for i, each in enumerate(layers)}
     for each in layers:
         assert shelf.takes(each) and not shelf.takes(nn.Linear(1, 1))
@@ -583,8 +608,7 @@ def test_rounded_weights_come_back_from_a_shelf_as_they_were(tmp_path, store, bi
 @pytest.mark.parametrize("shape", [(13, 36), (3, 13, 36)], ids=["one set", "three sets"])
 def test_kept_neurons_come_back_from_a_shelf_as_they_were(tmp_path, store, biased, shape):
     layers, blocks = linears(1, 5)
-    pool = Pool(1 << 20, 2, ThreadMover())
-    shelf = BlockShelf(blocks, STORES[store](tmp_path), pool)
+    shelf = BlockShelf(blocks, STORES[store](tmp_path), Ring(1 << 20, 2, ThreadMover()), {})
 
     def made(number: int) -> Neurons:
         draw = torch.Generator().manual_seed(number)
@@ -603,7 +627,7 @@ def test_kept_neurons_come_back_from_a_shelf_as_they_were(tmp_path, store, biase
 @pytest.mark.parametrize("call", ["pwrite", "fdatasync"])
 def test_a_full_disk_is_named_with_its_folder_and_a_way_out(tmp_path, monkeypatch, call):
     layers, blocks = linears(1, 3)
-    shelf = BlockShelf(blocks, FileStore(tmp_path), Pool(1 << 16, 2, ThreadMover()))
+    shelf = BlockShelf(blocks, FileStore(tmp_path), Ring(1 << 16, 2, ThreadMover()), {})
     value = quantize(torch.randn(8, 64, generator=GENERATOR), 4)
     shelf.put(layers[0], value)
     with monkeypatch.context() as full:

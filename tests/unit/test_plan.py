@@ -142,12 +142,12 @@ def test_times_are_those_of_the_link_or_of_the_memory(sizes, draft, more, rates,
 
 
 @pytest.mark.parametrize("draft", DRAFTS)
-def test_the_smallest_budget_has_two_buffers_of_the_largest_block(draft):
+def test_the_smallest_budget_has_two_buffers_of_the_largest_part_of_a_block(draft):
     head = SIZES.rounded_head if draft == "rounded" else 0
-    assert smallest_budget(SIZES, draft) == 1000 + 200 + 300 + head + 2 * 200
+    assert smallest_budget(SIZES, draft) == 1000 + 200 + 300 + head + 2 * 160
     plan = planned(SIZES, smallest_budget(SIZES, draft), draft)
-    assert (plan.buffers, plan.unit) == (2, 200)
-    assert planned(SIZES, plan.budget + 200, draft).buffers == 3
+    assert (plan.buffers, plan.unit) == (2, 160)
+    assert planned(SIZES, plan.budget + 160, draft).buffers == 3
 
 
 @pytest.mark.parametrize("draft", DRAFTS)
@@ -166,7 +166,7 @@ def test_two_buffers_are_more_than_a_model_of_one_block():
 
 
 def test_a_rounded_draft_stays_before_any_full_block_does():
-    always = SIZES.always("rounded") + 3 * 200
+    always = SIZES.always("rounded") + 3 * 160
     plan = planned(SIZES, always + 499, "rounded")
     assert sum(plan.rounded) == 9 and not any(plan.mlp) and plan.draft_streamed == 50
     plan = planned(SIZES, always + 500 + 2 * 200, "rounded")
@@ -175,7 +175,7 @@ def test_a_rounded_draft_stays_before_any_full_block_does():
 
 def test_a_coarse_draft_keeps_attention_then_neurons_then_mlps():
     always = SIZES.always("coarse")
-    plan = planned(SIZES, always + 3 * 200 + 6 * 40, "coarse")
+    plan = planned(SIZES, always + 3 * 160 + 6 * 40, "coarse")
     assert sum(plan.attention) == 6 and not any(plan.kept) and not any(plan.mlp)
     plan = planned(SIZES, always + 3 * 160 + 400 + 4 * 80, "coarse")
     assert all(plan.attention) and sum(plan.kept) == 4 and not any(plan.mlp)
@@ -199,11 +199,11 @@ def test_blocks_that_stay_are_spread_evenly(count):
 
 
 def test_a_link_that_drafts_leave_idle_fills_the_buffers_for_the_full_pass():
-    plan = planned(SIZES, SIZES.always("rounded") + 3 * 200 + 500, "rounded")
+    plan = planned(SIZES, SIZES.always("rounded") + 3 * 160 + 500, "rounded")
     assert plan.draft_seconds == pytest.approx((500 + 30 + 200) / MEMORY)
-    assert plan.full_streamed == 2000 and plan.fetched_ahead == 2 * 200  # 15 drafts of 0.73 s have time for 1095
-    assert plan.full_seconds == pytest.approx((2000 - 400) / 100)
-    assert plan.plain_seconds == pytest.approx(20) and plan.first_seconds == pytest.approx(2)
+    assert plan.full_streamed == 2000 and plan.fetched_ahead == 40 + 160  # 15 drafts of 0.73 s have time for 1095
+    assert plan.full_seconds == pytest.approx((2000 - 200) / 100)
+    assert plan.plain_seconds == pytest.approx(20) and plan.first_seconds == pytest.approx(0.4)
     short = planned(SIZES, plan.budget, "rounded", period=2)
     assert short.fetched_ahead == 73 and short.full_seconds == pytest.approx(19.27)
 
@@ -211,8 +211,8 @@ def test_a_link_that_drafts_leave_idle_fills_the_buffers_for_the_full_pass():
 def test_the_papers_setting_streams_attention_and_kept_neurons_in_each_draft():
     plan = stream_everything(SIZES, LINK, MEMORY, "coarse", 16, 15.2)
     assert plan.draft_streamed == 1200 and plan.full_streamed == 2000 and plan.fetched_ahead == 0
-    assert plan.switch_seconds == pytest.approx(2.0 + 1.2)  # the first block of a full pass, and of a draft pass
-    assert plan.seconds_per_token == pytest.approx((15 * 12 + 20 + 3.2) / 15.2)
+    assert plan.switch_seconds == pytest.approx(0.4 + 0.4)  # the attention of the first block, twice
+    assert plan.seconds_per_token == pytest.approx((15 * 12 + 20 + 0.8) / 15.2)
     assert plan.plain_seconds == pytest.approx(20)
     assert plan.used == plan.budget == smallest_budget(SIZES, "coarse")
 

@@ -149,7 +149,7 @@ def _run_ours(workload: Workload, setting: OffloadSetting) -> Turn:
     turn.links = before, _link(stream) or before
     turn.plan, turn.streamed = plan, (plan.draft_streamed, plan.full_streamed)
     if workload.link is not None:
-        turn.host = sum(unit.nbytes for ring in stream.ring.pool.rings for unit in ring.units)
+        turn.host = stream.elsewhere  # the link is from the memory that is measured
     return turn
 
 
@@ -183,7 +183,7 @@ class _Text:
 
 def _link(stream: Stream | None) -> float | None:
     """Return the bytes per second that come over the link, through the buffers that are there."""
-    return None if stream is None else ring_speed(stream.ring)
+    return None if stream is None else ring_speed(stream.ring, stream.full)
 
 
 def _never_end(model: PreTrainedModel) -> None:

@@ -17,7 +17,7 @@ from sirius.model.loading import Source, find_device, find_dtype, load_config, l
 from sirius.model.prepared import prepared_of
 from sirius.offload.amounts import in_words, memory_of
 from sirius.offload.checkpoint import NUMBERS, Stored
-from sirius.offload.load import Transfer, all_blocks, check_source, fill, find_weights, match, unit_of
+from sirius.offload.load import Transfer, all_parts, check_source, fill, find_weights, match, unit_of
 from sirius.offload.measure import held_now, link_speed, memory_speed
 from sirius.offload.plan import Draft, Link, Sizes, make_plan, parse_budget
 from sirius.offload.sizes import draft_of, score_bytes, sizes_of
@@ -208,10 +208,10 @@ class Room:
 
 def transfer_speed(model: PreTrainedModel, where: dict[int, Stored], transfer: Transfer) -> float:
     """Return the bytes per second at which the blocks of a model come to a device."""
-    blocks = all_blocks(model, where)[: 1 if transfer.held else None]
-    for block in blocks:
-        block.checks = False  # as in all passes but the first
-    units = [unit_of(block, transfer) for block in blocks]
+    parts = all_parts(model, where)[: 2 if transfer.held else None]
+    for part in parts:
+        part.checks = False  # as in all passes but the first
+    units = [unit_of(part, transfer) for part in parts]
     measured = link_speed(units, replace(transfer, throttle=None).make_mover())
     return measured if transfer.throttle is None else min(measured, transfer.throttle)
 

@@ -19,9 +19,9 @@ from sirius.model.prepare import prepare
 from sirius.model.prepared import prepared_of
 from sirius.offload.checkpoint import INDEX, NUMBERS, PAGE, WEIGHTS, Stored, read_checkpoint
 from sirius.offload.guard import guard
-from sirius.offload.ring import CudaMover, Mover, Pool, Ring, ThreadMover, Throttle
+from sirius.offload.ring import CudaMover, Mover, Ring, ThreadMover, Throttle, Unit
 from sirius.offload.shelf import FileStore, HostStore
-from sirius.offload.stream import Block, Held, Planned, Shelves, Stream, Streamed, check_finite, put
+from sirius.offload.stream import Held, Part, Planned, Shelves, Stream, Streamed, Views, check_finite, put
 
 MARGIN = 64 * PAGE  # bytes of a buffer beyond its unit, as each tensor of a shelf begins where a page does
 
@@ -152,18 +152,18 @@ def fill(model: PreTrainedModel, where: dict[int, Stored], planned: Planned, tra
     """
     found, plan = layers_of(model), planned.plan
     away = _away(found, where, plan.attention, plan.mlp)
-    absent = {each.source for block in away for each in block.layers}
+    absent = {each.source for part in away for each in part.layers}
     _bring(model, {key: each for key, each in where.items() if each not in absent}, transfer.device)
     model.requires_grad_(False)  # a gradient would be of what a buffer holds by then
     if not away:
         prepare(model)
         return
-    units = [unit_of(block, transfer) for block in away]
-    size = max(plan.unit, *(each.nbytes for each in units)) + MARGIN
-    pool = Pool(size, plan.buffers, transfer.make_mover())
+    units = {part: unit_of(part, transfer) for part in away}
+    size = max(plan.unit, *(each.nbytes for each in units.values())) + MARGIN
+    ring = Ring(size, plan.buffers, transfer.make_mover())
     store = partial(HostStore, transfer.device.type == "cuda") if transfer.held else FileStore
     shelves = Shelves(_shelved(found, plan.rounded), _shelved(found, plan.kept), store)
-    prepared_of(model).matrix = Stream(away, Ring(units, pool), shelves, planned)
+    prepared_of(model).matrix = Stream(units, ring, shelves, planned)
     tried = [each for each in found[0].mlp.values() if each.weight.is_meta]  # the other blocks' MLPs are alike
     for layer in tried:
         layer.weight = nn.Parameter(_whole(where[id(layer.weight)], layer.weight, transfer.device), False)
@@ -173,13 +173,13 @@ def fill(model: PreTrainedModel, where: dict[int, Stored], planned: Planned, tra
     guard(model)
 
 
-def unit_of(block: Block, transfer: Transfer) -> Block | Held:
-    """Return a block as it comes to a device: from its files, or read now into the host's memory."""
-    return Held(block, pin=transfer.device.type == "cuda") if transfer.held else block
+def unit_of(part: Part, transfer: Transfer) -> Unit[Views]:
+    """Return a part of a block as it comes to a device: from its files, or read now into the host's memory."""
+    return Held(part, pin=transfer.device.type == "cuda") if transfer.held else part
 
 
-def all_blocks(model: PreTrainedModel, where: dict[int, Stored]) -> list[Block]:
-    """Return every block of a model whose weights are on meta, with all of its linear layers."""
+def all_parts(model: PreTrainedModel, where: dict[int, Stored]) -> list[Part]:
+    """Return attention and MLP of every block of a model whose weights are on meta."""
     found = layers_of(model)
     none = [False] * len(found)
     return _away(found, where, none, none)
@@ -197,19 +197,17 @@ def _shelved(found: Sequence[Layers], stays: Sequence[bool]) -> dict[int, int]:
 
 def _away(
     found: Sequence[Layers], where: dict[int, Stored], attention: Sequence[bool], mlp: Sequence[bool]
-) -> list[Block]:
-    """Return the blocks of which layers do not stay, with these layers.
+) -> list[Part]:
+    """Return the parts of blocks that do not stay, in the order of a pass.
 
     attention, mlp  whether the block's layers outside and inside of its MLP stay
     """
-    away: list[Block] = []
+    away: list[Part] = []
     for number, layers in enumerate(found):
-        out = [] if attention[number] else [Streamed(id(each), where[id(each.weight)]) for each in layers.attention]
-        if not mlp[number]:
-            out += _mlp(layers.mlp, where)
-        if out:
-            first, *_ = *layers.attention, *layers.mlp.values()
-            away.append(Block(out, first.weight.dtype))
+        first, *_ = *layers.attention, *layers.mlp.values()
+        outside = [] if attention[number] else [Streamed(id(each), where[id(each.weight)]) for each in layers.attention]
+        inside = [] if mlp[number] else _mlp(layers.mlp, where)
+        away += [Part(part, first.weight.dtype, number, part is inside) for part in (outside, inside) if part]
     return away
 
 

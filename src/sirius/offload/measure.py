@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from itertools import cycle, islice
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 
 from sirius.kernels import ops
 from sirius.offload.plan import BUFFERS
-from sirius.offload.ring import CudaMover, Mover, Pool, Ring, Unit
+from sirius.offload.ring import CudaMover, Mover, Order, Ring, Unit
 
 MOST = 1 << 29  # bytes that are brought to measure a link
 SECONDS = 1.0  # after which no further unit is brought
@@ -24,29 +25,28 @@ def link_speed(units: Sequence[Unit[Any]], mover: Mover) -> float:
     The mover is stopped. Raises FileError where a unit cannot be read.
     """
     try:
-        return ring_speed(Ring(units, Pool(max(each.nbytes for each in units), min(BUFFERS, len(units)), mover)))
+        return ring_speed(Ring(max(each.nbytes for each in units), min(BUFFERS, len(units)), mover), Order(units))
     finally:
         mover.stop()  # units that were to come next take memory that loading needs
 
 
-def ring_speed(ring: Ring[Any]) -> float:
-    """Return the bytes per second at which the units of a ring come while nothing is computed.
+def ring_speed(ring: Ring, order: Order[Any]) -> float:
+    """Return the bytes per second at which units come through a ring while nothing is computed.
 
     Bytes are those of memory, as in plans; files may hold weights in another dtype, and so more or fewer bytes. As many
     units as there are buffers are not counted: they may be there already, or open files and make memory. Raises
     FileError where a unit cannot be read.
     """
-    mover, number = ring.pool.mover, 0
-    for number in range(min(len(ring.pool.memories), len(ring.units))):
-        ring.enter(number)
+    units = cycle(order.units)
+    for unit in islice(units, min(len(ring.memories), len(order.units))):
+        ring.enter(unit, order)
     brought, began = 0, perf_counter()
     while brought < MOST and perf_counter() - began < SECONDS:
-        number = (number + 1) % len(ring.units)
-        ring.leave()  # else a ring of one unit has it at hand
-        ring.enter(number)
-        brought += ring.units[number].nbytes
-    if isinstance(mover, CudaMover):
-        torch.cuda.synchronize(mover.device)
+        ring.leave()  # else an order of one unit has it at hand
+        ring.enter(unit := next(units), order)
+        brought += unit.nbytes
+    if isinstance(ring.mover, CudaMover):
+        torch.cuda.synchronize(ring.mover.device)
     return brought / (perf_counter() - began)
 
 

@@ -1,11 +1,12 @@
 """Decide which weights stay in memory under a budget and which are streamed, and predict the time of a token.
 
-A block's streamed weights are a unit. Units come over the link in the order of the blocks, through a few buffers, while
-earlier blocks are computed. What always stays is embedding, head, norms, biases, keys and values, and working memory.
+What is streamed of a block comes in units: its attention, its MLP, and what a draft pass reads in place of one or of
+both. Units come over the link in the order of a pass, through a few buffers, while earlier ones are computed. What
+always stays is embedding, head, norms, biases, keys and values, and working memory.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from decimal import Decimal
 from math import isfinite
@@ -290,24 +291,28 @@ def _residents(blocks: int, draft: Draft) -> Iterator[Residents]:
 
 
 def _full_units(sizes: Sizes, residents: Residents) -> list[int]:
-    """Return the bytes of each block that a full pass streams."""
-    parts = zip(residents.attention, sizes.attention, residents.mlp, sizes.mlp, strict=True)
-    return [(not stays) * attention + (not held) * mlp for stays, attention, held, mlp in parts]
+    """Return the bytes of each unit that a full pass streams, in its order."""
+    return _in_turn((residents.attention, sizes.attention), (residents.mlp, sizes.mlp))
+
+
+def _in_turn(*parts: tuple[Sequence[bool], Sequence[int]]) -> list[int]:
+    """Return the sizes of the parts of blocks that do not stay, block by block."""
+    each = [[0 if stays else size for stays, size in zip(*part, strict=True)] for part in parts]
+    return [size for block in zip(*each, strict=True) for size in block if size]
 
 
 def _draft_units(sizes: Sizes, residents: Residents, draft: Draft) -> list[int]:
-    """Return the bytes of each block that a draft pass streams."""
+    """Return the bytes of each unit that a draft pass streams, in its order."""
     if draft == "none":
-        return [0] * sizes.blocks
+        return []
     if draft == "rounded":
-        return [0 if stays else size for stays, size in zip(residents.rounded, sizes.rounded, strict=True)]
+        return _in_turn((residents.rounded, sizes.rounded))
     copied = [mlp or kept for mlp, kept in zip(residents.mlp, residents.kept, strict=True)]
-    parts = zip(residents.attention, sizes.attention, copied, sizes.kept, strict=True)
-    return [(not stays) * attention + (not held) * kept for stays, attention, held, kept in parts]
+    return _in_turn((residents.attention, sizes.attention), (copied, sizes.kept))
 
 
 def _unit(sizes: Sizes, residents: Residents, draft: Draft) -> int:
-    return max(_full_units(sizes, residents) + _draft_units(sizes, residents, draft))
+    return max(_full_units(sizes, residents) + _draft_units(sizes, residents, draft), default=0)
 
 
 def _resident_bytes(sizes: Sizes, residents: Residents) -> int:
@@ -324,7 +329,7 @@ def _used(sizes: Sizes, residents: Residents, buffers: int, draft: Draft) -> int
 def _plan(sizes: Sizes, residents: Residents, buffers: int, setting: Setting, budget: int) -> Plan:
     """Return a candidate with its figures."""
     full, draft = _full_units(sizes, residents), _draft_units(sizes, residents, setting.draft)
-    unit = max(full + draft)
+    unit = max(full + draft, default=0)
     return Plan(
         draft=setting.draft,
         **residents._asdict(),
@@ -336,7 +341,7 @@ def _plan(sizes: Sizes, residents: Residents, buffers: int, setting: Setting, bu
         full_streamed=sum(full),
         period=setting.period,
         aal=setting.aal,
-        **_times([size for size in full if size], [size for size in draft if size], buffers, setting, sizes),
+        **_times(full, draft, buffers, setting, sizes),
     )
 
 

@@ -5,10 +5,9 @@ import time
 import weakref
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from concurrent.futures import thread as executors
-from contextlib import suppress
 from threading import Lock
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -24,7 +23,7 @@ Task = Callable[[], int]  # brings a part of a unit and returns its bytes
 
 
 class Unit(Protocol[V]):
-    """Weights that come and go together, as those of one block do.
+    """Weights that come and go together, as those of one MLP do; equal to no other unit.
 
     nbytes  bytes of memory that it takes in a buffer
     moved   bytes that cross the link
@@ -84,6 +83,10 @@ class Mover(ABC):
         """Let what follows begin when a unit is there; raise what kept it from coming."""
 
     @abstractmethod
+    def drop(self, unit: Unit[Any], arrival: Any) -> None:
+        """Bring no more of a unit than has begun; return when its buffer may be given to `send` with no event."""
+
+    @abstractmethod
     def used(self) -> Any:
         """Return the event from which on what was used so far is not used any more."""
 
@@ -103,14 +106,19 @@ class ThreadMover(Mover):
     def memory(self, count: int) -> Tensor:
         return page_aligned(count)
 
-    def send(self, unit: Unit[Any], views: Any, memory: Tensor, free: Any) -> list[Future[None]]:
+    def send(self, unit: Unit[Any], views: Any, memory: Tensor, free: Any) -> list[Future[int]]:
         self.moved += unit.moved
         return [self.threads.submit(_run, task, self.throttle) for task in unit.tasks(views, memory)]
 
-    def wait(self, arrival: list[Future[None]]) -> None:
+    def wait(self, arrival: list[Future[int]]) -> None:
         wait(arrival)  # all of them, also where one failed: none may write later
         for each in arrival:
             each.result()
+
+    def drop(self, unit: Unit[Any], arrival: list[Future[int]]) -> None:
+        begun = [each for each in arrival if not each.cancel()]
+        wait(begun)
+        self.moved -= unit.moved - sum(each.result() for each in begun if each.exception() is None)
 
     def used(self) -> None:
         return None
@@ -128,11 +136,13 @@ class ThreadMover(Mover):
         self.end.atexit = False
 
 
-def _run(task: Task, throttle: Throttle) -> None:
+def _run(task: Task, throttle: Throttle) -> int:
+    """Bring a part of a unit and return its bytes."""
     if getattr(executors, "_shutdown", False):  # the interpreter ends, and waits for the threads of executors
         raise RuntimeError("no weights are brought while the interpreter shuts down")
     with torch.inference_mode(False), torch.no_grad():
-        throttle.passed(task())
+        throttle.passed(count := task())
+    return count
 
 
 class CudaMover(Mover):
@@ -159,6 +169,9 @@ class CudaMover(Mover):
     def wait(self, arrival: Any) -> None:
         torch.cuda.current_stream(self.device).wait_event(arrival)
 
+    def drop(self, unit: Unit[Any], arrival: Any) -> None:
+        return None  # what is sent next begins when this has come: one stream carries both
+
     def used(self) -> Any:
         event = torch.cuda.Event()
         event.record(torch.cuda.current_stream(self.device))
@@ -168,12 +181,31 @@ class CudaMover(Mover):
         self.stream.synchronize()
 
 
-class Pool:
-    """Buffers that rings share. What a ring needs now goes before what another one has brought ahead.
+class Order(Generic[V]):
+    """Units in the order in which passes of one kind use them, again and again."""
 
-    free    buffers that no ring has, each with the event from which on it may be written to
-    midway  a ring takes and gives back buffers; where that was interrupted, as by Ctrl-C, it stays True
-    lost    a ring is gone, and perhaps buffers with it
+    def __init__(self, units: Iterable[Unit[V]]) -> None:
+        """Take units in their order; each one is used once in a pass."""
+        self.units = tuple(units)
+        self.places = {unit: place for place, unit in enumerate(self.units)}
+
+    def after(self, unit: Unit[V], count: int) -> list[Unit[V]]:
+        """Return the units that follow one, so many or all others."""
+        place = self.places[unit]
+        return [*self.units[place + 1 :], *self.units[:place]][:count]
+
+
+class Ring:
+    """A few buffers in which units come; while one unit is used, those that follow it are on their way.
+
+    Passes of several kinds, each with an order of its own, may use the same units. Which kind a pass is shows at the
+    first unit that is not in the order of the pass before. A unit that nobody expected is waited for.
+    Whoever uses a ring holds the model's lock.
+
+    free    buffers in which nothing is, each with the event from which on it may be written to
+    coming  units on their way or there, each with its buffer and arrival
+    held    the unit in use, and its buffer
+    midway  buffers are being handed on; where that was interrupted, as by Ctrl-C, it stays True
     """
 
     def __init__(self, size: int, count: int, mover: Mover) -> None:
@@ -181,109 +213,64 @@ class Pool:
         self.size, self.mover = size, mover
         self.memories = [mover.memory(size) for _ in range(count)]
         self.free: deque[tuple[int, Any]] = deque((number, None) for number in range(count))
-        self.rings: weakref.WeakSet[Ring[Any]] = weakref.WeakSet()
-        self.midway, self.lost, self.process = False, False, os.getpid()
+        self.coming: dict[Unit[Any], tuple[int, Any]] = {}
+        self.held: tuple[Unit[Any], int] | None = None
+        self.views: weakref.WeakKeyDictionary[Unit[Any], dict[int, Any]] = weakref.WeakKeyDictionary()
+        self.order: weakref.ref[Order[Any]] | None = None  # of the pass at work; what it is of may be gone
+        self.midway, self.process = False, os.getpid()
 
-    @property
-    def sound(self) -> bool:
-        """Whether every buffer is in `free` or a ring's, and the threads that fill them are this process's."""
-        return not (self.midway or self.lost) and self.process == os.getpid()
+    def enter(self, unit: Unit[V], order: Order[V]) -> V:
+        """Return the views of a unit, waiting until it is there; those of the last one are not to be used any more.
 
-    def recover(self) -> None:
-        """Let every buffer be free, and no ring have one."""
-        self.lost = False
-        self.mover.stop()
-        for ring in self.rings:
-            ring.coming.clear()
-            ring.held = None
-        self.free = deque((number, self.mover.used()) for number in range(len(self.memories)))
-        self.process = os.getpid()
-
-    def lose(self) -> None:
-        """Take note that a ring is gone; this may be called in the midst of anything."""
-        self.lost = True
-
-    def take(self, ring: "Ring[Any]") -> tuple[int, Any]:
-        """Return a buffer, and the event from which on it is free, for what a ring needs now."""
-        for other in [each for each in self.rings if each is not ring]:
-            other.leave()
-        if not self.free:
-            longest = max(self.rings, key=lambda each: (each is not ring, len(each.coming)))
-            if longest.coming:
-                longest.drop_last()
-            else:  # a ring has gone just now
-                self.recover()
-        return self.free.popleft()
-
-
-class Ring(Generic[V]):
-    """Units in the order in which passes use them, again and again; the next ones come while one is used.
-
-    Whoever uses it holds the model's lock. A unit that is asked for out of order is waited for.
-    """
-
-    def __init__(self, units: Sequence[Unit[V]], pool: Pool) -> None:
-        """Bring units into the buffers of a pool; nothing comes before a unit is asked for."""
-        assert max(each.nbytes for each in units) <= pool.size, "a unit is larger than the buffers"
-        self.units, self.pool = units, pool
-        self.views: dict[tuple[int, int], V] = {}  # of a unit in a buffer
-        self.coming: deque[tuple[int, int, Any]] = deque()  # unit, buffer, arrival
-        self.held: tuple[int, int] | None = None  # the unit in use, and its buffer
-        pool.rings.add(self)
-        weakref.finalize(self, pool.lose).atexit = False
-
-    def enter(self, number: int) -> V:
-        """Return the views of a unit, waiting until it is there; the last one's are not to be used any more.
+        order  that of the only kind of passes that use this unit, or of one of them
 
         Raises FileError where it cannot be read; it may be asked for again.
         """
-        if self.pool.sound:
-            if self.held is not None and self.held[0] == number:
-                return self.views[self.held]
-        else:
-            self.pool.recover()
-        self.pool.midway = True  # also after an error, so that the next entry begins with free buffers
-        found = self._enter(number)
-        self.pool.midway = False
+        if self.midway or self.process != os.getpid():
+            self.recover()
+        elif self.held is not None and self.held[0] is unit:
+            return self.views[unit][self.held[1]]
+        self.midway = True  # also after an error, so that the next entry begins with free buffers
+        found = self._enter(unit, order)
+        self.midway = False
         return found
-
-    def _enter(self, number: int) -> V:
-        self.leave()
-        while self.coming and self.coming[0][0] != number:
-            self._drop(self.coming.popleft())
-        if not self.coming:
-            self._send(number, *self.pool.take(self))
-        self.pool.mover.wait(self.coming[0][2])
-        unit, buffer, _ = self.coming.popleft()
-        self.held = unit, buffer
-        self._send_ahead()
-        return self.views[unit, buffer]
 
     def leave(self) -> None:
         """Let the buffer of the unit in use take another one."""
         if self.held is not None:
-            self.pool.free.append((self.held[1], self.pool.mover.used()))
+            self.free.append((self.held[1], self.mover.used()))
             self.held = None
 
-    def drop_last(self) -> None:
-        """Let the buffer of the unit that was to come last take another one."""
-        self._drop(self.coming.pop())
+    def recover(self) -> None:
+        """Let every buffer be free, whatever was interrupted; a forked process has none of its parent's threads."""
+        self.mover.stop()
+        self.coming.clear()
+        self.held = None
+        self.free = deque((number, self.mover.used()) for number in range(len(self.memories)))
+        self.process = os.getpid()
 
-    def _send_ahead(self) -> None:
-        assert self.held is not None
-        last = self.coming[-1][0] if self.coming else self.held[0]
-        while self.pool.free and len(self.coming) + 1 < len(self.units):
-            last = (last + 1) % len(self.units)
-            self._send(last, *self.pool.free.popleft())
+    def _enter(self, unit: Unit[V], order: Order[V]) -> V:
+        self.leave()
+        now = self.order() if self.order is not None else None
+        if now is None or unit not in now.places:
+            now, self.order = order, weakref.ref(order)
+        ahead = now.after(unit, len(self.memories) - 1)
+        for each in self.coming.keys() - {unit, *ahead}:
+            buffer, arrival = self.coming.pop(each)
+            self.mover.drop(each, arrival)
+            self.free.append((buffer, None))
+        for each in (unit, *ahead):
+            if each not in self.coming:
+                self._send(each)
+        buffer, arrival = self.coming.pop(unit)
+        self.mover.wait(arrival)
+        self.held = unit, buffer
+        return self.views[unit][buffer]
 
-    def _send(self, number: int, buffer: int, event: Any) -> None:
-        if (number, buffer) not in self.views:
-            self.views[number, buffer] = self.units[number].views(self.pool.memories[buffer])
-        memory, views = self.pool.memories[buffer], self.views[number, buffer]
-        self.coming.append((number, buffer, self.pool.mover.send(self.units[number], views, memory, event)))
-
-    def _drop(self, coming: tuple[int, int, Any]) -> None:
-        """Wait for a unit that is not used after all."""
-        with suppress(Exception):  # whoever asks for this unit is told
-            self.pool.mover.wait(coming[2])
-        self.pool.free.append((coming[1], self.pool.mover.used()))
+    def _send(self, unit: Unit[Any]) -> None:
+        assert unit.nbytes <= self.size, f"a unit of {unit.nbytes} bytes is larger than the buffers of {self.size}"
+        buffer, free = self.free.popleft()
+        views = self.views.setdefault(unit, {})
+        if buffer not in views:
+            views[buffer] = unit.views(self.memories[buffer])
+        self.coming[unit] = buffer, self.mover.send(unit, views[buffer], self.memories[buffer], free)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from sirius.errors import FileError
 from sirius.offload.checkpoint import PAGE, File
-from sirius.offload.ring import CHUNK, Pool, Ring, Task
+from sirius.offload.ring import CHUNK, Order, Ring, Task, Unit
 
 Read = Callable[[int, Tensor], int]  # brings bytes, from a first one on, into a buffer; returns how many
 
@@ -139,18 +139,20 @@ class _Bag:
 
 
 class BlockShelf:
-    """Values by layers; those of one block come together, in the order in which they were put here.
+    """Values by layers; those of one block come together.
 
-    It is filled before it is read.
+    It is filled block by block, before it is read.
     """
 
-    def __init__(self, blocks: dict[int, int], store: Store, pool: Pool) -> None:
-        """Take values of the layers in `blocks`, each layer's block by its id."""
-        self.blocks, self.store, self.pool = blocks, store, pool
-        self.open: dict[int, Any] = {}  # of the block that is being filled
-        self.bags: list[_Bag] = []
-        self.of: dict[int, int] = {}  # each block's bag
-        self.ring: Ring[dict[int, Any]] | None = None
+    def __init__(self, blocks: dict[int, int], store: Store, ring: Ring, others: dict[int, Unit[Any]]) -> None:
+        """Take values of the layers in `blocks`, each layer's block by its id.
+
+        others  what a pass uses of a block before these values
+        """
+        self.blocks, self.store, self.ring, self.others = blocks, store, ring, others
+        self.open: tuple[int, dict[int, Any]] | None = None  # the block that is being filled
+        self.bags: dict[int, _Bag] = {}
+        self.order: Order[dict[int, Any]] | None = None
 
     def takes(self, layer: nn.Linear) -> bool:
         """Tell whether a layer's block does not stay in memory."""
@@ -159,21 +161,27 @@ class BlockShelf:
     def put(self, layer: nn.Linear, value: Any) -> None:
         """Take a layer's value, a named tuple with tensors; raise FileError where there is no room for it."""
         block = self.blocks[id(layer)]
-        if self.open and block not in self.of:
+        if self.open is None or self.open[0] != block:
             self._close()
-        self.of.setdefault(block, len(self.bags))
-        self.open[id(layer)] = value
+            self.open = block, {}
+        self.open[1][id(layer)] = value
 
     def get(self, layer: nn.Linear) -> Any:
         """Return a layer's value, which stays only until another block's is asked for; raise FileError."""
-        if self.ring is None:
+        if self.order is None:
             self._close()
-            self.ring = Ring(self.bags, self.pool)
-        return self.ring.enter(self.of[self.blocks[id(layer)]])[id(layer)]
+            self.order = self._make_order()
+        return self.ring.enter(self.bags[self.blocks[id(layer)]], self.order)[id(layer)]
 
     def _close(self) -> None:
-        self.bags.append(_Bag(self.open, self.store))
-        self.open = {}
+        if self.open is not None:
+            block, values = self.open
+            self.open, self.bags[block] = None, _Bag(values, self.store)
+
+    def _make_order(self) -> Order[dict[int, Any]]:
+        """Return the order of a pass that reads these values, and the other units of their blocks."""
+        blocks = sorted(self.bags.keys() | self.others.keys())
+        return Order(held[block] for block in blocks for held in (self.others, self.bags) if block in held)
 
 
 def _room(count: int) -> int:

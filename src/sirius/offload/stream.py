@@ -1,8 +1,9 @@
 """The layers of a model whose blocks partly lie elsewhere: on disk, or in the host's memory."""
 
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from sirius.errors import ConfigError, ModelError
 from sirius.model.matrix import Dense, Expected, Placed, dense
 from sirius.offload.checkpoint import Stored
 from sirius.offload.plan import Plan
-from sirius.offload.ring import CHUNK, Ring, Task
+from sirius.offload.ring import CHUNK, Order, Ring, Task, Unit
 from sirius.offload.shelf import BlockShelf, HostStore, Store
 
 SUMMED = 1 << 17  # numbers that are added up at a time
@@ -43,14 +44,16 @@ class Streamed(NamedTuple):
         return (inputs, outputs) if self.transposed else (outputs, inputs)
 
 
-class Block:
-    """The layers of a block that come together, read from the checkpoint; see `Unit`.
+class Part:
+    """The layers of a block that come together, its attention's or its MLP's, read from the checkpoint; see `Unit`.
 
-    checks  numbers that are not finite are refused; looking at them takes time when a block comes for the first time
+    block   the number of the decoder block
+    gated   they are the MLP's
+    checks  numbers that are not finite are refused; looking at them takes time when a part comes for the first time
     """
 
-    def __init__(self, layers: Sequence[Streamed], dtype: torch.dtype) -> None:
-        self.layers, self.dtype = layers, dtype
+    def __init__(self, layers: Sequence[Streamed], dtype: torch.dtype, block: int = 0, gated: bool = True) -> None:
+        self.layers, self.dtype, self.block, self.gated = layers, dtype, block, gated
         self.checks = True
         self.finite: set[tuple[int, int]] = set()  # parts that were found to be numbers, by layer and first row
         self.nbytes = sum(-(-self._size(each) // ALIGNED) * ALIGNED for each in layers)
@@ -120,16 +123,16 @@ def _numbers(tensor: Tensor) -> np.ndarray:
 class Held:
     """The same layers kept in the host's memory, as they lie in a buffer; see `Unit`."""
 
-    def __init__(self, block: Block, pin: bool = False) -> None:
-        """Read the block's layers once."""
-        self.block, self.nbytes, self.moved = block, block.nbytes, block.nbytes
-        self.memory = torch.empty(block.nbytes, dtype=torch.uint8, pin_memory=pin)
-        for task in block.tasks(block.views(self.memory), self.memory):
+    def __init__(self, part: Part, pin: bool = False) -> None:
+        """Read the layers once."""
+        self.part, self.nbytes, self.moved = part, part.nbytes, part.nbytes
+        self.memory = torch.empty(part.nbytes, dtype=torch.uint8, pin_memory=pin)
+        for task in part.tasks(part.views(self.memory), self.memory):
             task()
 
     def views(self, memory: Tensor) -> Views:
         """Return each layer's weight as it lies in a buffer, by the layer's id."""
-        return self.block.views(memory)
+        return self.part.views(memory)
 
     def tasks(self, views: Views, memory: Tensor) -> Iterator[Task]:
         """Yield what copies the layers into a buffer, part by part; a GPU's are copied as a whole."""
@@ -174,24 +177,33 @@ class Planned(NamedTuple):
 class Stream(Placed):
     """Makes the matrices of a model's layers; those that lie elsewhere come through a ring of buffers."""
 
-    def __init__(self, blocks: Sequence[Block], ring: Ring[Views], shelves: Shelves, planned: Planned) -> None:
-        """Bring `blocks` by a ring of theirs; they come in the order in which passes use them."""
+    def __init__(self, units: dict[Part, Unit[Views]], ring: Ring, shelves: Shelves, planned: Planned) -> None:
+        """Bring parts of blocks, each as its unit, through a ring of buffers; they are in the order of full passes."""
         self.ring, self.shelves, self.planned, plan = ring, shelves, planned, planned.plan
+        self.full = Order(units.values())
+        self.made: weakref.WeakSet[BlockShelf] = weakref.WeakSet()
+        self.attention = {part.block: unit for part, unit in units.items() if not part.gated}
         self.rounded = int(planned.draft.draft_bits)
         self.expected = Expected(plan.plain_seconds, plan.draft_seconds, chance(plan.aal, plan.period))
-        self.of = {each.key: number for number, block in enumerate(blocks) for each in block.layers}
-        self.turned = {each.key for block in blocks for each in block.layers if each.transposed}
+        self.of = {each.key: unit for part, unit in units.items() for each in part.layers}
+        self.turned = {each.key for part in units for each in part.layers if each.transposed}
 
     @property
     def moved(self) -> int:
         """The bytes that have crossed the link so far."""
-        return self.ring.pool.mover.moved
+        return self.ring.mover.moved
+
+    @property
+    def elsewhere(self) -> int:
+        """The bytes of weights that are not in memory, and of what drafts read of them."""
+        bags = [bag.nbytes for shelf in self.made for bag in shelf.bags.values()]
+        return sum(unit.nbytes for unit in self.full.units) + sum(bags)
 
     def __call__(self, layer: nn.Linear, transposed: bool = False) -> Dense:
-        number = self.of.get(id(layer))
-        if number is None:
+        unit = self.of.get(id(layer))
+        if unit is None:
             return dense(layer, transposed)
-        rows = self.ring.enter(number)[id(layer)]
+        rows = self.ring.enter(unit, self.full)[id(layer)]
         return Dense(rows if transposed == (id(layer) in self.turned) else rows.t(), layer.bias)
 
     def rows_of(self, chosen: SparsityConfig) -> int:
@@ -211,14 +223,16 @@ class Stream(Placed):
 
     def rounded_shelf(self) -> BlockShelf:
         """Return an empty shelf for weights of fewer bits."""
-        return self._shelf(self.shelves.rounded)
+        return self._shelf(self.shelves.rounded, {})
 
     def kept_shelf(self) -> BlockShelf:
         """Return an empty shelf for the neurons that a draft keeps."""
-        return self._shelf(self.shelves.kept)
+        return self._shelf(self.shelves.kept, self.attention)
 
-    def _shelf(self, of: dict[int, int]) -> BlockShelf:
-        return BlockShelf(of, self.shelves.make_store() if of else HostStore(), self.ring.pool)
+    def _shelf(self, of: dict[int, int], others: dict[int, Unit[Any]]) -> BlockShelf:
+        shelf = BlockShelf(of, self.shelves.make_store() if of else HostStore(), self.ring, others)
+        self.made.add(shelf)
+        return shelf
 
 
 def chance(advance: float, period: int) -> float:
