@@ -44,7 +44,7 @@ def plan_of(folder: Path, stays: str, draft: SparsityConfig, dtype: torch.dtype,
     config = load_config(Source(str(folder)))
     sizes, kind = sizes_of(config, dtype, draft, slots, MOST_READ), draft_of(draft)
     period, aal = (1, 1.0) if kind == "none" else (8, 5.0)
-    setting = Setting(Link(1e8, "disk"), 1e10, kind, period, aal)
+    setting = Setting(Link(1e8), 1e10, kind, period, aal)
     return plans._plan(sizes, residents(stays, config.num_hidden_layers), buffers, setting, 2**40)
 
 

@@ -15,7 +15,8 @@ from sirius.core import LONGEST, SparsityConfig
 from sirius.errors import ConfigError, ModelError
 from sirius.model.limits import MOST_READ
 from sirius.offload import budget, measure
-from sirius.offload.plan import parse_budget, smallest_budget
+from sirius.offload.amounts import parse_budget
+from sirius.offload.plan import smallest_budget
 from sirius.offload.sizes import draft_of, sizes_of
 
 pytestmark = pytest.mark.integration

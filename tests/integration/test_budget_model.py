@@ -159,7 +159,7 @@ SAVED = [
 @pytest.mark.filterwarnings("ignore:.*:UserWarning")
 def test_what_needs_all_weights_is_refused_in_one_line_and_changes_nothing(engine, whole, tmp_path, ask, said):
     before = [(each, each.dtype, each.device) for each in engine.model.parameters()]
-    with pytest.raises(ModelError, match=rf"memory budget.*{said}|{said}") as error:
+    with pytest.raises(ModelError, match=said) as error:
         ask(engine.model, tmp_path)
     assert "\n" not in str(error.value)
     assert [each.name for each in tmp_path.iterdir() if each.suffix] == []

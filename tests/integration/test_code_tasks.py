@@ -70,6 +70,7 @@ def test_mbpp_plus_is_graded_by_all_of_its_tests():
     assert [code.score_mbpp_plus(DOUBLE, [each])["pass_at_1"] for each in reasons] == [1.0] + [0.0] * (len(WRONG) + 1)
 
 
+@pytest.mark.slow
 def test_a_slow_published_solution_gives_more_time(monkeypatch):
     """It takes 1 of the 1 seconds that are usual, so that any other may take twice its time."""
     monkeypatch.setattr(code, "USUAL", sandbox.Limits(cpu_seconds=1))

@@ -34,7 +34,7 @@ def test_it_runs_in_full_precision(engine):
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("method", ["coarse", "fine"])
 @pytest.mark.parametrize(
-    ("keep", "periods"), [(0.1, (5, 16)), (0.5, (5, 16)), *(slow(keep, (1, 2, 5, 16, 40)) for keep in (0.1, 0.5, 0.9))]
+    ("keep", "periods"), [(0.5, (5, 16)), *(slow(keep, (1, 2, 5, 16, 40)) for keep in (0.1, 0.5, 0.9))]
 )
 def test_argmax_rule_gives_its_greedy_text(engine, task, method, keep, periods):
     messages, _ = few_shot(task, "test", 7, 0, shots=1)
@@ -47,7 +47,7 @@ def test_argmax_rule_gives_its_greedy_text(engine, task, method, keep, periods):
         assert got.finish_reason == "stop" and got.token_ids[-1] in engine.ends
 
 
-@pytest.mark.parametrize("stop", ["The answer", "so ", ", s", "."])
+@pytest.mark.parametrize("stop", ["The answer", slow("so "), ", s", slow(".")])
 def test_stop_strings_end_its_text_like_transformers(engine, stop):
     messages, _ = few_shot("reasoning", "test", 8, 0, shots=1)
     prompt = list(engine.encode(messages))

@@ -161,7 +161,7 @@ def test_in_16_bits_a_token_gets_the_same_scores_in_passes_of_any_size(family, d
             alone.keep(torch.tensor([[0]]), torch.tensor([1]))
 
 
-@settings(max_examples=6, derandomize=True, deadline=None)
+@settings(max_examples=3, derandomize=True, deadline=None)
 @given(
     st.sampled_from(NARROW),
     st.lists(TOKENS, min_size=9, max_size=16),
@@ -269,7 +269,7 @@ def test_any_sparsity_tree_period_and_batch_give_each_prompt_its_greedy_text(spa
     assert texts == {index: drawn_text(seed, prompt)[:budget] for index, prompt in enumerate(prompts)}
 
 
-@settings(max_examples=10, derandomize=True, deadline=None)
+@settings(max_examples=7, derandomize=True, deadline=None)
 @given(SPARSITIES, CORRECTIONS, ASKED, st.data())
 def test_each_row_keeps_its_own_budget_end_of_text_and_stop_string(sparsity, correction, asked, data):
     tokenizer, seed = make_tokenizer(), data.draw(st.integers(0, 2))

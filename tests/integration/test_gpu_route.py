@@ -194,7 +194,8 @@ def test_what_cannot_be_captured_runs_as_before_and_is_told_once(captured, monke
     assert "cannot be captured and run slower: operation not permitted" in caplog.records[0].message
 
 
-@pytest.mark.parametrize("name", ["coarse", slow("fine")])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["coarse", "fine"])
 def test_each_capture_is_compiled_once_and_writes_the_same_text(captured, monkeypatch, name):
     monkeypatch.setattr("sirius.engine.check_compiles", lambda model: None)
     torch.compiler.reset()  # another test's graphs would serve this one's model too

@@ -9,7 +9,7 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 import sirius
-from conftest import greedy, slow, tiny_model
+from conftest import greedy, tiny_model
 from sirius.errors import ConfigError, RequestError
 from sirius.model.inputs import cache_argument
 from sirius.model.prepare import sparse_mlps
@@ -297,7 +297,8 @@ def test_a_sample_is_the_same_whatever_is_drafted(model, sparsity):
 FALSE_ALARM = 1e-6  # the chance that right code fails the chi-square test, were torch's seed drawn anew
 
 
-@pytest.mark.parametrize("width", [1, slow(4)])
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [1, 4])
 def test_the_first_tokens_have_the_distribution_of_the_full_model(width):
     """The first one comes with the prompt, the second one is drafted and checked."""
     vocabulary, rows, heat, prompt = 7, 600, 0.5, [1, 2, 3]

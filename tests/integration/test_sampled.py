@@ -149,6 +149,7 @@ def test_drafts_leave_the_distribution_of_the_first_tokens_as_it_is(width, texts
     assert chance_of_the_first_tokens(sampling(3, width), texts) > FALSE_ALARM
 
 
+@pytest.mark.slow
 def test_a_lossy_rule_changes_the_distribution_noticeably():
     assert chance_of_the_first_tokens(CorrectionConfig(3, "threshold")) < FALSE_ALARM
 

@@ -8,7 +8,7 @@ from batches import NEW, PROMPTS, RULE, SPARSITY, drain, open_batch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import check_integrity, greedy, tiny_model
+from conftest import check_integrity, greedy, slow, tiny_model
 from sirius.core import CorrectionConfig, SparsityConfig
 from sirius.engine import Engine
 from sirius.errors import OutOfMemoryError, RequestError
@@ -30,7 +30,13 @@ NO_MEMORY = [
     RuntimeError("std::bad_alloc"),
     MemoryError(),
 ]
-in_every_way = pytest.mark.parametrize("error", NO_MEMORY, ids=lambda error: f"{type(error).__name__} {error}"[:50])
+
+
+def name_of(error: BaseException) -> str:
+    return f"{type(error).__name__} {error}"[:50]
+
+
+in_every_way = pytest.mark.parametrize("error", NO_MEMORY, ids=name_of)
 
 
 @in_every_way
@@ -184,7 +190,7 @@ GROWING = {
 }
 
 
-@pytest.mark.parametrize("growth", [0, 1, 7])
+@pytest.mark.parametrize("growth", [slow(0), 1, slow(7)])
 @pytest.mark.parametrize("method", ["coarse", "fine"])
 @pytest.mark.parametrize("rule", GROWING)
 def test_a_cache_that_grows_changes_no_text(engine, rule, method, growth, monkeypatch):
@@ -206,7 +212,7 @@ def test_a_cache_that_grows_changes_no_text(engine, rule, method, growth, monkey
     assert len(set(sizes)) > 1 and max(sizes) <= max(map(len, PROMPTS)) + NEW + batch.window
 
 
-@settings(max_examples=25, derandomize=True, deadline=None)
+@settings(max_examples=12, derandomize=True, deadline=None)
 @given(st.data())
 def test_texts_of_any_length_that_join_while_the_cache_grows_are_theirs_alone(engine, data):
     draw = data.draw
@@ -254,7 +260,7 @@ def test_slots_double_so_that_captures_are_seldom_dropped(period, monkeypatch):
     assert list(dict.fromkeys(sizes)) == [min((13 + period - 1) * 2**n, most) for n in range(6)]
 
 
-@in_every_way
+@pytest.mark.parametrize("error", [NO_MEMORY[1], *map(slow, NO_MEMORY[:1] + NO_MEMORY[2:])], ids=name_of)
 def test_where_slots_cannot_grow_the_texts_that_need_them_end_alone(monkeypatch, error):
     """As a device would refuse it: every allocation of more than 100 slots fails."""
     grow = SlotLayer.grow

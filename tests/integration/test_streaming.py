@@ -245,8 +245,8 @@ def test_each_pass_moves_the_bytes_of_its_plan(folder):
 def test_a_draft_pass_of_coarse_moves_attention_and_kept_neurons_alone(folder, stays):
     plan = plan_of(folder, stays, COARSE, torch.float32, 600, 3)
     engine = streamed(folder, stays, COARSE)
-    batch = engine.batch(rows=1, sparsity=COARSE, correction=chain())
-    batch.add(engine.text(PROMPT, max_new_tokens=60))
+    batch = engine.batch(rows=1, sparsity=COARSE, correction=chain(8))
+    batch.add(engine.text(PROMPT, max_new_tokens=99))
     [batch.step() for _ in range(3)]  # the prompt, and rounds after which the next one finds the buffers filled
     before, rounds = prepared_of(engine.model).placed.moved, 4
     guesses = sum(len(update.round.draft) for _ in range(rounds) for update in batch.step())
@@ -339,6 +339,18 @@ def test_a_draft_that_memory_was_not_planned_for_is_refused_by_name(folder):
             engine.generate(PROMPT, sparsity=draft, correction=chain())
 
 
+def test_neurons_of_each_text_are_kept_for_one_text_where_one_set_was_planned_for_all(folder, want):
+    engine = streamed(folder, "111 010", SparsityConfig("coarse", shared_set=True))
+    assert engine.batch(rows=3, sparsity=COARSE).rows == 1
+    assert write_all(engine, COARSE) == want
+
+
+def test_neurons_in_full_width_are_refused_where_rounded_ones_were_planned(folder):
+    engine = streamed(folder, "111 010", SparsityConfig("coarse", draft_bits=4))
+    with pytest.raises(ConfigError, match=r"planned for coarse 0.5 at 4 bits, and coarse 0.5 may read more"):
+        engine.generate(PROMPT, sparsity="coarse", correction=chain())
+
+
 def test_a_draft_that_reads_less_than_memory_was_planned_for_is_taken(folder, want):
     coarse = streamed(folder, "110 010", COARSE)
     for draft in (SparsityConfig("coarse", 0.3), PLAIN):
@@ -389,7 +401,7 @@ def test_the_smallest_budget_works_and_one_byte_less_names_it(folder, want, draf
     message = refused(folder, ConfigError, memory_budget=least - 1, draft=draft)
     assert f"a memory budget of {least - 1} bytes" in message and f"give at least {least} bytes, or shorten" in message
     engine = Engine.load(str(folder), memory_budget=least, draft=draft)
-    assert prepared_of(engine.model).placed.ring.memories[1:2], "two buffers"
+    assert prepared_of(engine.model).placed.ring.count == 2
     assert write(engine, draft or PLAIN) == want[0]
 
 
@@ -400,7 +412,7 @@ def test_what_is_in_memory_is_no_more_than_the_plan_says(folder):
         engine = Engine.load(str(folder), memory_budget=budget, draft=PLAIN)
         held = sum(each.nbytes for each in engine.model.parameters() if not each.is_meta)
         placed = prepared_of(engine.model).placed
-        buffers = len(placed.ring.memories) * placed.planned.plan.unit
+        buffers = placed.ring.count * placed.ring.size
         assert held + buffers <= placed.planned.plan.used <= budget
 
 
@@ -663,7 +675,7 @@ ASKED = ("--max-new-tokens", NEW, "--period", 4, "abc")
 def budgeted(sirius_command, spoken, known_speed):
     """Run `sirius generate` on the tiny model; gives the exit code and what was printed, out and err."""
 
-    def run(*arguments: object, budget: object = "3MB") -> tuple[int, str, str]:
+    def run(*arguments: object, budget: object = "6MB") -> tuple[int, str, str]:
         return sirius_command("generate", "--model", spoken, "--memory-budget", budget, *arguments)
 
     return run

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import sirius
-from conftest import greedy, tiny_model
+from conftest import greedy, slow, tiny_model
 from sirius.engine import Engine
 
 pytestmark = pytest.mark.integration
@@ -16,7 +16,7 @@ NEW = 30
 
 
 @pytest.mark.parametrize("correction", [5, {"period": 4, "tree_width": 3}, "auto"], ids=["chain", "tree", "auto"])
-@pytest.mark.parametrize("method", ["coarse", "fine"])
+@pytest.mark.parametrize("method", ["coarse", slow("fine")])
 def test_texts_of_threads_are_what_they_are_alone(method, correction):
     model = tiny_model(eos_token_id=None)
     wanted = [greedy(model, prompt, NEW) for prompt in PROMPTS]
@@ -49,7 +49,7 @@ def test_a_model_may_be_prepared_while_another_thread_decodes_with_it():
     engine = Engine(tiny_model(eos_token_id=None))
     want = engine.generate(PROMPTS[0], max_new_tokens=NEW, correction=5).token_ids
     with ThreadPoolExecutor(1) as pool:
-        texts = [pool.submit(engine.generate, PROMPTS[0], max_new_tokens=NEW, correction=5) for _ in range(20)]
+        texts = [pool.submit(engine.generate, PROMPTS[0], max_new_tokens=NEW, correction=5) for _ in range(10)]
         while not all(text.done() for text in texts):
             Engine(engine.model)
     assert all(text.result().token_ids == want for text in texts)
@@ -71,14 +71,14 @@ def test_two_engines_whose_models_share_a_configuration_decode_in_two_threads():
         assert list(pool.map(decode, map(Engine, (first, second)))) == [texts * 3 for texts in wanted]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, slow(torch.float64)], ids=str)
 def test_a_model_may_be_called_by_one_thread_while_another_decodes_with_it(dtype):
     model, ids = tiny_model(dtype=dtype, eos_token_id=None), torch.tensor([PROMPTS[0]])
     engine = Engine(model)
     options = {"max_new_tokens": NEW, "sparsity": "coarse", "correction": 5}
     with torch.no_grad(), ThreadPoolExecutor(1) as pool:
         want, text = model(ids).logits, engine.generate(PROMPTS[0], **options).token_ids
-        texts = [pool.submit(engine.generate, PROMPTS[0], **options) for _ in range(20)]
+        texts = [pool.submit(engine.generate, PROMPTS[0], **options) for _ in range(10)]
         calls = 0
         while not all(each.done() for each in texts):
             torch.testing.assert_close(model(ids).logits, want)

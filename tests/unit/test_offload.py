@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from types import SimpleNamespace
@@ -23,11 +24,11 @@ from sirius.errors import FileError, ModelError
 from sirius.kernels.quantized import dequantize, quantize
 from sirius.model.matrix import Dense, Neurons
 from sirius.model.memory import page_aligned
-from sirius.offload import checkpoint, ring
+from sirius.offload import checkpoint, ring, shelf
 from sirius.offload.checkpoint import PAGE, File, read_checkpoint
-from sirius.offload.ring import CHUNK, READERS, Mover, Order, Ring, ThreadMover, Throttle
+from sirius.offload.ring import CHUNK, READERS, CudaMover, Mover, Order, Ring, ThreadMover, Throttle
 from sirius.offload.shelf import BlockShelf, FileStore, HostStore
-from sirius.offload.stream import Held, Part, Streamed
+from sirius.offload.stream import BlockPart, HostPart, Streamed
 
 SHM = Path("/dev/shm")
 GENERATOR = torch.Generator().manual_seed(0)
@@ -289,8 +290,8 @@ def test_an_mlp_lies_in_a_buffer_neuron_by_neuron(tmp_path, stored, dtype, besid
         Streamed(2, where["up"]),
         Streamed(3, where["down"], transposed=True, beside=beside),
     ]
-    part = Part(layers, dtype)
-    unit = Held(part) if held else part
+    part = BlockPart(layers, dtype)
+    unit = HostPart(part) if held else part
     memory = page_aligned(unit.nbytes + 5 * PAGE)
     memory.fill_(255)  # as numbers: NaN
     views = unit.views(memory)
@@ -310,7 +311,7 @@ def test_numbers_that_are_not_finite_are_refused_by_name_however_often_they_are_
     weights, _ = stored_mlp(tmp_path, torch.bfloat16)
     weights["up"][17, 3] = value
     save_file(weights, tmp_path / "model.safetensors")
-    part = Part([Streamed(key, each) for key, each in read_checkpoint(tmp_path).items()], torch.bfloat16)
+    part = BlockPart([Streamed(key, each) for key, each in read_checkpoint(tmp_path).items()], torch.bfloat16)
     memory = page_aligned(part.nbytes)
     for _ in range(2):
         with pytest.raises(ModelError, match=r"up, rows 0 to 40: numbers that are not finite"):
@@ -387,9 +388,9 @@ def entered(ring: Ring, unit: FakeUnit, order: Order) -> Tensor:
 
 def check_buffers(ring: Ring) -> None:
     """Raise AssertionError where a buffer is nobody's, or belongs to two."""
-    held = [ring.held[1]] if ring.held else []
+    held = [ring.current[1]] if ring.current else []
     coming = [buffer for buffer, _ in ring.coming.values()]
-    assert sorted([number for number, _ in ring.free] + held + coming) == list(range(len(ring.memories)))
+    assert sorted([number for number, _ in ring.free] + held + coming) == list(range(ring.count))
 
 
 def numbers(ring: Ring) -> set[int]:
@@ -414,7 +415,7 @@ def test_a_ring_gives_the_units_that_are_asked_for_in_any_order(count, sizes, en
         if what == "new":
             orders[which] = Order(owned[which])
         unit.broken = what == "broken"
-        before = ring.held
+        before = ring.current
         try:
             entered(ring, unit, orders[which])
             assert not unit.broken or (before is not None and before[0] is unit)
@@ -429,7 +430,7 @@ def test_a_ring_gives_the_units_that_are_asked_for_in_any_order(count, sizes, en
         [entered(ring, unit, order) for unit in each]
     check_buffers(ring)
     ring.recover()
-    assert len(ring.free) == count and not ring.coming and not ring.held
+    assert len(ring.free) == count and not ring.coming and not ring.current
 
 
 def test_units_come_ahead_in_turn_while_one_is_used():
@@ -499,6 +500,63 @@ def test_what_was_not_brought_of_a_unit_that_is_dropped_is_not_counted():
     assert all(each.done() for each in arrival) and 10 <= mover.moved <= 10 * READERS
 
 
+class FakeStream:
+    """A stream of a GPU, and who waited for what on it, in order."""
+
+    def __init__(self, log: list, name: str) -> None:
+        self.log, self.name = log, name
+
+    def wait_event(self, event):
+        self.log.append(("wait", self.name, event))
+
+    def synchronize(self):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_a_gpus_copies_wait_for_the_last_use_of_a_buffer_and_each_use_waits_for_its_copy(monkeypatch, count):
+    log: list = []
+    compute = FakeStream(log, "compute")
+
+    class Event:
+        def record(self, stream):
+            log.append(("record", stream.name, self))
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: FakeStream(log, "copies"))
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: compute)
+    monkeypatch.setattr(CudaMover, "memory", lambda self, count: page_aligned(count))
+
+    class Copied(FakeUnit):
+        def tasks(self, views, memory):
+            yield lambda: log.append(("copy", memory.data_ptr(), None))
+
+    ring, order = Ring(8, count, CudaMover(torch.device("cpu"))), Order([Copied(number) for number in range(4)])
+    draft = Order([order.units[0], Copied(9)])
+    for unit, kind in [*((each, order) for each in order.units * 2), *((each, draft) for each in draft.units * 2)]:
+        log.append(("use", ring.enter(unit, kind).data_ptr(), None))
+    uses = [place for place, entry in enumerate(log) if entry[0] == "use"]
+    for place in [place for place, entry in enumerate(log) if entry[0] == "copy"]:
+        last = max([use for use in uses if use < place and log[use][1] == log[place][1]], default=None)
+        assert last is None or waited(log, "compute", last, "copies", place)
+    for place in uses:
+        copied = max(at for at in range(place) if log[at][:2] == ("copy", log[place][1]))
+        assert waited(log, "copies", copied, "compute", place)
+
+
+def waited(log: list, done_on: str, after: int, waits: str, before: int) -> bool:
+    """Tell whether a stream waited, between two entries of the log, for an event that another one recorded there."""
+    events = [event for kind, name, event in log[after + 1 : before] if (kind, name) == ("record", done_on)]
+    return any((kind, name) == ("wait", waits) and event in events for kind, name, event in log[after + 1 : before])
+
+
 def test_threads_end_with_their_mover_and_what_is_left_to_bring_is_not_brought():
     before, began, go = set(threading.enumerate()), threading.Semaphore(0), threading.Event()
     brought = []
@@ -542,6 +600,7 @@ if not (child := os.fork()):
     assert all(set(ring.enter(units[number], order).tolist()) == {number} for number in (5, 6))
     os._exit(7)
 assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+assert set(ring.enter(units[0], order).tolist()) == {0}, "the child wrote into its parent's buffers"
 for unit in units[5:]:
     unit.parts = 100
 assert set(ring.enter(units[4], order).tolist()) == {4}
@@ -590,7 +649,7 @@ STORES = {"host": lambda folder: HostStore(), "file": FileStore}
 @pytest.mark.parametrize("bits", [4, 8])
 def test_rounded_weights_come_back_from_a_shelf_as_they_were(tmp_path, store, bits):
     layers, blocks = linears(2, 4)
-    shelf = BlockShelf(blocks, STORES[store](tmp_path), Ring(1 << 20, 2, ThreadMover()), {})
+    shelf = BlockShelf(blocks, partial(STORES[store], tmp_path), Ring(1 << 20, 2, ThreadMover()), {})
     weights = {id(each): torch.randn(9 + i, 65 * i + 3, generator=GENERATOR) for i, each in enumerate(layers)}
     for each in layers:
         assert shelf.takes(each) and not shelf.takes(nn.Linear(1, 1))
@@ -608,7 +667,7 @@ def test_rounded_weights_come_back_from_a_shelf_as_they_were(tmp_path, store, bi
 @pytest.mark.parametrize("shape", [(13, 36), (3, 13, 36)], ids=["one set", "three sets"])
 def test_kept_neurons_come_back_from_a_shelf_as_they_were(tmp_path, store, biased, shape):
     layers, blocks = linears(1, 5)
-    shelf = BlockShelf(blocks, STORES[store](tmp_path), Ring(1 << 20, 2, ThreadMover()), {})
+    shelf = BlockShelf(blocks, partial(STORES[store], tmp_path), Ring(1 << 20, 2, ThreadMover()), {})
 
     def made(number: int) -> Neurons:
         draw = torch.Generator().manual_seed(number)
@@ -627,7 +686,7 @@ def test_kept_neurons_come_back_from_a_shelf_as_they_were(tmp_path, store, biase
 @pytest.mark.parametrize("call", ["pwrite", "fdatasync"])
 def test_a_full_disk_is_named_with_its_folder_and_a_way_out(tmp_path, monkeypatch, call):
     layers, blocks = linears(1, 3)
-    shelf = BlockShelf(blocks, FileStore(tmp_path), Ring(1 << 16, 2, ThreadMover()), {})
+    shelf = BlockShelf(blocks, partial(FileStore, tmp_path), Ring(1 << 16, 2, ThreadMover()), {})
     value = quantize(torch.randn(8, 64, generator=GENERATOR), 4)
     shelf.put(layers[0], value)
     with monkeypatch.context() as full:
@@ -644,6 +703,26 @@ def test_advice_that_the_system_does_not_take_is_no_error(tmp_path, monkeypatch)
     read = FileStore(tmp_path).write([torch.arange(200).byte()])
     target = page_aligned(PAGE)
     assert read(0, target) == PAGE and torch.equal(target[:200], torch.arange(200).byte())
+
+
+def test_a_folder_in_memory_is_passed_over_for_one_on_a_disk(tmp_path, monkeypatch):
+    memory, disk, deep = tmp_path / "a b", tmp_path / "disk", tmp_path / "a b" / "deep"
+    deep.mkdir(parents=True)
+    disk.mkdir()
+    mounts = tmp_path / "mounts"
+    mounts.write_text(f"/dev/vda / ext4 rw 0 0\ntmpfs {str(memory).replace(' ', chr(92) + '040')} tmpfs rw 0 0\n")
+    monkeypatch.setattr(shelf, "MOUNTS", mounts)
+    monkeypatch.setattr(shelf, "LASTING", disk)
+    monkeypatch.setattr("tempfile.tempdir", str(deep))
+    assert shelf.spare_folder() == disk
+    monkeypatch.setattr(shelf, "LASTING", memory)
+    with pytest.raises(FileError, match="deep is in memory, not on a disk; set TMPDIR to a folder on a disk"):
+        FileStore()
+    monkeypatch.setattr("tempfile.tempdir", str(disk))
+    assert shelf.spare_folder() == disk
+    monkeypatch.setattr(shelf, "MOUNTS", tmp_path / "nothing")
+    monkeypatch.setattr("tempfile.tempdir", str(deep))
+    assert shelf.spare_folder() == deep
 
 
 def test_a_folder_for_temporary_files_that_is_not_there_is_named(tmp_path):

@@ -11,12 +11,13 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from sirius.batch import Batch
 from sirius.benchmark.ceiling import Ceiling
 from sirius.benchmark.decode import FULL, TimedSetting, Times, open_batch, prompt, step
-from sirius.benchmark.playback import PUBLISHED_AAL, PUBLISHED_PERIOD, acceptance, geometric
+from sirius.benchmark.playback import PUBLISHED_AAL, PUBLISHED_PERIOD, geometric
 from sirius.benchmark.timing import timed
 from sirius.core import CorrectionConfig, SparsityConfig
 from sirius.engine import Engine
 from sirius.errors import ConfigError, FileError
 from sirius.model.limits import context_limit
+from sirius.offload.plan import acceptance
 from sirius.sparsity import find
 
 PLAIN, SPARSE, CORRECTED = "plain", "sparse", "corrected"

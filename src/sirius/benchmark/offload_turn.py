@@ -245,7 +245,7 @@ def _checkpoint_speed(workload: Workload) -> float:
     source, device = Source(workload.folder).found(), torch.device(workload.device)
     model = load_empty(source, load_config(source), _named_dtype(workload))
     where = match(source, model, find_weights(source))
-    return transfer_speed(model, where, Transfer(device, held=device.type == "cuda"))
+    return transfer_speed(model, where, Transfer(device, from_host=device.type == "cuda"))
 
 
 class _UncachedClock(BaseStreamer):

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from sirius.benchmark.playback import NAMED, PUBLISHED_AAL, PUBLISHED_PERIOD, acceptance, geometric, mean_advance
+from sirius.benchmark.playback import NAMED, PUBLISHED_AAL, PUBLISHED_PERIOD, geometric, mean_advance
 from sirius.offload.amounts import in_words
-from sirius.offload.plan import Draft, Link, Plan, Sizes, make_plan, stream_everything
+from sirius.offload.plan import Draft, Link, Plan, Sizes, acceptance, make_plan, stream_everything
 from sirius.table import Figures
 
 TRACE = "argmax-int4"

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from sirius.decoding.accept import Check
 from sirius.decoding.host import send
-from sirius.errors import ConfigError
 
 PUBLISHED_AAL, PUBLISHED_PERIOD = 15.22, 16  # Sirius (arXiv 2409.03856)
 NAMED = {  # shares of windows that accepted 0, 1, ... K-1 guesses
@@ -19,20 +18,6 @@ NAMED = {  # shares of windows that accepted 0, 1, ... K-1 guesses
     ),
 }
 STEP = 0.6180339887498949  # the golden ratio's: multiples of it fill [0, 1) evenly, however few are taken
-
-
-def acceptance(aal: float, period: int) -> float:
-    """Return the chance a of a guess at which windows of K tokens bring `aal` tokens on average.
-
-    They bring 1 + a + ... + a^(K-1). Raises ConfigError where no a fits.
-    """
-    if not 1 <= aal <= period:
-        raise ConfigError(f"windows of {period} tokens bring from 1 to {period} on average; got {aal}")
-    low, high = 0.0, 1.0
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if sum(middle**i for i in range(period)) < aal else (low, middle)
-    return low
 
 
 def geometric(chance: float, period: int) -> tuple[float, ...]:

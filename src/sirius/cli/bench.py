@@ -246,7 +246,8 @@ def _each(given: list[T] | None, *default: T) -> list[T]:
 
 def played_back(aal: float | None, replay: str | None, period: int) -> tuple[str, tuple[float, ...]]:
     """Return where the acceptance that is played back comes from, and its histogram."""
-    from sirius.benchmark.playback import NAMED, PUBLISHED_AAL, PUBLISHED_PERIOD, acceptance, geometric
+    from sirius.benchmark.playback import NAMED, PUBLISHED_AAL, PUBLISHED_PERIOD, geometric
+    from sirius.offload.plan import acceptance
 
     if replay is None:
         chance = acceptance(PUBLISHED_AAL, PUBLISHED_PERIOD) if aal is None else acceptance(aal, period)

@@ -100,7 +100,8 @@ def _played_back(aal: float | None, replay: str | None, period: int, rounded: bo
     """Return where the acceptance of coarse, or of rounded weights, comes from, and its histogram."""
     if not rounded or aal is not None or replay is not None:
         return played_back(aal, replay, period)
-    from sirius.benchmark.playback import NAMED, acceptance, geometric, mean_advance
+    from sirius.benchmark.playback import NAMED, geometric, mean_advance
+    from sirius.offload.plan import acceptance
 
     if period == len(NAMED[TRACE]):
         return played_back(None, TRACE, period)
@@ -115,8 +116,7 @@ def _limits(memory_budget: str, link_gbps: float | None, device: str) -> dict[st
     """Return the bytes of the budget, and those that may cross the link in a second."""
     import torch
 
-    from sirius.offload.amounts import memory_of
-    from sirius.offload.plan import parse_budget
+    from sirius.offload.amounts import memory_of, parse_budget
 
     if link_gbps is not None and not (isfinite(link_gbps) and link_gbps > 0):
         raise ConfigError(f"--link-gbps is a finite number of GB/s, above 0; got {link_gbps}")

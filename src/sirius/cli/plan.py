@@ -34,18 +34,18 @@ def plan(
     from sirius.benchmark.models import make_config
     from sirius.benchmark.plans import Question, plan_rows, show_plans
     from sirius.benchmark.record import to_line
-    from sirius.core import SparsityConfig
+    from sirius.core import LONGEST, SparsityConfig
     from sirius.model.limits import MOST_READ
     from sirius.model.loading import find_device, find_dtype
-    from sirius.offload.amounts import memory_of
-    from sirius.offload.plan import Link, parse_budget
+    from sirius.offload.amounts import memory_of, parse_budget
+    from sirius.offload.plan import Link
     from sirius.offload.sizes import sizes_of
 
     if not draft_bits:
         raise ConfigError("--draft-bits is 4 or 8; got 0")
     both = SparsityConfig("coarse", keep, draft_bits=draft_bits)
     budget = parse_budget(memory_budget, memory_of(find_device("auto")))
-    sizes = sizes_of(make_config(shape, layers), find_dtype(dtype), both, context, MOST_READ)
+    sizes = sizes_of(make_config(shape, layers), find_dtype(dtype), both, context + LONGEST, MOST_READ)
     question = Question(sizes, draft_bits, budget, Link(link_gbps * GIGA), memory_gbps * GIGA, period, aal)
     rows = plan_rows(question)
     if json:

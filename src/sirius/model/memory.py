@@ -3,13 +3,14 @@
 NumPy asks the system for large pages, which PyTorch does not. With small ones each row is a page to look up.
 """
 
-from mmap import mmap
+import mmap
+from contextlib import suppress
 
 import numpy as np
 import torch
 from torch import Tensor
 
-PAGE = 4096  # bytes
+PAGE = 4096  # bytes; reads past the system's cache begin and end at a multiple of it, in the file and in memory
 
 
 def moved(weight: Tensor) -> Tensor:
@@ -33,7 +34,23 @@ def side_by_side(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
 
 def page_aligned(count: int) -> Tensor:
     """Return fresh memory [count] uint8 that begins where a page does, and goes back to the system when it is freed."""
-    return torch.frombuffer(mmap(-1, max(count, 1)), dtype=torch.uint8)[:count]  # none is asked of an empty tensor
+    return torch.frombuffer(pages(count), dtype=torch.uint8)[:count]
+
+
+def pages(count: int) -> mmap.mmap:
+    """Return `count` bytes of the system's memory, at least one; a forked process has a copy of its own.
+
+    Raises MemoryError where the system has not so many.
+    """
+    private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}  # as on Windows
+    try:
+        found = mmap.mmap(-1, max(count, 1), **private)
+    except OSError as error:
+        raise MemoryError(f"the system has no {count} bytes of memory: {error}") from error
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with suppress(OSError):  # a system without large pages
+            found.madvise(mmap.MADV_HUGEPAGE)
+    return found
 
 
 def _views(like: Tensor, count: int, offsets: list[int]) -> list[Tensor]:

@@ -9,23 +9,25 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from sirius.core import AUTO, LONGEST, CorrectionConfig, SparsityConfig
-from sirius.errors import ConfigError
+from sirius.errors import ConfigError, ModelError
 from sirius.forms import as_config
 from sirius.kernels import ops
 from sirius.model.limits import MOST_READ, check_context, context_limit
 from sirius.model.loading import Source, find_device, find_dtype, load_config, load_empty, load_tokenizer
 from sirius.model.prepared import prepared_of
-from sirius.offload.amounts import in_words, memory_of
+from sirius.offload.amounts import free_memory, in_words, memory_of, parse_budget
 from sirius.offload.checkpoint import NUMBERS, Stored
 from sirius.offload.load import Transfer, all_parts, check_source, fill, find_weights, match, unit_of
 from sirius.offload.measure import held_now, link_speed, memory_speed
-from sirius.offload.plan import Draft, Link, Sizes, make_plan, parse_budget
+from sirius.offload.plan import Draft, Link, Sizes, acceptance, make_plan
 from sirius.offload.sizes import draft_of, score_bytes, sizes_of
-from sirius.offload.stream import Planned, chance
+from sirius.offload.stream import Planned
+from sirius.shortage import SHORTAGE, ran_out
 
 CONTEXT = 4096  # tokens that memory is planned for where nothing is said
-# Bytes of a process for what comes and goes: a layer being rounded, copies of neurons, modules imported later. With 96
-# MiB a 1.5B model took 11 to 260 MB more than its budget (records/offload.jsonl).
+# Bytes of a process for what comes and goes and no plan knows: a layer while it is rounded, neurons while they are
+# copied, modules that are imported later, what the allocator keeps. With 96 MiB a 1.5B model took 11 to 260 MB more
+# than its budget (records/offload.jsonl).
 SLACK = 352 << 20
 PERIOD = 16  # of rounds in predictions, where no other is given
 ADVANCE: dict[Draft, float] = {"none": 1.0, "rounded": 12.7, "coarse": 6.0}  # their tokens under a lossless rule, of 16
@@ -60,6 +62,8 @@ class Budget:
     def __post_init__(self) -> None:
         if min(self.rows, self.window) < 1:
             raise ConfigError(f"rows and window count texts and guesses, at least 1; got {self.rows} and {self.window}")
+        if self.period < 2:
+            raise ConfigError(f"rounds that are planned for have a period of at least 2; got {self.period}")
 
 
 def window_of(correction: CorrectionConfig | None) -> int:
@@ -85,26 +89,45 @@ def load_within(
     """Load and prepare a model of which as much stays in memory as a budget allows.
 
     Returns it with its tokenizer, and the most tokens of a prompt and its text. The link is measured first, and the
-    plan is logged. Raises ConfigError of a budget that is too small, ModelError and UnsupportedModelError of a
-    checkpoint that cannot be read in part, and FileError where reading fails.
+    plan is logged. Raises ConfigError of a budget that is too small or more than there is. Raises ModelError and
+    UnsupportedModelError of a checkpoint that cannot be read in part, and FileError where reading fails.
     """
     source = source.found()
     check_source(source)
     check_context(budget.context)
     config, target = load_config(source), find_device(device)
-    if target.type not in ("cpu", "cuda"):
-        raise ConfigError(f"a memory budget is for a CPU or a CUDA GPU; got {target}")
+    _check_device(target, budget)
     stored = find_weights(source)
     model = load_empty(source, config, chosen_dtype(dtype, config, stored))
     where = match(source, model, stored)
     tokenizer = load_tokenizer(source)  # before memory is planned, of which it takes some
     transfer = Transfer(target, target.type == "cuda" if budget.host is None else budget.host, budget.link)
     planned = _plan(model, where, transfer, budget)
-    fill(model, where, planned, transfer)
-    kept = prepared_of(model)
-    kept.plan, kept.slots = in_short(planned), planned.slots
-    logging.getLogger("sirius.offload").info("%s", kept.plan)
+    try:
+        fill(model, where, planned, transfer)
+    except SHORTAGE as error:
+        if not ran_out(error):
+            raise
+        raise ModelError(f"{target} ran out of memory below the budget of {in_words(planned.plan.budget)}") from error
+    prepared = prepared_of(model)
+    prepared.plan, prepared.slots = in_short(planned), planned.slots
+    logging.getLogger("sirius.offload").info("%s", prepared.plan)
     return model, tokenizer, _context(budget, config)
+
+
+def _check_device(device: torch.device, budget: Budget) -> None:
+    """Raise ConfigError of a device that takes no budget, or not this one."""
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"a memory budget is for a CPU or a CUDA GPU; got {device}")
+    if device.type == "cuda" and (budget.host is False or budget.link is not None):
+        raise ConfigError("a GPU takes weights from the host's memory, as fast as they come; leave host and link out")
+    size, free = _bytes(budget, device), free_memory(device)
+    if size > free:
+        raise ConfigError(f"a memory budget of {in_words(size)} is more than {device} has: {in_words(free)}; give less")
+
+
+def _bytes(budget: Budget, device: torch.device) -> int:
+    return parse_budget(str(budget.size), memory_of(device))
 
 
 def in_short(planned: Planned) -> str:
@@ -129,8 +152,8 @@ def _context(budget: Budget, config: PreTrainedConfig) -> int:
 
 def _plan(model: PreTrainedModel, where: dict[int, Stored], transfer: Transfer, budget: Budget) -> Planned:
     """Return the plan that is expected to bring the most tokens per second."""
-    size = parse_budget(str(budget.size), memory_of(transfer.device))
-    link = Link(transfer_speed(model, where, transfer), "host" if transfer.held else "disk")
+    size = _bytes(budget, transfer.device)
+    link = Link(transfer_speed(model, where, transfer))
     speed = memory_speed(model.dtype, transfer.device)
     held = (held_now() + SLACK) if transfer.device.type == "cpu" else 0
 
@@ -150,15 +173,25 @@ def _plan(model: PreTrainedModel, where: dict[int, Stored], transfer: Transfer, 
 
 def _advance(draft: Draft, period: int) -> float:
     """Return the tokens that a round is expected to bring; at any period a guess has the same chance."""
-    accepted = chance(ADVANCE[draft], PERIOD)
+    accepted = acceptance(ADVANCE[draft], PERIOD)
     return sum(accepted**n for n in range(period))
 
 
 def _drafts(budget: Budget, device: torch.device, dtype: torch.dtype) -> list[SparsityConfig]:
-    """Return the drafts that are planned for, of which the fastest one is taken; the first one needs the least."""
-    if (asked := budget.draft) is not None:
-        return [replace(asked, draft_bits=ROUNDED.draft_bits) if asked.draft_bits == AUTO else asked]
-    return [UNDRAFTED, ROUNDED] if ops.multiplies_quantized(device, dtype) else [UNDRAFTED]
+    """Return the drafts that are planned for, of which the fastest one is taken; the first one needs the least.
+
+    Raises ConfigError of a draft at fewer bits where no kernel reads such weights: they would be widened in memory.
+    """
+    multiplies = ops.multiplies_quantized(device, dtype)
+    if (asked := budget.draft) is None:
+        return [UNDRAFTED, ROUNDED] if multiplies else [UNDRAFTED]
+    bits = ROUNDED.draft_bits if asked.draft_bits == AUTO else asked.draft_bits
+    if bits and not multiplies:
+        raise ConfigError(
+            f"no kernel multiplies weights of {bits} bits in {dtype} on {device}, and there is no memory planned to "
+            "widen them; set draft_bits to 0, and name the method coarse to draft with"
+        )
+    return [replace(asked, draft_bits=bits)]
 
 
 def _counts(rows: int) -> list[int]:
@@ -208,7 +241,7 @@ class Room:
 
 def transfer_speed(model: PreTrainedModel, where: dict[int, Stored], transfer: Transfer) -> float:
     """Return the bytes per second at which the blocks of a model come to a device."""
-    parts = all_parts(model, where)[: 2 if transfer.held else None]
+    parts = all_parts(model, where)[: 2 if transfer.from_host else None]
     for part in parts:
         part.checks = False  # as in all passes but the first
     units = [unit_of(part, transfer) for part in parts]

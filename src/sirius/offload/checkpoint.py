@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 
 from sirius.errors import FileError, ModelError
-from sirius.model.memory import page_aligned
+from sirius.model.memory import PAGE, page_aligned
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-PAGE = 4096  # bytes; a read past the system's cache begins and ends at a multiple of it, in the file and in memory
 LONGEST_HEADER = 100_000_000  # bytes, as the safetensors library has it
 NUMBERS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 DTYPES = NUMBERS | {

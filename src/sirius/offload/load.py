@@ -13,51 +13,16 @@ from transformers import PreTrainedModel
 
 from sirius.errors import ModelError, UnsupportedModelError
 from sirius.kernels.ops import best_side_by_side
-from sirius.model.find import blocks, gated_mlp
 from sirius.model.loading import Source, attempt, check_complete, check_folder
 from sirius.model.prepare import prepare
 from sirius.model.prepared import prepared_of
-from sirius.offload.checkpoint import INDEX, NUMBERS, PAGE, WEIGHTS, Stored, read_checkpoint
+from sirius.offload.checkpoint import INDEX, NUMBERS, WEIGHTS, Stored, read_checkpoint
 from sirius.offload.guard import guard
+from sirius.offload.plan import MARGIN
 from sirius.offload.ring import CudaMover, Mover, Ring, ThreadMover, Throttle, Unit
 from sirius.offload.shelf import FileStore, HostStore
-from sirius.offload.stream import Held, Part, Planned, Shelves, Stream, Streamed, Views, check_finite, put
-
-MARGIN = 64 * PAGE  # bytes of a buffer beyond its unit, as each tensor of a shelf begins where a page does
-
-
-@dataclass(frozen=True)
-class Layers:
-    """The linear layers of one decoder block.
-
-    attention  those outside of its gated MLP
-    mlp        gate, up and down by their roles; gate and up may be one layer
-    """
-
-    attention: tuple[nn.Linear, ...]
-    mlp: dict[str, nn.Linear]
-
-
-def layers_of(model: PreTrainedModel) -> list[Layers]:
-    """Return the linear layers of each decoder block, those of an MLP that several blocks share at the first one.
-
-    Raises UnsupportedModelError where a block has no gated MLP, or blocks have MLPs of different classes.
-    """
-    found: list[Layers] = []
-    known: set[nn.Module] = set()
-    for path, block in blocks(model):
-        _, module, roles = gated_mlp(path, block)
-        mlp = {role: cast("nn.Linear", getattr(module, name)) for role, name in roles.layers.items()}
-        inside = set(module.modules())
-        others = [each for each in block.modules() if type(each) is nn.Linear and each not in inside | known]
-        found.append(Layers(tuple(cast("list[nn.Linear]", others)), {} if module in known else mlp))
-        known |= {module, *others}
-    kinds = sorted({type(module).__name__ for module in known if not isinstance(module, nn.Linear)})
-    if len(kinds) > 1:
-        raise UnsupportedModelError(
-            f"a memory budget needs blocks whose MLPs are alike; this model's are {', '.join(kinds)}: load it without"
-        )
-    return found
+from sirius.offload.sizes import Layers, layers_of
+from sirius.offload.stream import BlockPart, HostPart, Planned, Shelves, Stream, Streamed, Views, check_finite, put
 
 
 def check_source(source: Source) -> None:
@@ -130,12 +95,12 @@ def _check_places(places: Sequence[Stored]) -> None:
 class Transfer:
     """How weights that do not stay in memory come to a device.
 
-    held        from the host's memory, where they are kept; otherwise from their files
+    from_host   from the host's memory, where they are kept; otherwise from their files
     throttle    what bounds the bytes per second, on a CPU
     """
 
     device: torch.device
-    held: bool
+    from_host: bool
     throttle: float | None = None
 
     def make_mover(self) -> Mover:
@@ -161,7 +126,7 @@ def fill(model: PreTrainedModel, where: dict[int, Stored], planned: Planned, tra
     units = {part: unit_of(part, transfer) for part in away}
     size = max(plan.unit, *(each.nbytes for each in units.values())) + MARGIN
     ring = Ring(size, plan.buffers, transfer.make_mover())
-    store = partial(HostStore, transfer.device.type == "cuda") if transfer.held else FileStore
+    store = partial(HostStore, transfer.device.type == "cuda") if transfer.from_host else FileStore
     shelves = Shelves(_shelved(found, plan.rounded), _shelved(found, plan.kept), store)
     prepared_of(model).matrix = Stream(units, ring, shelves, planned)
     tried = [each for each in found[0].mlp.values() if each.weight.is_meta]  # the other blocks' MLPs are alike
@@ -173,12 +138,12 @@ def fill(model: PreTrainedModel, where: dict[int, Stored], planned: Planned, tra
     guard(model)
 
 
-def unit_of(part: Part, transfer: Transfer) -> Unit[Views]:
+def unit_of(part: BlockPart, transfer: Transfer) -> Unit[Views]:
     """Return a part of a block as it comes to a device: from its files, or read now into the host's memory."""
-    return Held(part, pin=transfer.device.type == "cuda") if transfer.held else part
+    return HostPart(part, pin=transfer.device.type == "cuda") if transfer.from_host else part
 
 
-def all_parts(model: PreTrainedModel, where: dict[int, Stored]) -> list[Part]:
+def all_parts(model: PreTrainedModel, where: dict[int, Stored]) -> list[BlockPart]:
     """Return attention and MLP of every block of a model whose weights are on meta."""
     found = layers_of(model)
     none = [False] * len(found)
@@ -197,17 +162,17 @@ def _shelved(found: Sequence[Layers], stays: Sequence[bool]) -> dict[int, int]:
 
 def _away(
     found: Sequence[Layers], where: dict[int, Stored], attention: Sequence[bool], mlp: Sequence[bool]
-) -> list[Part]:
+) -> list[BlockPart]:
     """Return the parts of blocks that do not stay, in the order of a pass.
 
     attention, mlp  whether the block's layers outside and inside of its MLP stay
     """
-    away: list[Part] = []
+    away: list[BlockPart] = []
     for number, layers in enumerate(found):
         first, *_ = *layers.attention, *layers.mlp.values()
         outside = [] if attention[number] else [Streamed(id(each), where[id(each.weight)]) for each in layers.attention]
         inside = [] if mlp[number] else _mlp(layers.mlp, where)
-        away += [Part(part, first.weight.dtype, number, part is inside) for part in (outside, inside) if part]
+        away += [BlockPart(part, first.weight.dtype, number, part is inside) for part in (outside, inside) if part]
     return away
 
 

@@ -38,16 +38,22 @@ def ring_speed(ring: Ring, order: Order[Any]) -> float:
     FileError where a unit cannot be read.
     """
     units = cycle(order.units)
-    for unit in islice(units, min(len(ring.memories), len(order.units))):
+    for unit in islice(units, min(ring.count, len(order.units))):
         ring.enter(unit, order)
+    _finish(ring.mover)
     brought, began = 0, perf_counter()
     while brought < MOST and perf_counter() - began < SECONDS:
         ring.leave()  # else an order of one unit has it at hand
         ring.enter(unit := next(units), order)
         brought += unit.nbytes
-    if isinstance(ring.mover, CudaMover):
-        torch.cuda.synchronize(ring.mover.device)
+    _finish(ring.mover)
     return brought / (perf_counter() - began)
+
+
+def _finish(mover: Mover) -> None:
+    """Wait for what a GPU was sent; threads were waited for when their units were entered."""
+    if isinstance(mover, CudaMover):
+        torch.cuda.synchronize(mover.device)
 
 
 def memory_speed(dtype: torch.dtype, device: torch.device) -> float:

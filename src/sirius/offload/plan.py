@@ -5,10 +5,8 @@ both. Units come over the link in the order of a pass, through a few buffers, wh
 always stays is embedding, head, norms, biases, keys and values, and working memory.
 """
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
-from decimal import Decimal
 from math import isfinite
 from typing import Any, Literal, NamedTuple
 
@@ -16,12 +14,9 @@ from sirius.errors import ConfigError
 from sirius.offload.amounts import in_words
 
 Draft = Literal["none", "rounded", "coarse"]
+MARGIN = 1 << 18  # bytes of a buffer beyond its unit, as each tensor begins where a page does
 BUFFERS = 3  # one is computed with, one is ready, one is being filled
 FEWEST = 2  # where there is no room for three
-WRITTEN = re.compile(r"([0-9]{1,20}(?:\.[0-9]{1,20})?) ?(%|[kmgt]i?b|b)?", re.IGNORECASE)
-SCALES = {"b": 1}
-SCALES |= {f"{prefix}b": 1000 ** (i + 1) for i, prefix in enumerate("kmgt")}
-SCALES |= {f"{prefix}ib": 1024 ** (i + 1) for i, prefix in enumerate("kmgt")}
 
 
 @dataclass(frozen=True)
@@ -68,10 +63,9 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Link:
-    """Where streamed weights come from: pinned memory of the host or a disk, and how many bytes come in a second."""
+    """What brings streamed weights, from memory of the host or a disk: how many bytes come in a second."""
 
     bytes_per_second: float
-    place: Literal["host", "disk"] = "host"
 
     def __post_init__(self) -> None:
         _check_rate("the link's bandwidth", self.bytes_per_second)
@@ -119,8 +113,6 @@ class Plan:
     draft_seconds   of a draft pass, the mean of a round's; 0 without a draft
     full_seconds    of the full pass of a round
     plain_seconds   of a token of plain full decoding with the same weights in memory
-    first_seconds   to fetch a full pass's first unit. A pass that finds the buffers empty, as the first one of a
-                    prompt does, takes so much longer
     period, aal     K and the tokens of a round; 1 and 1 without a draft
 
     The model of time:
@@ -130,7 +122,8 @@ class Plan:
     - A pass finds its first units in the buffers where the pass before was of its kind, as units come in turn.
     - Where draft passes stream nothing, the link fills all buffers but one with units of the full pass meanwhile. The
       last one still holds the unit that was used last.
-    - Where passes of both kinds stream, each change of kind waits for the first unit: twice in a round.
+    - Where passes of both kinds stream, each change of kind waits for the first unit that passes of the other kind do
+      not use: twice in a round.
     """
 
     draft: Draft
@@ -149,7 +142,6 @@ class Plan:
     draft_seconds: float
     full_seconds: float
     plain_seconds: float
-    first_seconds: float
     period: int
     aal: float
 
@@ -215,23 +207,18 @@ def smallest_budget(sizes: Sizes, draft: Draft) -> int:
     return min(_used(sizes, *candidate, draft) for candidate in _candidates(sizes.blocks, draft))
 
 
-def parse_budget(text: str, total: int) -> int:
-    """Return the bytes of a memory budget as a user writes it: "8GiB", "8GB", "500MiB", "1234567" or "50%".
+def acceptance(aal: float, period: int) -> float:
+    """Return the chance a of a guess at which windows of K tokens bring `aal` tokens on average.
 
-    total  the bytes of the device's memory, of which a percentage is taken
-
-    Raises ConfigError of any other form, of a share above 100%, and of less than a byte.
+    They bring 1 + a + ... + a^(K-1). Raises ConfigError where no a fits.
     """
-    found = WRITTEN.fullmatch(text.strip())
-    number, unit = (Decimal(found[1]), (found[2] or "b").lower()) if found else (Decimal(0), "b")
-    factor = Decimal(total if number <= 100 else 0) / 100 if unit == "%" else SCALES[unit]
-    budget = int(number * factor)
-    if budget < 1:
-        raise ConfigError(
-            "a memory budget is a number of bytes above 0, such as 8GiB, 8GB, 500MiB or 1234567, or a share of the "
-            f"device's {in_words(total)}, such as 50%; got {text!r}"
-        )
-    return budget
+    if not 1 <= aal <= period:
+        raise ConfigError(f"windows of {period} tokens bring from 1 to {period} on average; got {aal}")
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if sum(middle**i for i in range(period)) < aal else (low, middle)
+    return low
 
 
 def _setting(
@@ -341,16 +328,22 @@ def _plan(sizes: Sizes, residents: Residents, buffers: int, setting: Setting, bu
         full_streamed=sum(full),
         period=setting.period,
         aal=setting.aal,
-        **_times(full, draft, buffers, setting, sizes),
+        **_times(full, draft, buffers, setting, sizes, setting.draft == "coarse" and not residents.attention[0]),
     )
 
 
-def _times(full: list[int], draft: list[int], buffers: int, setting: Setting, sizes: Sizes) -> dict[str, Any]:
-    """Return the times of passes that stream these units; see `Plan` for the model."""
+def _times(
+    full: list[int], draft: list[int], buffers: int, setting: Setting, sizes: Sizes, shared: bool
+) -> dict[str, Any]:
+    """Return the times of passes that stream these units; see `Plan` for the model.
+
+    shared  passes of both kinds begin with the same unit
+    """
     rate, drafts = setting.link.bytes_per_second, setting.period - 1
     full_read, draft_read = (read / setting.memory_bytes_per_second for read in _read(sizes, setting.draft))
     draft_seconds = max(sum(draft) / rate, draft_read)
-    full_wait, draft_wait = (full[0] / rate, draft[0] / rate) if full and draft else (0.0, 0.0)
+    own = [units[min(shared, len(units) - 1)] for units in (full, draft) if units]
+    full_wait, draft_wait = (own[0] / rate, own[1] / rate) if full and draft else (0.0, 0.0)
     ahead = 0 if draft else min(sum(full[: buffers - 1]), int(drafts * draft_seconds * rate))
     return {
         "fetched_ahead": ahead,
@@ -358,7 +351,6 @@ def _times(full: list[int], draft: list[int], buffers: int, setting: Setting, si
         "draft_seconds": draft_seconds + (draft_wait / drafts if drafts else 0.0),
         "full_seconds": max((sum(full) - ahead) / rate, full_read) + full_wait,
         "plain_seconds": max(sum(full) / rate, full_read),
-        "first_seconds": full[0] / rate if full else 0.0,
     }
 
 

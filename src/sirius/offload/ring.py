@@ -11,6 +11,7 @@ from concurrent.futures import thread as executors
 from threading import Lock
 from typing import Any, Generic, Protocol, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -136,6 +137,15 @@ class ThreadMover(Mover):
         self.end.atexit = False
 
 
+def copy(source: Tensor, target: Tensor) -> int:
+    """Copy bytes [n] uint8 of the host's memory, to a GPU without waiting for it; return how many they are."""
+    if target.device.type == "cpu":
+        np.copyto(target.numpy(), source.numpy())
+    else:
+        target.copy_(source, non_blocking=True)
+    return len(target)
+
+
 def _run(task: Task, throttle: Throttle) -> int:
     """Bring a part of a unit and return its bytes."""
     if getattr(executors, "_shutdown", False):  # the interpreter ends, and waits for the threads of executors
@@ -153,7 +163,9 @@ class CudaMover(Mover):
         self.device, self.stream = device, torch.cuda.Stream(device)
 
     def memory(self, count: int) -> Tensor:
-        return torch.empty(count, dtype=torch.uint8, device=self.device)
+        memory = torch.empty(count, dtype=torch.uint8, device=self.device)
+        memory.record_stream(self.stream)  # else it could serve another tensor while a copy still writes to it
+        return memory
 
     def send(self, unit: Unit[Any], views: Any, memory: Tensor, free: Any) -> Any:
         self.moved += unit.moved
@@ -202,22 +214,23 @@ class Ring:
     first unit that is not in the order of the pass before. A unit that nobody expected is waited for.
     Whoever uses a ring holds the model's lock.
 
-    free    buffers in which nothing is, each with the event from which on it may be written to
-    coming  units on their way or there, each with its buffer and arrival
-    held    the unit in use, and its buffer
-    midway  buffers are being handed on; where that was interrupted, as by Ctrl-C, it stays True
+    memories  the buffers [size] uint8, made when the first unit is sent
+    free      buffers in which nothing is, each with the event from which on it may be written to
+    coming    units on their way or there, each with its buffer and arrival
+    current   the unit in use, and its buffer
+    midway    buffers are being handed on; where that was interrupted, as by Ctrl-C, it stays True
     """
 
     def __init__(self, size: int, count: int, mover: Mover) -> None:
-        """Make `count` buffers of `size` bytes, where passes read weights."""
-        self.size, self.mover = size, mover
-        self.memories = [mover.memory(size) for _ in range(count)]
-        self.free: deque[tuple[int, Any]] = deque((number, None) for number in range(count))
+        """Have `count` buffers of `size` bytes, where passes read weights."""
+        self.size, self.count, self.mover = size, count, mover
+        self.memories: list[Tensor] = []
+        self.free: deque[tuple[int, Any]] = deque()
         self.coming: dict[Unit[Any], tuple[int, Any]] = {}
-        self.held: tuple[Unit[Any], int] | None = None
+        self.current: tuple[Unit[Any], int] | None = None
         self.views: weakref.WeakKeyDictionary[Unit[Any], dict[int, Any]] = weakref.WeakKeyDictionary()
         self.order: weakref.ref[Order[Any]] | None = None  # of the pass at work; what it is of may be gone
-        self.midway, self.process = False, os.getpid()
+        self.midway, self.process = True, os.getpid()  # `recover` makes the buffers
 
     def enter(self, unit: Unit[V], order: Order[V]) -> V:
         """Return the views of a unit, waiting until it is there; those of the last one are not to be used any more.
@@ -228,8 +241,8 @@ class Ring:
         """
         if self.midway or self.process != os.getpid():
             self.recover()
-        elif self.held is not None and self.held[0] is unit:
-            return self.views[unit][self.held[1]]
+        elif self.current is not None and self.current[0] is unit:
+            return self.views[unit][self.current[1]]
         self.midway = True  # also after an error, so that the next entry begins with free buffers
         found = self._enter(unit, order)
         self.midway = False
@@ -237,16 +250,17 @@ class Ring:
 
     def leave(self) -> None:
         """Let the buffer of the unit in use take another one."""
-        if self.held is not None:
-            self.free.append((self.held[1], self.mover.used()))
-            self.held = None
+        if self.current is not None:
+            self.free.append((self.current[1], self.mover.used()))
+            self.current = None
 
     def recover(self) -> None:
-        """Let every buffer be free, whatever was interrupted; a forked process has none of its parent's threads."""
+        """Let every buffer be there and free, whatever was interrupted. A forked process has none of the threads."""
         self.mover.stop()
         self.coming.clear()
-        self.held = None
-        self.free = deque((number, self.mover.used()) for number in range(len(self.memories)))
+        self.current = None
+        self.memories += [self.mover.memory(self.size) for _ in range(self.count - len(self.memories))]
+        self.free = deque((number, self.mover.used()) for number in range(self.count))
         self.process = os.getpid()
 
     def _enter(self, unit: Unit[V], order: Order[V]) -> V:
@@ -254,7 +268,7 @@ class Ring:
         now = self.order() if self.order is not None else None
         if now is None or unit not in now.places:
             now, self.order = order, weakref.ref(order)
-        ahead = now.after(unit, len(self.memories) - 1)
+        ahead = now.after(unit, self.count - 1)
         for each in self.coming.keys() - {unit, *ahead}:
             buffer, arrival = self.coming.pop(each)
             self.mover.drop(each, arrival)
@@ -264,7 +278,7 @@ class Ring:
                 self._send(each)
         buffer, arrival = self.coming.pop(unit)
         self.mover.wait(arrival)
-        self.held = unit, buffer
+        self.current = unit, buffer
         return self.views[unit][buffer]
 
     def _send(self, unit: Unit[Any]) -> None:

@@ -15,9 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from sirius.errors import FileError
+from sirius.model.memory import page_aligned
 from sirius.offload.checkpoint import PAGE, File
-from sirius.offload.ring import CHUNK, Order, Ring, Task, Unit
+from sirius.offload.pinned import pinned
+from sirius.offload.ring import CHUNK, Order, Ring, Task, Unit, copy
 
+MOUNTS, IN_MEMORY = Path("/proc/self/mounts"), ("tmpfs", "ramfs")
+LASTING = Path("/var/tmp")  # the system's folder for larger temporary files, which outlast a restart
 Read = Callable[[int, Tensor], int]  # brings bytes, from a first one on, into a buffer; returns how many
 
 
@@ -39,22 +43,22 @@ class HostStore(Store):
         self.pin = pin
 
     def write(self, parts: Sequence[Tensor]) -> Read:
-        held = torch.empty(sum(_room(len(each)) for each in parts), dtype=torch.uint8, pin_memory=self.pin)
+        held = (pinned if self.pin else page_aligned)(sum(_in_pages(len(each)) for each in parts))
         begin = 0
         for each in parts:
             held[begin : begin + len(each)] = each
-            begin += _room(len(each))
-        return partial(_copy, held)
+            begin += _in_pages(len(each))
+        return partial(_read, held)
 
 
 class FileStore(Store):
     """A file without a name, which is gone with the process."""
 
     def __init__(self, folder: Path | None = None) -> None:
-        """Make a file in a folder, None: the system's for temporary files; raise FileError where that cannot be."""
+        """Make a file in a folder, None: that of `spare_folder`; raise FileError where that cannot be."""
         self.end = 0
         try:
-            handle, path = tempfile.mkstemp(prefix="sirius-", dir=folder)
+            handle, path = tempfile.mkstemp(prefix="sirius-", dir=folder or spare_folder())
         except OSError as error:
             raise FileError(f"cannot make a temporary file: {error}; set TMPDIR to a folder with room") from error
         self.handle = handle
@@ -83,7 +87,7 @@ class FileStore(Store):
 
     def _write(self, part: np.ndarray) -> None:
         """Write bytes at the end, up to a whole page."""
-        for left in (part.data, memoryview(bytes(_room(len(part)) - len(part)))):
+        for left in (part.data, memoryview(bytes(_in_pages(len(part)) - len(part)))):
             while left:
                 count = os.pwrite(self.handle, left, self.end)
                 left, self.end = left[count:], self.end + count
@@ -91,6 +95,29 @@ class FileStore(Store):
     def _read(self, first: int, begin: int, target: Tensor) -> int:
         np.copyto(target.numpy(), self.file.read(first + begin, len(target)))
         return len(target)
+
+
+def spare_folder() -> Path:
+    """Return the system's folder for temporary files, or /var/tmp where the former is in memory, as it often is.
+
+    Raises FileError where both are: a file there would take the memory that a budget saves.
+    """
+    folders = [Path(tempfile.gettempdir()), LASTING]
+    for folder in folders:
+        if folder.is_dir() and _file_system(folder) not in IN_MEMORY:
+            return folder
+    raise FileError(f"{folders[0]} is in memory, not on a disk; set TMPDIR to a folder on a disk")
+
+
+def _file_system(folder: Path) -> str:
+    """Return the kind of file system that a folder is in, "" where the system does not tell."""
+    try:
+        mounts = [line.split() for line in MOUNTS.read_text().splitlines()]
+    except OSError:
+        return ""
+    kinds = {Path(mount.replace("\\040", " ")): kind for _, mount, kind, *_ in mounts}  # the last one hides others
+    folder = folder.resolve()
+    return next((kinds[each] for each in (folder, *folder.parents) if each in kinds), "")
 
 
 class _Place(NamedTuple):
@@ -113,7 +140,7 @@ class _Bag:
         self.places: list[_Place] = []
         parts: list[Tensor] = []
         self.values = {key: self._taken(value, parts) for key, value in values.items()}
-        self.nbytes = self.moved = sum(_room(each.nbytes) for each in self.places)
+        self.nbytes = self.moved = sum(_in_pages(each.nbytes) for each in self.places)
         self.read = store.write(parts)
 
     def views(self, memory: Tensor) -> dict[int, Any]:
@@ -129,7 +156,7 @@ class _Bag:
     def _taken(self, value: Any, parts: list[Tensor]) -> Any:
         """Return a value with places for its tensors, which are added to `parts` as bytes; biases stay."""
         if isinstance(value, Tensor):
-            begin = sum(_room(each.nbytes) for each in self.places)
+            begin = sum(_in_pages(each.nbytes) for each in self.places)
             self.places.append(place := _Place(begin, value.dtype, value.shape))
             parts.append(value.contiguous().view(-1).view(torch.uint8))
             return place
@@ -144,12 +171,16 @@ class BlockShelf:
     It is filled block by block, before it is read.
     """
 
-    def __init__(self, blocks: dict[int, int], store: Store, ring: Ring, others: dict[int, Unit[Any]]) -> None:
+    def __init__(
+        self, blocks: dict[int, int], make_store: Callable[[], Store], ring: Ring, others: dict[int, Unit[Any]]
+    ) -> None:
         """Take values of the layers in `blocks`, each layer's block by its id.
 
-        others  what a pass uses of a block before these values
+        make_store  makes the place where they lie, when the first block is there
+        others      what a pass uses of a block before these values
         """
-        self.blocks, self.store, self.ring, self.others = blocks, store, ring, others
+        self.blocks, self.make_store, self.ring, self.others = blocks, make_store, ring, others
+        self.store: Store | None = None
         self.open: tuple[int, dict[int, Any]] | None = None  # the block that is being filled
         self.bags: dict[int, _Bag] = {}
         self.order: Order[dict[int, Any]] | None = None
@@ -176,6 +207,7 @@ class BlockShelf:
     def _close(self) -> None:
         if self.open is not None:
             block, values = self.open
+            self.store = self.store or self.make_store()
             self.open, self.bags[block] = None, _Bag(values, self.store)
 
     def _make_order(self) -> Order[dict[int, Any]]:
@@ -184,18 +216,13 @@ class BlockShelf:
         return Order(held[block] for block in blocks for held in (self.others, self.bags) if block in held)
 
 
-def _room(count: int) -> int:
+def _in_pages(count: int) -> int:
     """Return the bytes of whole pages that hold so many."""
     return -(-count // PAGE) * PAGE
 
 
-def _copy(held: Tensor, begin: int, target: Tensor) -> int:
-    source = held[begin : begin + len(target)]
-    if target.device.type == "cpu":
-        np.copyto(target.numpy(), source.numpy())
-    else:
-        target.copy_(source, non_blocking=True)
-    return len(target)
+def _read(held: Tensor, begin: int, target: Tensor) -> int:
+    return copy(held[begin : begin + len(target)], target)
 
 
 def _rebuilt(value: Any, memory: Tensor) -> Any:

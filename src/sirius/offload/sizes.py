@@ -1,20 +1,60 @@
 """The bytes of a model's parts, from its configuration alone: no weight is loaded or made."""
 
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from sirius.core import AUTO, LONGEST, SparsityConfig
-from sirius.errors import ConfigError
+from sirius.errors import ConfigError, UnsupportedModelError
 from sirius.kernels.quantized import bytes_of
 from sirius.model.find import blocks, check_config, gated_mlp
 from sirius.model.limits import cache_bytes
-from sirius.offload.plan import Draft, Sizes
+from sirius.offload.plan import BUFFERS, MARGIN, Draft, Sizes
 
 COARSE = "coarse", "griffin"
+
+
+@dataclass(frozen=True)
+class Layers:
+    """The linear layers of one decoder block.
+
+    attention  those outside of its gated MLP
+    mlp        gate, up and down by their roles; gate and up may be one layer. {} of an MLP of an earlier block
+    """
+
+    attention: tuple[nn.Linear, ...]
+    mlp: dict[str, nn.Linear]
+
+    @property
+    def neurons(self) -> int:
+        """The neurons F of the MLP."""
+        return self.mlp["down"].in_features if self.mlp else 0
+
+
+def layers_of(model: PreTrainedModel) -> list[Layers]:
+    """Return the linear layers of each decoder block, those of an MLP that several blocks share at the first one.
+
+    Raises UnsupportedModelError where a block has no gated MLP, or blocks have MLPs of different classes.
+    """
+    found: list[Layers] = []
+    known: set[nn.Module] = set()
+    for path, block in blocks(model):
+        _, module, roles = gated_mlp(path, block)
+        mlp = {role: cast("nn.Linear", getattr(module, name)) for role, name in roles.layers.items()}
+        inside = set(module.modules())
+        others = [each for each in block.modules() if type(each) is nn.Linear and each not in inside | known]
+        found.append(Layers(tuple(cast("list[nn.Linear]", others)), {} if module in known else mlp))
+        known |= {module, *others}
+    kinds = sorted({type(module).__name__ for module in known if not isinstance(module, nn.Linear)})
+    if len(kinds) > 1:
+        raise UnsupportedModelError(
+            f"a memory budget needs blocks whose MLPs are alike; this model's are {', '.join(kinds)}: load it without"
+        )
+    return found
 
 
 def draft_of(sparsity: SparsityConfig) -> Draft:
@@ -25,6 +65,8 @@ def draft_of(sparsity: SparsityConfig) -> Draft:
     """
     if sparsity.draft_bits:
         return "rounded"
+    if sparsity.refresh:
+        raise ConfigError("refresh chooses neurons after each check, and all would be copied again; set it to 0")
     if sparsity.method == "none":
         return "none"
     if sparsity.method in COARSE:
@@ -56,14 +98,14 @@ def sizes_of(
     """
     assert draft.draft_bits != AUTO, "whoever plans has chosen the bits"
     model, bits = skeleton(config, dtype), draft.draft_bits
-    parts = _parts(model)
-    streamed = [[*block.attention, *block.mlp] for block in parts]
+    parts = layers_of(model)
+    streamed = [[*block.attention, *block.mlp.values()] for block in parts]
     head = [each for each in [model.get_output_embeddings()] if isinstance(each, nn.Linear)]
     whole = sum(each.nbytes for each in (*model.parameters(), *model.buffers()))
     return Sizes(
         fixed=whole - sum(map(_bytes, streamed)),
         attention=tuple(_bytes(block.attention) for block in parts),
-        mlp=tuple(_bytes(block.mlp) for block in parts),
+        mlp=tuple(_bytes(block.mlp.values()) for block in parts),
         rounded=tuple(_rounded(block, bits) for block in streamed),
         rounded_head=_rounded(head, bits),
         kept=tuple(_kept(block, draft) for block in parts),
@@ -87,28 +129,6 @@ def skeleton(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
         raise ConfigError(f"no {config.model_type} of this configuration can be made: {line}") from error
 
 
-class _Part(NamedTuple):
-    """The linear layers of a block, and its neurons F; what several blocks share belongs to the first of them."""
-
-    attention: list[nn.Linear]
-    mlp: list[nn.Linear]
-    neurons: int
-
-
-def _parts(model: PreTrainedModel) -> list[_Part]:
-    """Return the parts of each block; raise UnsupportedModelError where one has no gated MLP of plain layers."""
-    parts: list[_Part] = []
-    known: set[nn.Module] = set()
-    for path, block in blocks(model):
-        _, mlp, roles = gated_mlp(path, block)
-        linears = [each for each in block.modules() if isinstance(each, nn.Linear) and each not in known]
-        inside = set(mlp.modules())
-        gated, others = ([each for each in linears if (each in inside) is wanted] for wanted in (True, False))
-        parts.append(_Part(others, gated, getattr(mlp, roles.layers["down"]).in_features))
-        known |= set(linears)
-    return parts
-
-
 def _bytes(layers: Iterable[nn.Linear]) -> int:
     return sum(layer.weight.nbytes for layer in layers)
 
@@ -117,23 +137,26 @@ def _rounded(layers: Iterable[nn.Linear], bits: int) -> int:
     return sum(bytes_of(layer.out_features, layer.in_features, bits) for layer in layers) if bits else 0
 
 
-def _kept(block: _Part, draft: SparsityConfig) -> int:
+def _kept(block: Layers, draft: SparsityConfig) -> int:
     """Return the bytes of the neurons that coarse keeps in a block; 0 of another method."""
-    if draft.method not in COARSE:
+    if draft.method not in COARSE or not block.mlp:
         return 0
     count = int(draft.keep * block.neurons)
     if not count:
         raise ConfigError(f"keep {draft.keep} of {block.neurons} neurons keeps none; raise keep")
-    return _bytes(block.mlp) // block.neurons * count
+    return _bytes(block.mlp.values()) // block.neurons * count
 
 
 def _working(
-    config: PreTrainedConfig, dtype: torch.dtype, parts: Sequence[_Part], tokens: tuple[int, int, int], observed: bool
+    config: PreTrainedConfig, dtype: torch.dtype, parts: Sequence[Layers], tokens: tuple[int, int, int], observed: bool
 ) -> int:
     """Return the bytes of what is computed in a pass, as far as it is in memory at the same time.
 
-    Of a prompt's chunk: the inputs and outputs of a block and of its norms, the outputs of the attention's linear
-    layers, gate, up and their product, and the mask. Of a check: the scores, see `score_bytes`.
+    - Of a prompt's chunk: what a block and its norms take and give, the outputs of the attention's layers, gate, up and
+      their product.
+    - Of its attention: keys and values as each head reads them, and the mask, as a bool and in the model's dtype.
+    - Of a check: the scores, see `score_bytes`.
+    - Of the buffers: what they have beyond a unit.
 
     tokens    of a chunk, of the context, and of a check
     observed  a method adds up the neurons' activations, float32, which takes two copies of a chunk's
@@ -144,7 +167,9 @@ def _working(
     neurons = max(block.neurons for block in parts)
     activations = chunk * (4 * text.hidden_size + outputs + 3 * neurons) * dtype.itemsize
     statistic = neurons * (2 * chunk + len(parts)) * wide if observed else 0
-    return activations + chunk * context + score_bytes(config, dtype, checked) + statistic
+    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    attention = context * (2 * text.num_attention_heads * head * dtype.itemsize + chunk * (1 + dtype.itemsize))
+    return activations + attention + score_bytes(config, dtype, checked) + statistic + BUFFERS * MARGIN
 
 
 def score_bytes(config: PreTrainedConfig, dtype: torch.dtype, checked: int) -> int:

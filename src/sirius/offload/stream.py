@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from sirius.core import SparsityConfig
 from sirius.errors import ConfigError, ModelError
 from sirius.model.matrix import Dense, Expected, Placed, dense
-from sirius.offload.checkpoint import Stored
-from sirius.offload.plan import Plan
-from sirius.offload.ring import CHUNK, Order, Ring, Task, Unit
-from sirius.offload.shelf import BlockShelf, HostStore, Store
+from sirius.model.memory import page_aligned
+from sirius.offload.checkpoint import PAGE, Stored
+from sirius.offload.pinned import pinned
+from sirius.offload.plan import Plan, acceptance
+from sirius.offload.ring import CHUNK, Order, Ring, Task, Unit, copy
+from sirius.offload.shelf import BlockShelf, Store
 
 SUMMED = 1 << 17  # numbers that are added up at a time
-ALIGNED = 4096  # bytes; where weights begin in a buffer
 WHOLE = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # what numbers of a width are copied as
 Views = dict[int, Tensor]
 
@@ -44,7 +45,7 @@ class Streamed(NamedTuple):
         return (inputs, outputs) if self.transposed else (outputs, inputs)
 
 
-class Part:
+class BlockPart:
     """The layers of a block that come together, its attention's or its MLP's, read from the checkpoint; see `Unit`.
 
     block   the number of the decoder block
@@ -56,7 +57,7 @@ class Part:
         self.layers, self.dtype, self.block, self.gated = layers, dtype, block, gated
         self.checks = True
         self.finite: set[tuple[int, int]] = set()  # parts that were found to be numbers, by layer and first row
-        self.nbytes = sum(-(-self._size(each) // ALIGNED) * ALIGNED for each in layers)
+        self.nbytes = sum(-(-self._size(each) // PAGE) * PAGE for each in layers)
         self.moved = sum(each.source.nbytes for each in layers)
 
     def views(self, memory: Tensor) -> Views:
@@ -74,7 +75,7 @@ class Part:
             found[each.key] = whole[:, :length]
             if pair:
                 found[self.layers[place + 1].key] = whole[:, length:]
-            begin += -(-size // ALIGNED) * ALIGNED
+            begin += -(-size // PAGE) * PAGE
         return found
 
     def tasks(self, views: Views, memory: Tensor) -> Iterator[Task]:
@@ -120,13 +121,13 @@ def _numbers(tensor: Tensor) -> np.ndarray:
     return tensor.detach().view(WHOLE[tensor.dtype.itemsize]).numpy()
 
 
-class Held:
+class HostPart:
     """The same layers kept in the host's memory, as they lie in a buffer; see `Unit`."""
 
-    def __init__(self, part: Part, pin: bool = False) -> None:
+    def __init__(self, part: BlockPart, pin: bool = False) -> None:
         """Read the layers once."""
         self.part, self.nbytes, self.moved = part, part.nbytes, part.nbytes
-        self.memory = torch.empty(part.nbytes, dtype=torch.uint8, pin_memory=pin)
+        self.memory = pinned(part.nbytes) if pin else page_aligned(part.nbytes)
         for task in part.tasks(part.views(self.memory), self.memory):
             task()
 
@@ -139,15 +140,7 @@ class Held:
         step = CHUNK if memory.device.type == "cpu" else self.nbytes
         for begin in range(0, self.nbytes, step):
             part = slice(begin, min(begin + step, self.nbytes))  # a buffer may be larger
-            yield partial(_copy, memory[part], self.memory[part])
-
-
-def _copy(target: Tensor, source: Tensor) -> int:
-    if target.device.type == "cpu":
-        np.copyto(target.numpy(), source.numpy())
-    else:
-        target.copy_(source, non_blocking=True)
-    return len(target)
+            yield partial(copy, self.memory[part], memory[part])
 
 
 class Shelves(NamedTuple):
@@ -177,14 +170,14 @@ class Planned(NamedTuple):
 class Stream(Placed):
     """Makes the matrices of a model's layers; those that lie elsewhere come through a ring of buffers."""
 
-    def __init__(self, units: dict[Part, Unit[Views]], ring: Ring, shelves: Shelves, planned: Planned) -> None:
+    def __init__(self, units: dict[BlockPart, Unit[Views]], ring: Ring, shelves: Shelves, planned: Planned) -> None:
         """Bring parts of blocks, each as its unit, through a ring of buffers; they are in the order of full passes."""
         self.ring, self.shelves, self.planned, plan = ring, shelves, planned, planned.plan
         self.full = Order(units.values())
         self.made: weakref.WeakSet[BlockShelf] = weakref.WeakSet()
         self.attention = {part.block: unit for part, unit in units.items() if not part.gated}
         self.rounded = int(planned.draft.draft_bits)
-        self.expected = Expected(plan.plain_seconds, plan.draft_seconds, chance(plan.aal, plan.period))
+        self.expected = Expected(plan.plain_seconds, plan.draft_seconds, acceptance(plan.aal, plan.period))
         self.of = {each.key: unit for part, unit in units.items() for each in part.layers}
         self.turned = {each.key for part in units for each in part.layers if each.transposed}
 
@@ -214,8 +207,11 @@ class Stream(Placed):
         planned = self.planned.draft
         if chosen.method == "none" or chosen.draft_bits:
             return self.planned.most  # `bits_of_draft` refuses bits that were not planned
-        if (chosen.method, chosen.draft_bits) == (planned.method, 0) and chosen.keep <= planned.keep:
-            return self.planned.most if chosen.shared_set else self.planned.rows
+        alike = chosen.method == planned.method and not planned.draft_bits and not chosen.refresh
+        if alike and chosen.keep <= planned.keep:
+            if chosen.shared_set:
+                return self.planned.most
+            return 1 if planned.shared_set else self.planned.rows
         raise ConfigError(
             f"memory was planned for {_named(planned)}, and {_named(chosen)} may read more; load the model with the "
             "draft that is to be used (Engine.load(..., draft=), or the same options on the command line)"
@@ -230,22 +226,14 @@ class Stream(Placed):
         return self._shelf(self.shelves.kept, self.attention)
 
     def _shelf(self, of: dict[int, int], others: dict[int, Unit[Any]]) -> BlockShelf:
-        shelf = BlockShelf(of, self.shelves.make_store() if of else HostStore(), self.ring, others)
+        shelf = BlockShelf(of, self.shelves.make_store, self.ring, others)
         self.made.add(shelf)
         return shelf
-
-
-def chance(advance: float, period: int) -> float:
-    """Return with which chance of each guess a window of `period` tokens brings `advance` on average."""
-    low, high = 0.0, 1.0
-    for _ in range(50):
-        middle = (low + high) / 2
-        low, high = (middle, high) if sum(middle**n for n in range(period)) < advance else (low, middle)
-    return low
 
 
 def _named(draft: SparsityConfig) -> str:
     """Return a draft in words."""
     if draft.method == "none":
         return f"every neuron at {draft.draft_bits} bits" if draft.draft_bits else "no draft"
-    return f"{draft.method} {draft.keep:g}" + (f" at {draft.draft_bits} bits" if draft.draft_bits else "")
+    refreshed = " with refresh" if draft.refresh else ""
+    return f"{draft.method} {draft.keep:g}{refreshed}" + (f" at {draft.draft_bits} bits" if draft.draft_bits else "")
