@@ -7,13 +7,15 @@ READY := $(VENV)/.ready
 
 .PHONY: demo test test-slow test-real models check clean
 
-# Bytecode is made by all cores once pip is done, not by one; a few files are of other versions of Python.
+# pip would make bytecode with one core. So what is installed first is compiled while pip goes on, and the rest at the end
+# by all cores; a few files are of other versions of Python.
+COMPILE := $(BIN)/python -m compileall -qq -x '/tests?/|/testing/'
 $(READY): pyproject.toml hatch_build.py $(wildcard src/sirius/kernels/csrc/*)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "sirius needs Python 3.11 or newer; set PYTHON=")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --no-compile torch==2.13.0
-	$(BIN)/python -m pip install --quiet --no-compile --editable '.[dev]'
-	$(BIN)/python -m compileall -qq -j 0 -x '/tests?/|/testing/' $(VENV)/lib src || true
+	$(COMPILE) $(VENV)/lib & $(BIN)/python -m pip install --quiet --no-compile --editable '.[dev]' && wait
+	$(COMPILE) -j 0 $(VENV)/lib src || true
 	touch $@
 
 demo: $(READY)

@@ -9,19 +9,19 @@ import pytest
 import torch
 from rich.console import Console
 
-from conftest import tiny_config, tiny_model
+from conftest import slow, tiny_config, tiny_model
 from sirius.benchmark import ceiling as ceiling_module
 from sirius.benchmark import memory, show
 from sirius.benchmark.ceiling import Ceiling
 from sirius.benchmark.decode import DecodeFigures, TimedSetting, Times, bytes_per_token
 from sirius.benchmark.kernels import Size, count
 from sirius.benchmark.models import SHAPES, make_config, make_model
-from sirius.benchmark.playback import acceptance
 from sirius.core import CorrectionConfig, SparsityConfig
 from sirius.engine import Engine
 from sirius.kernels import cpu
 from sirius.model.limits import cache_bytes
 from sirius.model.prepare import count_parameters
+from sirius.offload.plan import acceptance
 
 pytestmark = pytest.mark.integration
 
@@ -76,6 +76,7 @@ def test_the_table_fits_a_terminal(bench, shape):
     assert "ceiling: " in out and "coarse 0.5 corrected" in out and "\N{HORIZONTAL ELLIPSIS}" not in out
 
 
+@pytest.mark.slow
 def test_a_setting_that_is_asked_for_twice_is_timed_once(bench, shape):
     code, out, _ = bench("decode", "--shape", shape, *SMALL, "--aal", 3, *["--fine-keep", 0.3] * 2, "--json")
     assert code == 0
@@ -129,7 +130,7 @@ def test_a_histogram_that_cannot_be_read_is_refused(bench, shape):
     assert code == 2 and out == "" and "none.json" in err and len(err.splitlines()) == 1
 
 
-@pytest.mark.parametrize("within", [False, True], ids=["figures", "a completion"])
+@pytest.mark.parametrize("within", [slow(False), True], ids=["figures", "a completion"])
 def test_a_histogram_may_be_played_back(bench, shape, tmp_path, within):
     path, figures = tmp_path / "stats.json", {"acceptance_histogram": [0, 1, 1, 0]}
     path.write_text(json.dumps({"text": "", "stats": figures} if within else figures))

@@ -214,5 +214,6 @@ def test_a_model_larger_than_its_budget_stays_within_it(bench, tmp_path, link):
     code, out, _ = bench(*options, "--memory-budget", needed(err) + (120 << 20), "--json")
     record = json.loads(out)
     assert code == 0 and record["same_text"] is True
+    assert [row["name"] for row in record["rows"]] == ROWS[: 3 if link else 4]
     assert all(row["within_budget"] and row["swapped_bytes"] == 0 for row in record["rows"])
     assert all(row["full_streamed"] > 0 for row in record["rows"])

@@ -307,7 +307,8 @@ def test_a_step_that_was_captured_counts_once(captured):
     assert update.completion.stats.density_streamed == density
 
 
-@pytest.mark.parametrize("name", ["fine", slow("coarse")])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["fine", "coarse"])
 def test_a_compiler_takes_the_gpus_kernels_as_they_are(gpu_device, monkeypatch, name):
     """Without a graph break: a compiled pass is one piece."""
     monkeypatch.setattr("sirius.engine.check_compiles", lambda model: None)

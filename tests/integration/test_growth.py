@@ -10,9 +10,9 @@ from conftest import check_integrity, tiny_config, tiny_model
 from sirius.benchmark import extras, growth
 from sirius.benchmark.decode import Times
 from sirius.benchmark.growth import CORRECTED, FULL, PLAIN, SPARSE, Point, Workload, along, make_points
-from sirius.benchmark.playback import acceptance
 from sirius.engine import Engine
 from sirius.errors import ConfigError
+from sirius.offload.plan import acceptance
 
 pytestmark = pytest.mark.integration
 

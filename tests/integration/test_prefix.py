@@ -8,7 +8,7 @@ import pytest
 import torch
 from batches import drain
 
-from conftest import FAMILIES, VOCABULARY, check_integrity, greedy, tiny_model
+from conftest import FAMILIES, VOCABULARY, check_integrity, greedy, slow, tiny_model
 from sirius.batch import Batch
 from sirius.core import CorrectionConfig, Mode, SparsityConfig, Window
 from sirius.engine import Engine
@@ -84,7 +84,7 @@ def long() -> Engine:
     return Engine(tiny_model(**LONG))
 
 
-@pytest.mark.parametrize("common", [300, 600, 1000])
+@pytest.mark.parametrize("common", [300, slow(600), 1000])
 @pytest.mark.parametrize("method", ["coarse", "fine", "none"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_texts_of_a_batch_are_those_that_each_prompt_gives_alone(dtype, method, common):

@@ -72,7 +72,7 @@ def text(rounds: list[Round]) -> list[int]:
 
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("noise", [0.0, 0.3, 1.0], ids=["perfect", "usual", "hopeless"])
-@pytest.mark.parametrize("period", [1, 2, 5, 16, 40])
+@pytest.mark.parametrize("period", [1, 2, 5, 16, slow(40)])
 def test_the_draft_changes_speed_never_text(period, noise, width):
     assert text(run(Toy(noise), plan_of(period, width))) == dense_greedy(PROMPT, 60)
 

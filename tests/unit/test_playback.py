@@ -6,10 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import Toy, begin
-from sirius.benchmark.playback import Playback, acceptance, geometric, mean_advance
+from sirius.benchmark.playback import Playback, geometric, mean_advance
 from sirius.decoding.loop import Plan, Row, next_round
 from sirius.decoding.period import Period
 from sirius.errors import ConfigError
+from sirius.offload.plan import acceptance
 
 
 @settings(derandomize=True, deadline=None)

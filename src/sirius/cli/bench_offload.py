@@ -85,7 +85,9 @@ def offload(
     settings = measure.make_settings(keep, draft_bits, *(histogram for _, histogram in played))
     limits = _limits(memory_budget, link_gbps, where := device_name(device))
     sizes = {"context": context, "tokens": tokens, "windows": windows, "period": period}
-    workload = measure.Workload(str(model), dtype, where, known["threads"], **limits, **sizes)
+    workload = measure.Workload(
+        str(model or folder or "a temporary folder"), dtype, where, known["threads"], **limits, **sizes
+    )
     measure.check_workload(workload, config := _config(model, shape, layers))
     bar = progress("measuring", cycles * len(settings), passing=True)
     with _checkpoint(model, config, dtype, seed, folder) as path, bar as advance:
