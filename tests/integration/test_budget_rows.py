@@ -114,6 +114,16 @@ def test_a_check_that_is_longer_than_was_planned_for_ends_its_text_alone_with_on
     assert len(planned.generate(long, max_new_tokens=NEW, sparsity="coarse", correction=tree).token_ids) == NEW
 
 
+def test_a_draft_is_planned_where_so_many_of_its_tokens_are_expected_that_it_pays(folder):
+    poor, good = (streamed(folder, more=60_000, aal=aal) for aal in (1, 15))
+    assert [prepared_of(each.model).placed.planned.draft.draft_bits for each in (poor, good)] == [0, 4]
+
+
+def test_a_budget_above_the_memory_of_the_machine_is_refused(folder):
+    with pytest.raises(ConfigError, match=r"a memory budget of 1000 TB is more than cpu has: .*; give less"):
+        Engine.load(folder, memory_budget=10**15)
+
+
 def test_a_budget_is_given_by_its_size_or_as_a_whole():
     assert as_budget("8GiB", "coarse", 9) == Budget("8GiB", SparsityConfig("coarse"), 9)
     assert as_budget(Budget(5, rows=3), None, 9) == Budget(5, context=9, rows=3)
@@ -121,4 +131,8 @@ def test_a_budget_is_given_by_its_size_or_as_a_whole():
         as_budget(Budget(5), "coarse", None)
     with pytest.raises(ConfigError, match="at least 1; got 0 and 32"):
         Budget(5, rows=0)
+    with pytest.raises(ConfigError, match="a period of at least 2; got 1"):
+        Budget(5, period=1)
+    with pytest.raises(ConfigError, match="a round of 4 brings from 1 to 4 tokens; got aal 5"):
+        Budget(5, period=4, aal=5)
     assert [window_of(each) for each in (None, CorrectionConfig(4), CorrectionConfig(16, tree_width=4))] == [32, 32, 60]

@@ -48,6 +48,7 @@ class Budget:
              `context` each has as many tokens; without one they share 4096
     window   most guesses of a check; more than 32 are those of trees
     period   K of the rounds that are planned for
+    aal      tokens that such a round is expected to bring, 1 to K; None: as published for the kind of draft
     """
 
     size: int | str
@@ -58,12 +59,15 @@ class Budget:
     rows: int = 1
     window: int = LONGEST
     period: int = PERIOD
+    aal: float | None = None
 
     def __post_init__(self) -> None:
         if min(self.rows, self.window) < 1:
             raise ConfigError(f"rows and window count texts and guesses, at least 1; got {self.rows} and {self.window}")
         if self.period < 2:
             raise ConfigError(f"rounds that are planned for have a period of at least 2; got {self.period}")
+        if self.aal is not None and not 1 <= self.aal <= self.period:
+            raise ConfigError(f"a round of {self.period} brings from 1 to {self.period} tokens; got aal {self.aal}")
 
 
 def window_of(correction: CorrectionConfig | None) -> int:
@@ -159,7 +163,7 @@ def _plan(model: PreTrainedModel, where: dict[int, Stored], transfer: Transfer, 
 
     def planned(room: Room, rows: int) -> Planned:
         kind = draft_of(room.draft)
-        plan = make_plan(room.sizes(rows), size, link, speed, kind, budget.period, _advance(kind, budget.period))
+        plan = make_plan(room.sizes(rows), size, link, speed, kind, budget.period, _advance(kind, budget))
         return Planned(plan, room.draft, room.slots(rows), rows, max(rows, room.most))
 
     first, *others = (Room.of(model, draft, budget, held) for draft in _drafts(budget, transfer.device, model.dtype))
@@ -171,10 +175,12 @@ def _plan(model: PreTrainedModel, where: dict[int, Stored], transfer: Transfer, 
     return min(found, key=lambda each: each.plan.seconds_per_token / each.rows)
 
 
-def _advance(draft: Draft, period: int) -> float:
+def _advance(draft: Draft, budget: Budget) -> float:
     """Return the tokens that a round is expected to bring; at any period a guess has the same chance."""
+    if budget.aal is not None and draft != "none":
+        return budget.aal
     accepted = acceptance(ADVANCE[draft], PERIOD)
-    return sum(accepted**n for n in range(period))
+    return sum(accepted**n for n in range(budget.period))
 
 
 def _drafts(budget: Budget, device: torch.device, dtype: torch.dtype) -> list[SparsityConfig]:
