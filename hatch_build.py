@@ -48,13 +48,13 @@ class KernelBuild(BuildHookInterface):
 def build(compiler: str, root: Path, library: Path = LIBRARY, flags: Sequence[str] = ()) -> None:
     """Compile rows.cpp once for each instruction set, and link; raise CalledProcessError where that fails.
 
-    The instruction set `amx` is left out where the compiler does not know its flags.
+    The instruction set `amx` is left out where the compiler or its assembler does not know it.
 
     library  the file to write, relative to root unless it is absolute
     flags    further ones for every command, those that link too
     """
     sets = X86 if platform.machine().lower() in ("x86_64", "amd64") else GENERIC
-    if "amx" in sets and not knows(compiler, sets["amx"][1]):
+    if "amx" in sets and not assembles(compiler, sets["amx"][1], "tilezero %tmm0"):
         sets = {name: each for name, each in sets.items() if name != "amx"}
     tiles = ["-DSIRIUS_AMX"] if "amx" in sets else []
     with TemporaryDirectory() as folder, ThreadPoolExecutor() as pool:
@@ -71,10 +71,10 @@ def build(compiler: str, root: Path, library: Path = LIBRARY, flags: Sequence[st
         shutil.move(linked, root / library)  # a running process keeps the one it has
 
 
-def knows(compiler: str, flags: Sequence[str]) -> bool:
-    """Tell whether a compiler takes such flags."""
-    command = [compiler, *flags, "-x", "c++", "-fsyntax-only", os.devnull]
-    return subprocess.run(command, capture_output=True, check=False).returncode == 0
+def assembles(compiler: str, flags: Sequence[str], instruction: str) -> bool:
+    """Tell whether a compiler takes such flags, and its assembler an instruction."""
+    command = [compiler, *flags, "-x", "c++", "-c", "-", "-o", os.devnull]
+    return subprocess.run(command, input=f'asm("{instruction}");', text=True, capture_output=True).returncode == 0
 
 
 def run(command: list[str]) -> None:

@@ -28,7 +28,7 @@ from sirius import Completion, CorrectionConfig, Engine, SparsityConfig, prepare
 from sirius.benchmark.facts import facts
 from sirius.cli.terminal import quieten
 from sirius.errors import SiriusError
-from sirius.model.quantized import bits_of_draft, twin_of
+from sirius.model.quantized import make_twin
 from sirius.stats import combine
 
 RECORD = Path(__file__).parents[1] / "records" / "real.jsonl"
@@ -125,8 +125,7 @@ def measure(name: str, options: argparse.Namespace) -> Iterator[list[dict[str, o
         other = theirs(engine, asked, options.tokens) if options.theirs else {}
         ways = list(settings(options))
         for way in ways:
-            if bits := bits_of_draft(engine.model, way.sparsity, way.correction):
-                way.twin = twin_of(engine.model, bits)  # held, or each turn would round the weights anew
+            way.twin = make_twin(engine.model, way.sparsity, way.correction)  # held, or each turn would make it anew
             way.run(engine, asked[0], WARM)
         for number, question in enumerate(asked, start=1):
             print(f"{name}, {task}: question {number} of {len(asked)}", file=sys.stderr, flush=True)

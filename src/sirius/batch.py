@@ -25,7 +25,7 @@ from sirius.decoding.stateless import Watch, is_stateless
 from sirius.errors import ConfigError, FileError, OutOfMemoryError, RequestError, SiriusError
 from sirius.model.prepare import count_parameters, prepare
 from sirius.model.prepared import prepared_of
-from sirius.model.quantized import bits_of_draft, twin_of
+from sirius.model.quantized import make_twin
 from sirius.processors import look_at_lines
 from sirius.runtime.room import fitting
 from sirius.runtime.session import Session, ordinary
@@ -108,14 +108,14 @@ class Batch:
             mlps = prepare(model)
             neurons, self.placed = tuple(mlp.size for mlp in mlps), kept.placed
             self.rows = min(rows, self.placed.rows_of(chosen)) if self.placed else rows
-            self.draft_bits = bits = bits_of_draft(model, chosen, correction, own_period=period is not None)
-            self.sparsity = read = replace(chosen, draft_bits=bits)
-            make, draft = RefreshingSession if read.refresh else Session, twin_of(model, bits) if bits else None
-            method = partial(sparsity.create, read, neurons)
-            self.session = make(model, mlps, method, compiled, draft, several=self.rows > 1)
-            self.draft = draft and count_parameters(model, draft.outline)
+            twin = make_twin(model, chosen, correction, own_period=period is not None)
+            self.draft_bits = twin.bits if twin else 0
+            self.sparsity = read = replace(chosen, draft_bits=self.draft_bits)
+            make, method = RefreshingSession if read.refresh else Session, partial(sparsity.create, read, neurons)
+            self.session = make(model, mlps, method, compiled, twin, several=self.rows > 1)
+            self.drafted = twin and count_parameters(model, twin.outline)
         self.asked = self.correction = correction
-        if self.session.shared is None and draft is None:  # a draft with every weight would save nothing
+        if self.session.shared is None and twin is None:  # a draft with every weight would save nothing
             looks_up = bool(correction is not None and correction.draft_ngram)
             if not chosen.draft_bits:
                 refuse_own(None if looks_up else rule, period)
@@ -339,7 +339,7 @@ class Batch:
         rounds, ending = entry.rounds, entry.ending
         touched, kept = self.session.touched(self.active.index(entry))
         sampled = entry.text.request.sampling.temperature > 0
-        read = touched, self.correction, self._lossless(sampled), kept, self.draft, self.draft_bits
+        read = touched, self.correction, self._lossless(sampled), kept, self.drafted, self.draft_bits
         basis = Basis(count_parameters(self.model), *read)
         return Completion(
             ending.text,
@@ -362,8 +362,8 @@ class Batch:
         learnt = prepared_of(self.model).learnt.setdefault((self.sparsity, self.correction, key), known)
         parameters = count_parameters(self.model)
         touched = self.session.least_touched()
-        floor, probe_share = (density(parameters, each, "streamed", self.draft) for each in touched)
-        own = {"probe_share": probe_share, "width": self.correction.tree_width, "alike": self.draft is None}
+        floor, probe_share = (density(parameters, each, "streamed", self.drafted) for each in touched)
+        own = {"probe_share": probe_share, "width": self.correction.tree_width, "alike": self.drafted is None}
         return AutoPeriod(floor, learnt, **own)
 
     def _lossless(self, sampled: bool) -> bool:

@@ -31,7 +31,7 @@ def as_config(kind: type[Config], value: Any) -> Config:
         raise ConfigError(f"{forms}; got {value!r}")
     if kind is CorrectionConfig and isinstance(value, str):
         return cast("Config", _correction(value))
-    if kind is SparsityConfig and isinstance(value, Mapping) and "draft_bits" in value:
+    if kind is SparsityConfig and isinstance(value, Mapping) and value.keys() == {"draft_bits"}:
         value = {"method": DRAFT.method, **value}
     try:
         return kind(**value) if isinstance(value, Mapping) else kind(value)

@@ -185,8 +185,9 @@ def summarise(rounds: Sequence[Round], basis: Basis, seconds: float) -> Stats:
     corrected = [w for w in windows if w.origins[-1:] == ("correction",)]
     published = density(basis.parameters, basis.touched, draft=basis.draft)
     streamed = density(basis.parameters, basis.touched, "streamed", basis.draft)
-    effective = _read_per_token(windows, published, basis.correction is not None)
-    read = _read_per_token(windows, streamed, basis.correction is not None)
+    effective = _read_per_token(windows, published, correction is not None)
+    read = _read_per_token(windows, streamed, correction is not None)
+    drafted_read = _drafted_per_token(windows, streamed, correction is not None)
     return Stats(
         rounds=len(windows),
         rounds_complete=len(complete),
@@ -207,7 +208,7 @@ def summarise(rounds: Sequence[Round], basis: Basis, seconds: float) -> Stats:
         effective_density_streamed=read,
         parameters_per_token=effective * basis.parameters.total,
         bytes_per_token=read * basis.parameters.counted("streamed"),
-        draft_bytes_per_token=_drafted_per_token(windows, streamed) * basis.parameters.counted("streamed"),
+        draft_bytes_per_token=drafted_read * basis.parameters.counted("streamed"),
         acceptance_histogram=tuple(accepted.count(i) for i in range(correction.longest if correction else 1)),
         seconds=seconds,
         tokens_per_second=tokens / seconds if seconds > 0 else 0.0,
@@ -226,9 +227,10 @@ def _read_per_token(windows: Sequence[Round], density: float, corrected: bool) -
     return cost / tokens if tokens else check
 
 
-def _drafted_per_token(windows: Sequence[Round], density: float) -> float:
+def _drafted_per_token(windows: Sequence[Round], density: float, corrected: bool) -> float:
+    """Return the draft passes per token, each counted as `density`; a draft model alone makes one more a window."""
     tokens = sum(len(w.tokens) for w in windows)
-    return sum(w.passes for w in windows) * density / tokens if tokens else 0.0
+    return sum(w.passes + (not corrected) for w in windows) * density / tokens if tokens else 0.0
 
 
 def combine(parts: Sequence[Stats]) -> Stats:

@@ -436,6 +436,8 @@ IDLE = [
         "--keep 0.4", "--sparsity-threshold 0.1", "--per-branch", "--shared-set", "--refresh 0.1")),
     *((f"{option} --draft-bits 0", "with --sparsity none and --draft-bits 0, where no model drafts") for option in (
         "--tree-width 2", "--draft-confidence 0.5", "--ablate rewrite")),
+    *((f"{option} --sparsity none", "and --draft-bits 0, where nothing is drafted; name a method") for option in (
+        "--period 4", "--accept typical")),
     ("--draft-ngram 3 --period 1", "at --period 1, which drafts nothing"),
     *((option, "with one prompt; give --input") for option in ("--shared-set --sparsity coarse", "--batch-size 3")),
     *((option, "at temperature 0, which is greedy") for option in ("--seed 3", "--top-k 5", "--min-p 0.1")),
@@ -469,7 +471,7 @@ def test_options_of_a_hub_are_refused_beside_the_embedded_model(sirius):
         "--sparsity none --draft-ngram 3",
         "--draft-confidence 0.4 --period 4",
         "--seed 3 --temperature 0.5 --top-k 5",
-        "--sparsity none --period 4",
+        "--sparsity none --draft-ngram 3 --period 4",
         "--period 1 --accept argmax",
     ],
 )

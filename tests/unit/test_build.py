@@ -26,7 +26,7 @@ def test_tiles_are_compiled_where_the_compiler_knows_them(monkeypatch, tmp_path,
         Path(command[command.index("-o") + 1]).touch()
 
     monkeypatch.setattr(hatch_build, "run", compiles)
-    monkeypatch.setattr(hatch_build, "knows", lambda compiler, flags: known)
+    monkeypatch.setattr(hatch_build, "assembles", lambda compiler, flags, instruction: known)
     monkeypatch.setattr(hatch_build.platform, "machine", lambda: "x86_64")
     hatch_build.build("c++", tmp_path, tmp_path / "kernels.so")
     sets = {word.removeprefix("-DSIRIUS_ISA=") for command in commands for word in command if "-DSIRIUS_ISA=" in word}
@@ -38,4 +38,6 @@ def test_a_compiler_is_asked_for_flags_that_no_compiler_has(hatch_build):
     compiler = next((path for name in ("c++", "g++", "clang++") if (path := hatch_build.shutil.which(name))), None)
     if compiler is None:
         pytest.skip("no C++ compiler")
-    assert hatch_build.knows(compiler, ["-O1"]) and not hatch_build.knows(compiler, ["-mno-such-instructions"])
+    assert hatch_build.assembles(compiler, ["-O1"], "nop")
+    assert not hatch_build.assembles(compiler, ["-mno-such-instructions"], "nop")
+    assert not hatch_build.assembles(compiler, ["-O1"], "no such instruction")

@@ -85,17 +85,19 @@ CANNOT_PAY = {
     "first passes are slow": World(0.75, 0.02, 0.5, warm=4.0),
     "first passes are slow and checks dear": World(0.8, 0.25, 0.9, floor=0.7, warm=0.5),
     "a batch": World(0.7, 0.15, 0.7, rows=8),
+    "few bytes, and checks are dear": World(0.6, 0.2, 0.8, floor=0.27),
 }
 
 
+@pytest.mark.parametrize("alike", [True, False], ids=["sparse", "rounded"])
 @pytest.mark.parametrize("noise", [0.0, 0.1])
 @pytest.mark.parametrize("world", CANNOT_PAY.values(), ids=CANNOT_PAY)
-def test_a_draft_that_cannot_pay_costs_at_most_a_twentieth_from_an_engines_first_text_on(world, noise):
+def test_a_draft_that_cannot_pay_costs_at_most_a_twentieth_from_an_engines_first_text_on(world, noise, alike):
     world = World(**{**vars(world), "noise": noise, "chance": random.Random(0)})
     plain = mean(world, lambda: Period(1), 15)
-    assert mean(world, lambda: AutoPeriod(world.floor), 15) < 1.05 * plain
+    assert mean(world, lambda: AutoPeriod(world.floor, alike=alike), 15) < 1.05 * plain
     learnt = Learnt()
-    assert mean(world, lambda: AutoPeriod(world.floor, learnt), 15) < 1.02 * plain
+    assert mean(world, lambda: AutoPeriod(world.floor, learnt, alike=alike), 15) < 1.02 * plain
 
 
 PAYS = {
@@ -108,15 +110,16 @@ PAYS = {
 }
 
 
+@pytest.mark.parametrize("alike", [True, False], ids=["sparse", "rounded"])
 @pytest.mark.parametrize("noise", [0.0, 0.1])
 @pytest.mark.parametrize("world", PAYS.values(), ids=PAYS)
-def test_a_draft_that_pays_reaches_nineteen_twentieths_of_the_best_fixed_period(world, noise):
+def test_a_draft_that_pays_reaches_nineteen_twentieths_of_the_best_fixed_period(world, noise, alike):
     world = World(**{**vars(world), "noise": noise, "chance": random.Random(0)})
     best = min(mean(world, lambda k=k: Period(k), 15) for k in FIXED)
     learnt = Learnt()
-    world.text(AutoPeriod(world.floor, learnt))
+    world.text(AutoPeriod(world.floor, learnt, alike=alike))
     assert best < 0.9 * mean(world, lambda: Period(1), 15), "nothing is to be gained here"
-    assert mean(world, lambda: AutoPeriod(world.floor, learnt), 15) < best / 0.95
+    assert mean(world, lambda: AutoPeriod(world.floor, learnt, alike=alike), 15) < best / 0.95
 
 
 def test_a_draft_that_reads_every_weight_is_never_asked():

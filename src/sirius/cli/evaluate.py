@@ -12,7 +12,7 @@ import typer
 from sirius.cli import arguments
 from sirius.cli.options import CommandLine, check_effect, setting_of
 from sirius.cli.sweep import check_lm_eval
-from sirius.cli.terminal import Threads, plans_shown, quieten, remark, uncollected, use_threads
+from sirius.cli.terminal import Threads, facts_shown, quieten, remark, uncollected, use_threads
 from sirius.errors import ConfigError
 
 OURS = (
@@ -144,7 +144,7 @@ def run(tasks: Sequence[str], data: Path | None, model_args: dict[str, Any], opt
             for name, group in groups.items():
                 if (said := suite.tell_limit(name, group, config.limit)) is not None:
                     remark(said)
-            with suite.lm_eval_reads(folder, tasks), plans_shown():
+            with suite.lm_eval_reads(folder, tasks), facts_shown("sirius.offload", "sirius.drafts"):
                 harness.execute(parsed)
         finally:
             sys.argv = before

@@ -23,6 +23,7 @@ LOSSLESS = ("lossless", "argmax", "sampling")  # `sirius.core` has them too, lik
 AUTO = "auto"  # likewise
 PRESETS = ("paper",)
 UNDRAFTED = "at --period 1, which drafts nothing; give a longer period"
+GUESSLESS = "with --sparsity none and --draft-bits 0, where nothing is drafted; name a method, or give --draft-bits 4"
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,11 @@ class CommandLine:
         """Whether there is no draft model, so that guesses can only be looked up."""
         bits = self["sparsity"] is None if self.bits is None else self.bits
         return self.method == "none" and not bits
+
+    @property
+    def guessless(self) -> bool:
+        """Whether there is neither a draft model nor a lookup."""
+        return self.draftless and not self["draft_ngram"]
 
     @property
     def bits(self) -> int | str | None:
@@ -104,6 +110,8 @@ IDLE = (
         ("preset", "tree_width", "prune", "ablate", "draft_confidence"),
         "with --sparsity none and --draft-bits 0, where no model drafts; name a method, or give --draft-bits 4",
     ),
+    Idle(lambda a: a.guessless and not a.plain, ("period", "threshold", "accept_temperature"), GUESSLESS),
+    Idle(lambda a: a.guessless and not a.plain and not a.own_rule, ("accept",), GUESSLESS),
     Idle(
         lambda a: a.plain,
         ("preset", "threshold", "accept_temperature", "tree_width", "prune", "ablate", "refresh", *DRAFTING),

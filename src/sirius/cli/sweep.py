@@ -110,7 +110,8 @@ def _run(
     if ranks.rank == 0:
         terminal.remark(work.plan())
     left = -(-work.missing() // ranks.size)  # this process's share
-    with saved_as_it_goes(), terminal.progress("decoding", left, shown=ranks.rank == 0) as advance:
+    bar = terminal.progress("decoding", left, shown=ranks.rank == 0)
+    with saved_as_it_goes(), terminal.facts_shown(), bar as advance:
         work.on_sample = advance
         found = work.run()
     if ranks.rank == 0:

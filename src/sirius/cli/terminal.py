@@ -81,18 +81,24 @@ def load(model: str | None, threads: int | None = None, **options: Any) -> "Engi
 
 
 @contextmanager
-def plans_shown() -> Iterator[None]:
-    """Show the plan of a memory budget, where a model is loaded by someone else than `load`."""
-    log = logging.getLogger("sirius.offload")
-    handler, level = logging.Handler(), log.level
+def facts_shown(*names: str) -> Iterator[None]:
+    """Show what loggers tell of loaded models: of a memory budget's plan, and of a draft's weights.
+
+    names  of the loggers; none: "sirius.drafts"
+    """
+    handler = logging.Handler()
     handler.emit = lambda record: remark(record.getMessage())
-    log.addHandler(handler)
-    log.setLevel(logging.INFO)
+    logs = [logging.getLogger(name) for name in names or ("sirius.drafts",)]
+    before = [log.level for log in logs]
+    for log in logs:
+        log.addHandler(handler)
+        log.setLevel(logging.INFO)
     try:
         yield
     finally:
-        log.setLevel(level)
-        log.removeHandler(handler)
+        for log, level in zip(logs, before, strict=True):
+            log.setLevel(level)
+            log.removeHandler(handler)
 
 
 def budget_of(command: "CommandLine", options: Mapping[str, Any], rows: int = 1) -> dict[str, Any]:
@@ -112,14 +118,11 @@ def budget_of(command: "CommandLine", options: Mapping[str, Any], rows: int = 1)
 
 def round_weights(engine: "Engine", options: Mapping[str, Any]) -> None:
     """Round the weights that a draft reads, and say how much memory they take; options of `Engine.generate`."""
-    from sirius.model.quantized import bits_of_draft, extra_memory, twin_of
+    from sirius.model.quantized import make_twin
 
-    bits = bits_of_draft(engine.model, options["sparsity"], options["correction"])
-    if not bits:
-        return
-    what = f"the draft's weights at {bits} bits, {extra_memory(engine.model, bits):.0%} more memory"
-    with progress(what, 100, passing=True) as advance:
-        twin_of(engine.model, bits, lambda done: advance(to=round(100 * done)))
+    asked = engine.model, options["sparsity"], options["correction"]
+    with facts_shown(), progress("rounding weights for drafts", 100, passing=True) as advance:
+        make_twin(*asked, advance=lambda done: advance(to=round(100 * done)))
 
 
 def use_threads(count: int | None) -> None:

@@ -14,6 +14,7 @@ WARM_UP = 3  # first passes of a shape in a session; they are slower than later 
 TIMES_KEPT = 9  # latest times of a shape after its warm-up, whose median counts
 TOKEN_COST = 0.02  # cost of a further token of a check, in plain steps, until it is measured
 UNLIKE_COST = 0.05  # the same where a probe says nothing of checks, as its weights have other kernels
+UNLIKE_MOST = 4  # longest period there until a check of several tokens was timed: the cost may be several times as high
 PROBE_TOKENS = 16  # tokens that a probe reads
 PROBE_LEAST = 8  # fewest tokens that a probe is made of
 FIRST_WAIT, LONGEST_WAIT = 256, 4096  # tokens between probes; each probe that promises nothing doubles the wait
@@ -313,7 +314,9 @@ class AutoPeriod(Period):
     def _decide(self, rows: int) -> None:
         costs = self.costs(rows)
         costs.decided = True
-        best = max(CHOICES, key=lambda period: self.speed(period, rows))
+        guessed = not self.alike and costs.token_cost > 0 and len(costs.points) < 2
+        choices = [period for period in CHOICES if period <= UNLIKE_MOST or not guessed]
+        best = max(choices, key=lambda period: self.speed(period, rows))
         most, now, plain = (self.speed(period, rows) for period in (best, costs.period, 1))
         if most <= (GAIN_TO_BEGIN if costs.period == 1 else 1.0) * plain:
             costs.stop_drafting()

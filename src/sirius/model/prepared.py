@@ -62,6 +62,7 @@ class Prepared:
     spaces         all workspaces, of sessions at work too
     twins          by bits, the weights at fewer bits: those that open sessions read, and `last_twin`
     last_twin      the ones that were asked for last, which stay for later sessions
+    too_large      bits at which memory had no room for them
     learnt         what passes cost and how often guesses accepted, for later sessions
     plan           what stays in memory under a budget, in words; None: there is no budget
     slots          slots of keys and values, of all texts together, for which a budget has room; None: as memory has
@@ -75,6 +76,7 @@ class Prepared:
         self.spaces: weakref.WeakSet[Any] = weakref.WeakSet()
         self.twins: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
         self.last_twin: Any = None
+        self.too_large: set[int] = set()
         self.learnt: dict[Hashable, Any] = {}
         self.plan: str | None = None
         self.slots: int | None = None

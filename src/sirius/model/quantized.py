@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sirius.core import AUTO, CorrectionConfig, SparsityConfig
-from sirius.errors import ConfigError
+from sirius.errors import ConfigError, OutOfMemoryError
 from sirius.kernels import ops
 from sirius.kernels.activations import Activation
 from sirius.kernels.quantized import Quantized, bytes_of, dequantize
@@ -18,6 +18,7 @@ from sirius.model.adopt import parts_of
 from sirius.model.linear import MatrixLinear
 from sirius.model.matrix import Dense, Matrix, Placed, dense
 from sirius.model.prepared import prepared_of
+from sirius.shortage import SHORTAGE, ran_out
 
 SAMPLED = 8  # rows and columns of each weight that are looked at to notice a change
 RESCORED = 16  # candidates of the rounded output head whose scores are computed anew from the full weights
@@ -25,6 +26,7 @@ RESCORED = 16  # candidates of the rounded output head whose scores are computed
 # model takes little of its time to read weights, so the better guesses of 8 bits gain more than the fewer bytes of 4;
 # see dev/2026-11-28-draft-bits.md, "Bits by size".
 SMALL = 150_000_000
+LARGE = 10**8  # bytes of rounded weights that are worth a line
 
 
 class QuantizedRows(NamedTuple):
@@ -197,9 +199,10 @@ def bits_of_draft(
 ) -> int:
     """Return the bits of the weights that drafts of a prepared model read; 0: the model's own, or nothing is drafted.
 
-    Bits "auto" are 8 where the linear layers have at most `SMALL` weights, and 4 otherwise. Without a kernel for such
-    weights each product makes the full ones anew, so no period pays: period "auto" drafts nothing then. Nor does it
-    where the weights are of another kind than dense; a fixed period raises ConfigError there.
+    Bits "auto" are 8 where the linear layers have at most `SMALL` weights, and 4 otherwise. Without a kernel for
+    such weights each product makes the full ones anew, so no period pays: with period "auto" they are 0 then, and a
+    sparsity method drafts with the model's own weights. They are 0 too where weights are of another kind than dense;
+    there a fixed period raises ConfigError.
 
     own_period  the caller has a period of its own, in place of the correction's
     """
@@ -221,11 +224,13 @@ def bits_of_draft(
         bits = 8 if sum(layer.weight.numel() for layer in _linears(model)) <= SMALL else 4
     if ops.multiplies_quantized(model.device, model.dtype):
         return bits
-    if not automatic:
+    if not automatic or chosen.draft_bits != AUTO:
         logging.getLogger("sirius").warning(
-            "no kernel multiplies weights of %d bits in %s on %s: each product makes the full ones anew; "
-            "set draft_bits to 0, or period to 'auto', which then drafts nothing",
+            "no kernel multiplies weights of %d bits in %s on %s: %s",
             *(bits, model.dtype, model.device),
+            "drafts do not read any; leave draft_bits out"
+            if automatic
+            else "each product makes the full ones anew; set draft_bits to 0, or period to 'auto'",
         )
     return 0 if automatic else bits
 
@@ -247,6 +252,35 @@ def extra_memory(model: PreTrainedModel, bits: int) -> float:
     return rounded / sum(each.nbytes for each in model.parameters())
 
 
+def make_twin(
+    model: PreTrainedModel,
+    chosen: SparsityConfig,
+    correction: CorrectionConfig | None,
+    own_period: bool = False,
+    advance: Callable[[float], None] = lambda done: None,
+) -> Twin | None:
+    """Return the weights of fewer bits that drafts of a prepared model read, None without such; see `bits_of_draft`.
+
+    Where memory has no room for them, bits "auto" with period "auto" do without, and others raise OutOfMemoryError.
+    """
+    kept, bits = prepared_of(model), bits_of_draft(model, chosen, correction, own_period)
+    optional = chosen.draft_bits == AUTO and correction is not None and correction.period == AUTO and not own_period
+    if not bits or (optional and bits in kept.too_large):
+        return None
+    try:
+        return twin_of(model, bits, advance)
+    except SHORTAGE as error:
+        if not ran_out(error):
+            raise
+        more = f"no memory for the draft's weights at {bits} bits, {extra_memory(model, bits):.0%} beside the model's"
+        if not optional:
+            error = error.with_traceback(None)  # it would hold memory
+            raise OutOfMemoryError(f"{more}; set draft_bits to 0, or use a narrower dtype") from error
+        kept.too_large.add(bits)
+        logging.getLogger("sirius").warning("%s: drafts do not read any", more)
+        return None
+
+
 def twin_of(model: PreTrainedModel, bits: int, advance: Callable[[float], None] = lambda done: None) -> Twin:
     """Return a prepared model's weights at 4 or 8 bits, rounded at the first call and after they have changed.
 
@@ -262,11 +296,10 @@ def twin_of(model: PreTrainedModel, bits: int, advance: Callable[[float], None] 
                 kept.idle.clear()  # a GPU's idle workspaces hold weights that their captured passes read
             began = perf_counter()
             twin = kept.twins[bits] = Twin(model, bits, advance)
-            logging.getLogger("sirius").info(
-                "weights rounded to %d bits for drafts: %.0f MB in %.1f s",
-                bits,
-                twin.nbytes / 1e6,
-                perf_counter() - began,
+            logging.getLogger("sirius.drafts").log(
+                logging.INFO if twin.nbytes >= LARGE else logging.DEBUG,
+                "the draft's weights at %d bits take %.0f%% more memory, %.0f MB; rounding them took %.1f s",
+                *(bits, 100 * extra_memory(model, bits), twin.nbytes / 1e6, perf_counter() - began),
             )
         kept.last_twin = twin
         return twin
@@ -283,10 +316,15 @@ def _state_of(model: PreTrainedModel) -> list[object]:
     Changes by `weight.data` leave no other trace than the numbers themselves.
     """
     layers = [each for each in _linears(model) if not each.weight.is_meta]  # files are not looked at
-    lie = [(id(each), id(each.weight), each.weight.data_ptr()) for each in layers]
+    lie = [(id(each), id(each.weight), each.weight.data_ptr(), _version(each.weight)) for each in layers]
     with torch.no_grad():
         sums = torch.stack([_sample(each.weight).double().sum() for each in layers])
     return [*lie, *sums.cpu().tolist()]
+
+
+def _version(weight: Tensor) -> int:
+    """Return how often a weight was changed in place; one made in inference mode does not count."""
+    return 0 if weight.is_inference() else weight._version
 
 
 def _sample(weight: Tensor) -> Tensor:
