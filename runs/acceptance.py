@@ -58,8 +58,8 @@ class Setting:
         stats = combine([done.stats for done in self.done])
         judged = stats.accepted + stats.corrections
         rule = self.correction
-        turns = [mine.stats.tokens_per_second for mine in self.done]
-        ratios = [theirs.stats.tokens_per_second / mine for theirs, mine in zip(full.done, turns, strict=True)]
+        pairs = [(whole.stats, mine.stats) for whole, mine in zip(full.done, self.done, strict=True)]
+        ratios = [whole.tokens_per_second / mine.tokens_per_second for whole, mine in pairs]
         return {
             "sparsity": self.sparsity.method,
             "draft_bits": stats.draft_bits,

@@ -89,8 +89,8 @@ class Stats:
     aal_complete         the same over complete windows; None where there is none
     period               K, or "auto"
     draft_bits           bits of the weights that drafts read; 0: the model's own, or nothing could be drafted
-    density              share of the parameters that a draft token touches ("published" convention)
-    effective_density    share of the parameters read per token: drafts at `density`, each check at 1
+    density              share of the weights' bytes that a draft token touches ("published" convention)
+    effective_density    share of the weights' bytes read per token: drafts at `density`, each check at 1
     density_streamed, effective_density_streamed   the same without the untied input embedding
     parameters_per_token effective_density times the number of parameters
     bytes_per_token      bytes of weights read per token, in drafts and checks together
@@ -102,8 +102,8 @@ class Stats:
     tokens_per_second    tokens / seconds
     lossless             whether the text is by construction what the full model alone writes: its greedy text, or with
                          a temperature the sample that its seed gives. False where rounding may differ with the number
-                         of tokens in a pass: on a GPU, and in 16 bits on a CPU without the compiled kernels or of a
-                         model whose attention they do not take
+                         of tokens in a pass. That is so on a GPU. In 16 bits it is so on a CPU without the compiled
+                         kernels, and for a model whose attention they do not take
 
     By the names that other programs give them (vLLM's): `acceptance_rate` and `mean_acceptance_length`.
     """

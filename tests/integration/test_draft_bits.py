@@ -4,13 +4,13 @@ import copy
 
 import pytest
 import torch
+from drafts import NEW, PROMPT, chain, rounded
 
 from conftest import FAMILIES, greedy, tiny_model
 from sirius import restore
 from sirius.batch import Batch
-from sirius.core import DRAFT, CorrectionConfig, SamplingConfig, SparsityConfig
+from sirius.core import DRAFT, CorrectionConfig, SparsityConfig
 from sirius.decoding.period import Period
-from sirius.decoding.tree import Tree
 from sirius.engine import Engine
 from sirius.errors import ConfigError
 from sirius.forms import as_draft
@@ -25,18 +25,8 @@ from sirius.settings import make_setting
 
 pytestmark = pytest.mark.integration
 
-PROMPT = [5, 17, 93, 41, 8, 60, 22]
 PROMPTS = [PROMPT, [9, 9], [70, 3, 12, 88, 41, 6, 19, 101, 55, 20, 33]]
-NEW = 24
 compiled = pytest.mark.skipif(cpu.library() is None, reason="no compiled CPU kernels")
-
-
-def chain(period: int, width: int = 1, **options) -> CorrectionConfig:
-    return CorrectionConfig(period=period, accept="argmax", tree_width=width, **options)
-
-
-def rounded(bits: int, method: str = "none") -> SparsityConfig:
-    return SparsityConfig(method, draft_bits=bits)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -326,123 +316,3 @@ def test_plain_decoding_rounds_no_weight():
     model = tiny_model()
     Batch(model, DRAFT, CorrectionConfig(period=1))
     assert not prepared_of(model).twins
-
-
-# --- guesses from the text itself
-
-
-LOOPING = [7, 30, 41, 52, 63, 74, 7, 30, 41, 52, 63, 74, 7, 30, 41]
-
-
-def repeating_model(**changes):
-    """A model that writes each token many times."""
-    return tiny_model(seed=2, tie_word_embeddings=True, initializer_range=0.1, **{"eos_token_id": None, **changes})
-
-
-@pytest.mark.parametrize("sparsity", ["none", DRAFT, "coarse"], ids=str)
-@pytest.mark.parametrize("width", [1, 3])
-def test_guesses_from_the_text_change_no_token(sparsity, width):
-    for model, prompt in ((repeating_model(), LOOPING), (tiny_model(eos_token_id=None), PROMPT)):
-        want = greedy(model, prompt, NEW)
-        got = Engine(model).generate(
-            prompt, max_new_tokens=NEW, sparsity=sparsity, correction=chain(6, width, draft_ngram=3)
-        )
-        assert list(got.token_ids) == want and got.stats.lossless
-
-
-def test_a_text_that_repeats_itself_is_written_without_draft_passes():
-    model = repeating_model()
-    got = Engine(model).generate(
-        LOOPING, max_new_tokens=40, sparsity="none", correction=CorrectionConfig(draft_ngram=3)
-    )
-    assert list(got.token_ids) == greedy(model, LOOPING, 40)
-    assert got.stats.rounds < 30 and got.stats.accepted and got.stats.draft_bytes_per_token == 0
-
-
-def test_an_end_of_text_inside_looked_up_guesses_ends_the_text():
-    text = greedy(repeating_model(), LOOPING, 40)
-    end = text[20]
-    assert end not in text[:10]
-    model = repeating_model(eos_token_id=end)
-    model.generation_config.eos_token_id = end
-    prompt = [*LOOPING, text[0], text[0], end, text[0], text[0]]  # so that it is among the guesses
-    got = Engine(model).generate(prompt, max_new_tokens=40, sparsity="none", correction=CorrectionConfig(draft_ngram=3))
-    assert list(got.token_ids) == greedy(model, prompt, 40)
-    assert got.finish_reason == "stop"
-
-
-def test_guesses_from_the_text_that_a_rule_of_its_own_accepts_are_not_called_lossless():
-    """A draft with every neuron guesses as the full model writes; the text itself does not."""
-    engine = Engine(tiny_model(eos_token_id=None))
-    options = {"sparsity": SparsityConfig("coarse", keep=1.0), "rule": lambda check: torch.ones_like(check.own())}
-    for ngram, lossless in ((0, True), (3, False)):
-        batch = engine.batch(rows=1, correction=CorrectionConfig(8, draft_ngram=ngram), **options)
-        batch.add(engine.text(LOOPING, max_new_tokens=NEW))
-        done = [update.completion for _ in range(NEW) if batch.busy for update in batch.step() if update.completion]
-        assert [each.stats.lossless for each in done] == [lossless]
-
-
-def test_a_rule_judges_guesses_from_the_text_where_no_model_drafts():
-    asked, engine = [], Engine(repeating_model())
-
-    def nothing(check):
-        asked.append(check.tree.tokens.shape[1] - 1)
-        return torch.zeros_like(check.own())
-
-    options = {"sparsity": "none", "correction": CorrectionConfig(8, draft_ngram=3)}
-    batch = engine.batch(rows=1, rule=nothing, **options)
-    batch.add(engine.text(LOOPING, max_new_tokens=NEW))
-    [done] = [update.completion for _ in range(NEW) if batch.busy for update in batch.step() if update.completion]
-    assert max(asked) > 0 and done.stats.accepted == 0 and not done.stats.lossless
-    assert list(done.token_ids) == greedy(engine.model, LOOPING, NEW)
-    with pytest.raises(ConfigError, match=r"^period would change nothing"):
-        engine.batch(period=Period(1), **options)
-
-
-def test_figures_tell_looked_up_guesses_apart():
-    got = Engine(repeating_model()).generate(
-        LOOPING, max_new_tokens=60, sparsity="none", correction=CorrectionConfig(16, draft_ngram=3)
-    )
-    stats = got.stats
-    assert stats.looked_up == stats.drafted > 0
-    assert sum(stats.acceptance_histogram) < stats.rounds, "plain steps are no windows"
-    assert stats.aal and stats.aal > 2 and stats.density == 1
-    assert stats.effective_density == pytest.approx(stats.rounds / (stats.tokens - 1)), "guesses cost nothing"
-
-
-def test_guesses_of_rows_with_little_room_stand_where_a_drafts_would():
-    """Where a position past a limit would scale those of the whole pass anew."""
-    tree = Tree.chain(torch.tensor([[5, 6, 7, 8], [5, 6, 0, 0]]), torch.tensor([4, 2]))
-    assert tree.depths.tolist() == [[0, 1, 2, 3], [0, 1, 1, 1]]
-    assert tree.alive.tolist() == [[True] * 4, [True, True, False, False]]
-    assert tree.seen[1, 3].tolist() == [True, False, False, True]
-
-
-@pytest.mark.parametrize("options", [{"accept": "threshold"}, {"ablate": ("rewrite",)}], ids=str)
-def test_prompt_lookup_is_refused_where_a_lossy_text_would_depend_on_time(options):
-    with pytest.raises(ConfigError, match="a lossy text would depend on time"):
-        CorrectionConfig(8, draft_ngram=3, **options)
-
-
-# --- chains that end early
-
-
-def test_a_chain_ends_after_a_guess_that_its_draft_doubts():
-    model = tiny_model(eos_token_id=None)
-    want, engine = greedy(model, PROMPT, NEW), Engine(model)
-    stats = []
-    for confidence in (0.0, 0.5, 0.999):
-        correction = chain(16, draft_confidence=confidence)
-        got = engine.generate(PROMPT, max_new_tokens=NEW, sparsity=rounded(8), correction=correction)
-        assert list(got.token_ids) == want
-        stats.append(got.stats)
-    assert stats[0].drafted > stats[2].drafted > 0 and stats[2].drafted <= stats[1].drafted
-
-
-def test_a_sampled_text_is_its_seeds_own_whatever_ends_its_chains_or_is_looked_up():
-    engine = Engine(tiny_model(eos_token_id=None))
-    options = {"max_new_tokens": NEW, "sampling": SamplingConfig(temperature=1.0, seed=5)}
-    want = engine.generate(LOOPING, sparsity="none", **options).token_ids
-    for more in ({"draft_confidence": 0.3}, {"draft_ngram": 2}, {"draft_confidence": 0.9, "draft_ngram": 3}):
-        got = engine.generate(LOOPING, correction=CorrectionConfig(8, **more), **options)
-        assert got.token_ids == want and got.stats.lossless

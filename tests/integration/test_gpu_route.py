@@ -12,7 +12,7 @@ import torch
 from conftest import FAMILIES, greedy, slow, tiny_model
 from sirius import CorrectionConfig, Engine, SparsityConfig, restore
 from sirius.errors import ConfigError
-from sirius.kernels import gpu
+from sirius.kernels import cpu, gpu
 from sirius.model.prepared import prepared_of
 from sirius.runtime import capture as passes
 from sirius.runtime import workspace
@@ -28,6 +28,7 @@ METHODS = {
     "fine with a threshold": SparsityConfig("fine", threshold=0.3),
     "fine per branch": SparsityConfig("fine", 0.4, per_branch=True),
     "none": SparsityConfig("none"),
+    "4 bits": SparsityConfig("none", draft_bits=4),
 }
 
 
@@ -373,3 +374,16 @@ def test_the_gpus_kernels_write_the_full_models_text(gpu_device, monkeypatch, fa
             "fine with a threshold": {"gate", "up_rows", "project"},
         }[name]
     )
+
+
+@pytest.mark.parametrize("method", ["none", slow("coarse"), slow("fine")])
+def test_a_draft_of_fewer_bits_writes_the_full_models_text_where_no_kernel_multiplies_it(
+    gpu_device, monkeypatch, method
+):
+    monkeypatch.setattr(cpu, "library", lambda: None)  # on a GPU there are none
+    model = tiny_model(eos_token_id=None, num_hidden_layers=1).to(gpu_device)
+    want = greedy(model, PROMPT, 6)
+    sparsity = SparsityConfig(method, draft_bits=4)
+    got = Engine(model).generate(PROMPT, max_new_tokens=6, sparsity=sparsity, correction=argmax(3))
+    assert list(got.token_ids) == want
+    assert got.stats.draft_bits == 4 and got.stats.drafted

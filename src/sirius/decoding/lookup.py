@@ -12,7 +12,7 @@ FIRST, FEWEST = 4, 2  # guesses of the first window, and of the shortest
 TRIALS = 3  # windows after which lookup is judged by its speed
 OTHERS_EVERY = 64  # windows after which one other round is made, to measure its speed again
 WEIGHT = 0.2  # of the newest round in a speed
-FIRST_WAIT, LONGEST_WAIT = 8, 256  # offers passed over after windows that were slower than drafting
+FIRST_WAIT, LONGEST_WAIT = 8, 256  # rounds in which nothing is looked up after windows were slower than other rounds
 
 
 class NGrams:
@@ -113,6 +113,7 @@ class Lookup:
         self.since = self.since + 1 if used else 0
         if used is None:
             return
+        # twice as many guesses after whole windows, otherwise two more than were accepted, so 5 after 3 of 4
         self.count = min(max(self.count, 2 * used.guesses) if used.whole else max(int(tokens) + 1, FEWEST), self.most)
         if self.looked_up.rounds < TRIALS or not self.others.rounds:
             return

@@ -100,7 +100,7 @@ struct TileAhead {
 inline int64_t tiles_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
 
 // Rounds to nearest, ties to even, in the upper half.
-inline Words rounded(Floats v) {
+inline Words upper_rounded(Floats v) {
   Words bits = (Words)v;
   return v != v ? Words{} + 0x7fc00000u : bits + (0x7fff + (bits >> 16 & 1));
 }

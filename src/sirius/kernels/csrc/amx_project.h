@@ -224,7 +224,7 @@ inline void join_parts(const Project& p, const PartSums& all, int64_t token, int
     memcpy(added, bias + column, count * sizeof(BFloat16));
     for (int odd = 0; odd < 2; odd++) sums[odd] += load_half(added, odd);
   }
-  Words narrowed = rounded(sums[0]) >> 16 | (rounded(sums[1]) & 0xffff0000u);
+  Words narrowed = upper_rounded(sums[0]) >> 16 | (upper_rounded(sums[1]) & 0xffff0000u);
   memcpy(static_cast<BFloat16*>(p.y) + token * p.width + column, &narrowed, count * sizeof(BFloat16));
 }
 

@@ -31,10 +31,10 @@ inline void turn(const float* groups, Turned& to, int32_t* near) {
   store(near, (Integers)(most * 0.125f) >> 20);
 }
 
-// The squared errors of groups that are rounded with scales and, in `turned`, with the scales' negatives. What is
+// The squared errors of groups that are rounded with scales and, in `negated`, with the scales' negatives. What is
 // beyond 7 with a scale is beyond -7 with its negative. The maximum keeps a square and the sum after it from being
 // fused, as those of the reference are not.
-inline void errors_of(const Turned& x, Floats scale, Floats* straight, Floats* turned) {
+inline void errors_of(const Turned& x, Floats scale, Floats* straight, Floats* negated) {
   Floats inverse = 1 / scale, sums[2][kSums] = {};
   for (int64_t i = 0; i < kScaleGroup; i += kSums)
 #pragma GCC unroll 4
@@ -45,7 +45,7 @@ inline void errors_of(const Turned& x, Floats scale, Floats* straight, Floats* t
       sums[1][j] += greater(other * other, Floats{});
     }
   *straight = (sums[0][0] + sums[0][2]) + (sums[0][1] + sums[0][3]);
-  *turned = (sums[1][0] + sums[1][2]) + (sums[1][1] + sums[1][3]);
+  *negated = (sums[1][0] + sums[1][2]) + (sums[1][1] + sums[1][3]);
 }
 
 // Writes the codes of the scales with which groups have the least error, of equal ones the first.
@@ -56,12 +56,12 @@ inline void choose_scales(const Turned& x, Integers near, Integers base, int32_t
     Integers code = near + step;
     code = code > 0 ? code : Integers{};
     code = code < kLastScale ? code : Integers{} + kLastScale;
-    Floats straight, turned;
-    errors_of(x, (Floats)((code << 20) + base), &straight, &turned);
+    Floats straight, negated;
+    errors_of(x, (Floats)((code << 20) + base), &straight, &negated);
     best = straight < least ? code : best;
     least = lesser(straight, least);
-    best = turned < least ? code + 128 : best;
-    least = lesser(turned, least);
+    best = negated < least ? code + 128 : best;
+    least = lesser(negated, least);
   }
   store(codes, best);
 }
