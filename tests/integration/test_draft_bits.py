@@ -67,7 +67,7 @@ def test_more_bits_agree_more_often():
 def test_the_default_draft_has_the_bits_that_suit_the_models_size(monkeypatch, spare, bits):
     model = tiny_model(eos_token_id=None)
     weights = sum(module.weight.numel() for module in model.modules() if isinstance(module, torch.nn.Linear))
-    monkeypatch.setattr(quantized, "SMALL", weights + spare)
+    monkeypatch.setattr(quantized, "SMALL_MODEL", weights + spare)
     engine, options = Engine(model), {"max_new_tokens": NEW, "correction": chain(4)}
     default = engine.generate(PROMPT, **options)
     for sparsity in (DRAFT, rounded(bits)):

@@ -20,7 +20,7 @@ BITS = 4, 8
 STEPS = range(-3, 4)  # the scales that are tried for a group, in steps of a mantissa from an eighth of the extreme on
 LAST = 127  # the largest code of a scale's magnitude
 LEAST = 8  # the upper bits of the least normal float32, 2^-126: no scale is below it
-SMALL = 2.0**-100  # a block of activations whose values are all below it counts as zeros
+LEAST_BLOCK = 2.0**-100  # a block of activations whose values are all below it counts as zeros
 CHUNK = 1 << 20  # elements that are quantized at a time, which bounds the memory for it to some 40 MB
 
 
@@ -108,7 +108,7 @@ def rounded(x: Tensor) -> Tensor:
     The scale of a block of 64 elements is its largest magnitude over 127. Infinities and NaN make all of a block NaN.
     """
     blocks = _padded(x.float()).unflatten(-1, (-1, BLOCK))
-    most = blocks.abs().amax(-1, keepdim=True).clamp(min=SMALL)
+    most = blocks.abs().amax(-1, keepdim=True).clamp(min=LEAST_BLOCK)
     return ((blocks * (most.reciprocal() * 127)).round() * (most / 127)).flatten(-2)[..., : x.shape[-1]]
 
 

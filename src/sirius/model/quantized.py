@@ -25,7 +25,7 @@ RESCORED = 16  # candidates of the rounded output head whose scores are computed
 # Linear layers of at most so many weights are rounded to 8 bits where the draft's bits are "auto". A step of so small a
 # model takes little of its time to read weights, so the better guesses of 8 bits gain more than the fewer bytes of 4;
 # see dev/2026-11-28-draft-bits.md, "Bits by size".
-SMALL = 150_000_000
+SMALL_MODEL = 150_000_000
 LARGE = 10**8  # bytes of rounded weights that are worth a line
 
 
@@ -199,7 +199,7 @@ def bits_of_draft(
 ) -> int:
     """Return the bits of the weights that drafts of a prepared model read; 0: the model's own, or nothing is drafted.
 
-    Bits "auto" are 8 where the linear layers have at most `SMALL` weights, and 4 otherwise. Without a kernel for
+    Bits "auto" are 8 where the linear layers have at most `SMALL_MODEL` weights, and 4 otherwise. Without a kernel for
     such weights each product makes the full ones anew, so no period pays: with period "auto" they are 0 then, and a
     sparsity method drafts with the model's own weights. They are 0 too where weights are of another kind than dense;
     there a fixed period raises ConfigError.
@@ -221,7 +221,7 @@ def bits_of_draft(
         )
     bits = chosen.draft_bits
     if bits == AUTO:
-        bits = 8 if sum(layer.weight.numel() for layer in _linears(model)) <= SMALL else 4
+        bits = 8 if sum(layer.weight.numel() for layer in _linears(model)) <= SMALL_MODEL else 4
     if ops.multiplies_quantized(model.device, model.dtype):
         return bits
     if not automatic or chosen.draft_bits != AUTO:
