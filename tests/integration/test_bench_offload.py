@@ -39,8 +39,7 @@ def inside(monkeypatch):
     """Run turns in this process, whose own memory does not count, and measure speeds quickly."""
     monkeypatch.setattr(offload, "run_apart", lambda call, *arguments: call(*arguments))
     for module in budget, offload_turn:
-        monkeypatch.setattr(module, "held_now", lambda: 0)
-        monkeypatch.setattr(module, "SLACK", 0)
+        monkeypatch.setattr(module, "reserved", lambda: 0)
     monkeypatch.setattr(measure, "SECONDS", 0.02)
     monkeypatch.setattr(measure, "READ", 1 << 20)
 

@@ -120,7 +120,7 @@ def test_a_draft_is_planned_where_so_many_of_its_tokens_are_expected_that_it_pay
 
 
 def test_a_budget_above_the_memory_of_the_machine_is_refused(folder):
-    with pytest.raises(ConfigError, match=r"a memory budget of 1000 TB is more than cpu has: .*; give less"):
+    with pytest.raises(ConfigError, match=r"a memory budget of 1000 TB is more than this machine has: .*; give less"):
         Engine.load(folder, memory_budget=10**15)
 
 
@@ -131,6 +131,9 @@ def test_a_budget_is_given_by_its_size_or_as_a_whole():
         as_budget(Budget(5), "coarse", None)
     with pytest.raises(ConfigError, match="at least 1; got 0 and 32"):
         Budget(5, rows=0)
+    assert Budget(5, draft={"draft_bits": 4}).draft == SparsityConfig("none", draft_bits=4)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="link is a finite number of bytes a second, above 0; got nan"):
+        Budget(5, link=float("nan"))
     with pytest.raises(ConfigError, match="a period of at least 2; got 1"):
         Budget(5, period=1)
     with pytest.raises(ConfigError, match="a round of 4 brings from 1 to 4 tokens; got aal 5"):

@@ -436,7 +436,7 @@ IDLE = [
         "--keep 0.4", "--sparsity-threshold 0.1", "--per-branch", "--shared-set", "--refresh 0.1")),
     *((f"{option} --draft-bits 0", "with --sparsity none and --draft-bits 0, where no model drafts") for option in (
         "--tree-width 2", "--draft-confidence 0.5", "--ablate rewrite")),
-    *((f"{option} --sparsity none", "and --draft-bits 0, where nothing is drafted; name a method") for option in (
+    *((f"{option} --sparsity none", "with --sparsity none and no bits, where nothing is drafted") for option in (
         "--period 4", "--accept typical")),
     ("--draft-ngram 3 --period 1", "at --period 1, which drafts nothing"),
     *((option, "with one prompt; give --input") for option in ("--shared-set --sparsity coarse", "--batch-size 3")),

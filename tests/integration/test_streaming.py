@@ -705,6 +705,13 @@ def test_the_command_names_a_truncated_and_a_missing_file(budgeted, spoken):
     assert f"lacks 1 of {len(shards(spoken)) + 1} files of weights, first {last.name}" in one_line(budgeted(*ASKED))
 
 
+def test_the_command_plans_a_draft_of_the_period_that_it_is_given(budgeted):
+    least = one_line(budgeted("--period", 4, "--max-new-tokens", NEW, "abc", budget=1000))
+    budget = re.search(r"give at least (\d+) bytes", least)[1]
+    code, text, err = budgeted("--period", 4, "--max-new-tokens", NEW, "abc", budget=budget)
+    assert code == 0 and text and "(a window of 4 taken to bring " in err
+
+
 TIGHT = ("--sparsity", "none", "--max-new-tokens", NEW)
 
 

@@ -725,6 +725,12 @@ def test_a_folder_in_memory_is_passed_over_for_one_on_a_disk(tmp_path, monkeypat
     assert shelf.spare_folder() == deep
 
 
+def test_a_folder_that_the_environment_names_is_not_replaced_by_another_one(tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "nowhere"))
+    with pytest.raises(FileError, match=r"TMPDIR names .*nowhere, where no file can be made; set it to a folder on"):
+        FileStore()
+
+
 def test_a_folder_for_temporary_files_that_is_not_there_is_named(tmp_path):
     with pytest.raises(FileError, match=r"cannot make a temporary file: .*nowhere.*; set TMPDIR"):
         FileStore(tmp_path / "nowhere")

@@ -321,7 +321,7 @@ def test_what_a_process_holds_and_a_longer_context_count():
     one = sizes_of(config, torch.float32, plain, context=10, chunk=8)
     held = sizes_of(config, torch.float32, plain, context=10, chunk=8, held=12345)
     longer = sizes_of(config, torch.float32, plain, context=20, chunk=8)
-    assert held == replace(one, working=one.working + 12345)
+    assert held == replace(one, process=12345)
     assert longer.cache == 2 * one.cache and longer.working > one.working
     assert not any(one.rounded) and not any(one.kept) and one.rounded_head == 0
 

@@ -24,9 +24,9 @@ from sirius.model.limits import MOST_READ
 from sirius.model.loading import Source, load_config, load_empty, load_model, quiet
 from sirius.model.prepared import prepared_of
 from sirius.offload.amounts import memory_of
-from sirius.offload.budget import SLACK, UNDRAFTED, Budget, chosen_dtype, load_within, transfer_speed
+from sirius.offload.budget import UNDRAFTED, Budget, chosen_dtype, load_within, reserved, transfer_speed
 from sirius.offload.load import Transfer, find_weights, match
-from sirius.offload.measure import held_now, ring_speed
+from sirius.offload.measure import ring_speed
 from sirius.offload.plan import Plan
 from sirius.offload.sizes import sizes_of
 from sirius.offload.stream import Stream
@@ -229,10 +229,10 @@ def _named_dtype(workload: Workload) -> Any:
 def _accelerates_memory(workload: Workload) -> dict[int | str, int]:
     """Return the bytes that accelerate may fill with weights, by place: what our engine has for them too."""
     config, device = load_config(Source(workload.folder)), torch.device(workload.device)
-    held = held_now() + SLACK if device.type == "cpu" else 0
+    held = reserved() if device.type == "cpu" else 0
     slots = workload.longest + LONGEST
     sizes = sizes_of(config, _named_dtype(workload), UNDRAFTED, slots, MOST_READ, held)
-    room = workload.budget - sizes.cache - sizes.working
+    room = workload.budget - sizes.cache - sizes.working - sizes.process
     if room <= 0:
         raise ConfigError(f"a budget of {workload.budget} bytes leaves no room for weights; raise it")
     if device.type == "cpu":

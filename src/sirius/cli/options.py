@@ -23,7 +23,7 @@ LOSSLESS = ("lossless", "argmax", "sampling")  # `sirius.core` has them too, lik
 AUTO = "auto"  # likewise
 PRESETS = ("paper",)
 UNDRAFTED = "at --period 1, which drafts nothing; give a longer period"
-GUESSLESS = "with --sparsity none and --draft-bits 0, where nothing is drafted; name a method, or give --draft-bits 4"
+GUESSLESS = "with --sparsity none and no bits, where nothing is drafted; give --draft-bits 4, or name a method"
 
 
 @dataclass(frozen=True)

@@ -111,9 +111,10 @@ def budget_of(command: "CommandLine", options: Mapping[str, Any], rows: int = 1)
         return {}
     from sirius.offload.budget import Budget, window_of
 
-    draft = options["sparsity"] if {"sparsity", "draft_bits", "preset"} & command.given else None
-    window = window_of(options["correction"])
-    return {"memory_budget": Budget(command["memory_budget"], draft, rows=rows, window=window)}
+    asked, fixed = options["correction"], options["correction"] and options["correction"].period
+    kind: dict[str, Any] = {"period": fixed} if isinstance(fixed, int) and fixed > 1 else {}  # such rounds need a draft
+    draft = options["sparsity"] if kind or {"sparsity", "draft_bits", "preset"} & command.given else None
+    return {"memory_budget": Budget(command["memory_budget"], draft, rows=rows, window=window_of(asked), **kind)}
 
 
 def round_weights(engine: "Engine", options: Mapping[str, Any]) -> None:

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable, Iterable
-from contextlib import closing, nullcontext
+from contextlib import closing, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -92,13 +92,20 @@ def stream(form: Form, given: str) -> None:
     if form.json:
         form.show_json(None, engine.generate(message, **form.options), form.length(prompt))
         return
-    for update in engine.stream(message, **form.options):
-        sys.stdout.write(update.text)
-        if update.completion is not None:
-            sys.stdout.write("\n")
-        sys.stdout.flush()
-        if update.completion is not None:
-            tell(update.completion, form.options)
+    begun = False  # a line that is not ended
+    try:
+        for update in engine.stream(message, **form.options):
+            begun = update.completion is None
+            sys.stdout.write(update.text if begun else f"{update.text}\n")
+            sys.stdout.flush()
+            if update.completion is not None:
+                tell(update.completion, form.options)
+    except BaseException:
+        if begun:  # an error has a line of its own
+            with suppress(OSError):
+                sys.stdout.write("\n")
+                sys.stdout.flush()
+        raise
 
 
 def decode_file(form: Form, command: CommandLine, batch_size: int) -> None:

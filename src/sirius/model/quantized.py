@@ -242,7 +242,8 @@ def _planned_bits(made: Placed, chosen: SparsityConfig, automatic: bool) -> int:
     planned = f"weights of {made.rounded} bits" if made.rounded else "no weights of fewer bits"
     raise ConfigError(
         f"the memory budget was planned for {planned}, and draft_bits is {chosen.draft_bits}; load the model with "
-        "draft=SparsityConfig('none', draft_bits=4), or set draft_bits to 0"
+        f"draft=SparsityConfig('none', draft_bits={4 if chosen.draft_bits == AUTO else chosen.draft_bits}), set "
+        "draft_bits to 0, or decode with the default period"
     )
 
 

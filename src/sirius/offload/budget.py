@@ -3,6 +3,7 @@
 import logging
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from math import isfinite
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ CONTEXT = 4096  # tokens that memory is planned for where nothing is said
 # copied, modules that are imported later, what the allocator keeps. With 96 MiB a 1.5B model took 11 to 260 MB more
 # than its budget (records/offload.jsonl).
 SLACK = 352 << 20
+ROUNDED_TO = 16 << 20  # bytes; what a process holds differs a little from run to run
 PERIOD = 16  # of rounds in predictions, where no other is given
 ADVANCE: dict[Draft, float] = {"none": 1.0, "rounded": 12.7, "coarse": 6.0}  # their tokens under a lossless rule, of 16
 UNDRAFTED = SparsityConfig("none")
@@ -40,7 +42,8 @@ class Budget:
     """What a model may take of a device's memory, and what it is planned for.
 
     size     bytes, or as a user writes it: "8GiB", "50%". On a CPU all that the process holds counts
-    draft    what drafts read; None: every neuron at 4 bits where that is expected to be faster, else nothing
+    draft    what drafts read, also by its short form; None: every neuron at 4 bits where that is expected to be
+             faster, else nothing
     context  most tokens of a prompt and its text; None: 4096, or the model's limit where that is less
     host     keep what does not stay in the host's memory, not in its files; None: on a GPU
     link     the most bytes per second that cross the link, on a CPU; None: all that it has
@@ -62,6 +65,10 @@ class Budget:
     aal: float | None = None
 
     def __post_init__(self) -> None:
+        if self.draft is not None:
+            object.__setattr__(self, "draft", as_config(SparsityConfig, self.draft))
+        if self.link is not None and not (isfinite(self.link) and self.link > 0):
+            raise ConfigError(f"link is a finite number of bytes a second, above 0; got {self.link}")
         if min(self.rows, self.window) < 1:
             raise ConfigError(f"rows and window count texts and guesses, at least 1; got {self.rows} and {self.window}")
         if self.period < 2:
@@ -81,7 +88,7 @@ def as_budget(given: int | str | Budget, draft: Any, context: int | None) -> Bud
     Raises ConfigError of a draft that is none, and of one beside a whole budget, which has its own.
     """
     if not isinstance(given, Budget):
-        return Budget(given, None if draft is None else as_config(SparsityConfig, draft), context)
+        return Budget(given, draft, context)
     if draft is not None:
         raise ConfigError("the memory budget says what it is planned for; give the draft there: Budget(..., draft=)")
     return given if context is None else replace(given, context=context)
@@ -127,7 +134,8 @@ def _check_device(device: torch.device, budget: Budget) -> None:
         raise ConfigError("a GPU takes weights from the host's memory, as fast as they come; leave host and link out")
     size, free = _bytes(budget, device), free_memory(device)
     if size > free:
-        raise ConfigError(f"a memory budget of {in_words(size)} is more than {device} has: {in_words(free)}; give less")
+        where = "this machine has" if device.type == "cpu" else f"is free on {device}"
+        raise ConfigError(f"a memory budget of {in_words(size)} is more than {where}: {in_words(free)}; give less")
 
 
 def _bytes(budget: Budget, device: torch.device) -> int:
@@ -159,7 +167,7 @@ def _plan(model: PreTrainedModel, where: dict[int, Stored], transfer: Transfer, 
     size = _bytes(budget, transfer.device)
     link = Link(transfer_speed(model, where, transfer))
     speed = memory_speed(model.dtype, transfer.device)
-    held = (held_now() + SLACK) if transfer.device.type == "cpu" else 0
+    held = reserved() if transfer.device.type == "cpu" else 0
 
     def planned(room: Room, rows: int) -> Planned:
         kind = draft_of(room.draft)
@@ -173,6 +181,11 @@ def _plan(model: PreTrainedModel, where: dict[int, Stored], transfer: Transfer, 
             with suppress(ConfigError):  # too little memory
                 found.append(planned(room, rows))
     return min(found, key=lambda each: each.plan.seconds_per_token / each.rows)
+
+
+def reserved() -> int:
+    """Return the bytes of a process that are not for a model; rounded up, so that the same command has the same."""
+    return -(-(held_now() + SLACK) // ROUNDED_TO) * ROUNDED_TO
 
 
 def _advance(draft: Draft, budget: Budget) -> float:
@@ -228,7 +241,7 @@ class Room:
         checked = budget.window
         one = sizes_of(config, dtype, draft, context + checked, MOST_READ, held, checked)
         scores = score_bytes(config, dtype, checked)
-        return cls(draft, one, budget, context + checked, scores, (one.working - held) // scores)
+        return cls(draft, one, budget, context + checked, scores, one.working // scores)
 
     def slots(self, rows: int) -> int:
         """Return the slots of keys and values of so many texts together."""

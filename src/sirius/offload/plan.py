@@ -30,8 +30,9 @@ class Sizes:
     rounded_head  the output head at the draft's bits
     kept          a copy of the neurons that coarse keeps; zeros without such a draft
     cache         keys and values
-    working       activations and scores; on a CPU also what the process holds before loading
+    working       activations and scores
     head          the output head, a part of `fixed`: what a full pass reads of it, biases and norms left out
+    process       on a CPU: what the process holds before loading, libraries among it, and a reserve
     """
 
     fixed: int
@@ -43,6 +44,7 @@ class Sizes:
     cache: int
     working: int
     head: int = 0
+    process: int = 0
 
     def __post_init__(self) -> None:
         if not len(self.attention) == len(self.mlp) == len(self.rounded) == len(self.kept) > 0:
@@ -58,7 +60,8 @@ class Sizes:
 
     def always(self, draft: Draft) -> int:
         """Return the bytes that are in memory under every plan of a draft, buffers left out."""
-        return self.fixed + self.cache + self.working + (self.rounded_head if draft == "rounded" else 0)
+        head = self.rounded_head if draft == "rounded" else 0
+        return self.fixed + self.cache + self.working + self.process + head
 
 
 @dataclass(frozen=True)
@@ -371,6 +374,7 @@ def _too_small(sizes: Sizes, budget: int, least: int, draft: Draft) -> str:
         "the draft's head": sizes.rounded_head if draft == "rounded" else 0,
         "keys and values": sizes.cache,
         "working memory": sizes.working,
+        "the process itself, with its libraries and a reserve,": sizes.process,
         "buffers for blocks": least - sizes.always(draft),
     }
     listed = ", ".join(f"{what} {in_words(size)}" for what, size in parts.items() if size)

@@ -100,8 +100,12 @@ class FileStore(Store):
 def spare_folder() -> Path:
     """Return the system's folder for temporary files, or /var/tmp where the former is in memory, as it often is.
 
-    Raises FileError where both are: a file there would take the memory that a budget saves.
+    Raises FileError where both are: a file there would take the memory that a budget saves. TMPDIR may name another
+    one, in which files must be allowed.
     """
+    asked = os.environ.get("TMPDIR")
+    if asked and not os.access(asked, os.W_OK | os.X_OK):
+        raise FileError(f"TMPDIR names {asked}, where no file can be made; set it to a folder on a disk")
     folders = [Path(tempfile.gettempdir()), LASTING]
     for folder in folders:
         if folder.is_dir() and _file_system(folder) not in IN_MEMORY:

@@ -90,7 +90,7 @@ def sizes_of(
 
     context  slots of keys and values: tokens of prompt and text, and of a window
     chunk    most tokens of a prompt that one pass reads
-    held     bytes that the process holds before loading, which count as working memory
+    held     bytes that the process holds before loading, and a reserve
     checked  most tokens of a text that a check reads
 
     Raises ConfigError where transformers makes no such model, or `keep` keeps no neuron, and UnsupportedModelError
@@ -110,7 +110,8 @@ def sizes_of(
         rounded_head=_rounded(head, bits),
         kept=tuple(_kept(block, draft) for block in parts),
         cache=cache_bytes(config, context, dtype),
-        working=held + _working(config, dtype, parts, (chunk, context, checked), draft.method in COARSE),
+        working=_working(config, dtype, parts, (min(chunk, context), context, checked), draft.method in COARSE),
+        process=held,
         head=_bytes(head),
     )
 
