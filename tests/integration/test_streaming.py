@@ -712,6 +712,12 @@ def test_the_command_plans_a_draft_of_the_period_that_it_is_given(budgeted):
     assert code == 0 and text and "(a window of 4 taken to bring " in err
 
 
+def test_the_command_plans_the_default_draft_where_it_decodes_alone(budgeted, spoken, sirius_command):
+    asked = ("--no-correct", "--max-new-tokens", NEW, "abc")
+    least = re.search(r"give at least (\d+) bytes", one_line(budgeted(*asked, budget=1000)))[1]
+    assert budgeted(*asked, budget=least)[:2] == sirius_command("generate", "--model", spoken, *asked)[:2]
+
+
 TIGHT = ("--sparsity", "none", "--max-new-tokens", NEW)
 
 
@@ -753,6 +759,7 @@ def test_the_command_has_printed_what_was_written_before_a_read_error(budgeted, 
     late(5, READING, BROKEN)
     printed = budgeted(*TIGHT, "abc", budget=least)
     assert re.search(r"cannot read .*safetensors at byte \d+: Input/output error", one_line(printed))
+    assert printed[1].endswith("\n"), "the error has a line of its own"
     text = printed[1].strip("\n")
     assert whole.startswith(text) and 4 <= len(text) < len(whole)
 

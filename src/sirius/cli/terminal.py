@@ -111,10 +111,12 @@ def budget_of(command: "CommandLine", options: Mapping[str, Any], rows: int = 1)
         return {}
     from sirius.offload.budget import Budget, window_of
 
-    asked, fixed = options["correction"], options["correction"] and options["correction"].period
-    kind: dict[str, Any] = {"period": fixed} if isinstance(fixed, int) and fixed > 1 else {}  # such rounds need a draft
-    draft = options["sparsity"] if kind or {"sparsity", "draft_bits", "preset"} & command.given else None
-    return {"memory_budget": Budget(command["memory_budget"], draft, rows=rows, window=window_of(asked), **kind)}
+    asked = options["correction"]
+    fixed = asked is not None and isinstance(asked.period, int) and asked.period > 1
+    period: dict[str, Any] = {"period": asked.period} if fixed else {}
+    needed = asked is None or fixed  # without "auto" the draft is read in any case
+    draft = options["sparsity"] if needed or {"sparsity", "draft_bits", "preset"} & command.given else None
+    return {"memory_budget": Budget(command["memory_budget"], draft, rows=rows, window=window_of(asked), **period)}
 
 
 def round_weights(engine: "Engine", options: Mapping[str, Any]) -> None:

@@ -209,7 +209,7 @@ def bits_of_draft(
     made, placed = prepared_of(model).matrix, prepared_of(model).placed
     if not chosen.draft_bits or (correction is not None and correction.period == 1):
         return 0
-    automatic = correction is not None and correction.period == AUTO and not own_period
+    automatic = _automatic(correction, own_period)
     if placed is not None:
         return _planned_bits(placed, chosen, automatic)
     if made is not dense:
@@ -233,6 +233,11 @@ def bits_of_draft(
             else "each product makes the full ones anew; set draft_bits to 0, or period to 'auto'",
         )
     return 0 if automatic else bits
+
+
+def _automatic(correction: CorrectionConfig | None, own_period: bool) -> bool:
+    """Tell whether the period is chosen by measurements, so that nothing has to be drafted."""
+    return correction is not None and correction.period == AUTO and not own_period
 
 
 def _planned_bits(made: Placed, chosen: SparsityConfig, automatic: bool) -> int:
@@ -265,7 +270,7 @@ def make_twin(
     Where memory has no room for them, bits "auto" with period "auto" do without, and others raise OutOfMemoryError.
     """
     kept, bits = prepared_of(model), bits_of_draft(model, chosen, correction, own_period)
-    optional = chosen.draft_bits == AUTO and correction is not None and correction.period == AUTO and not own_period
+    optional = chosen.draft_bits == AUTO and _automatic(correction, own_period)
     if not bits or (optional and bits in kept.too_large):
         return None
     try:
