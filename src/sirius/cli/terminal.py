@@ -113,7 +113,7 @@ def budget_of(command: "CommandLine", options: Mapping[str, Any], rows: int = 1)
 
     asked = options["correction"]
     fixed = asked is not None and isinstance(asked.period, int) and asked.period > 1
-    period: dict[str, Any] = {"period": asked.period} if fixed else {}
+    period: dict[str, Any] = {"period": options["correction"].period} if fixed else {}
     needed = asked is None or fixed  # without "auto" the draft is read in any case
     draft = options["sparsity"] if needed or {"sparsity", "draft_bits", "preset"} & command.given else None
     return {"memory_budget": Budget(command["memory_budget"], draft, rows=rows, window=window_of(asked), **period)}
