@@ -50,16 +50,20 @@ def test_without_memory_a_draft_that_was_asked_for_ends_the_text_with_one_line(f
 
 
 def test_any_weight_that_is_changed_in_place_is_rounded_anew():
-    engine = Engine(tiny_model(eos_token_id=None))
     four = SparsityConfig("none", draft_bits=4)
+    changed, fresh = (Engine(tiny_model(eos_token_id=None)) for _ in range(2))
 
-    def draft() -> list[int]:
+    def draft(engine: Engine) -> list[int]:
         return list(engine.generate(PROMPT, max_new_tokens=NEW, sparsity=four, correction=None).token_ids)
 
-    before, head = draft(), engine.model.get_output_embeddings().weight
-    with torch.no_grad():
-        head[before[1]].neg_()  # one row, whose token was the likeliest
-    assert draft()[1] != before[1]
+    before = draft(changed)
+    for engine in (changed, fresh):
+        weight = engine.model.model.layers[0].self_attn.o_proj.weight
+        row = quantized.SAMPLED - 1
+        assert row % (len(weight) // quantized.SAMPLED), "this row is one of those that are looked at"
+        with torch.no_grad():
+            weight[row] = 5.0
+    assert draft(changed) == draft(fresh) != before
 
 
 def test_a_draft_alone_reads_all_that_is_read():

@@ -86,6 +86,7 @@ CANNOT_PAY = {
     "first passes are slow and checks dear": World(0.8, 0.25, 0.9, floor=0.7, warm=0.5),
     "a batch": World(0.7, 0.15, 0.7, rows=8),
     "few bytes, and checks are dear": World(0.6, 0.2, 0.8, floor=0.27),
+    "few bytes, and slower than a step": World(1.1, 0.2, 0.97, floor=0.27),
 }
 
 
