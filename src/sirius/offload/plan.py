@@ -7,6 +7,7 @@ always stays is embedding, head, norms, biases, keys and values, and working mem
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
+from itertools import product
 from math import isfinite
 from typing import Any, Literal, NamedTuple
 
@@ -16,7 +17,8 @@ from sirius.offload.amounts import in_words
 Draft = Literal["none", "rounded", "coarse"]
 MARGIN = 1 << 18  # bytes of a buffer beyond its unit, as each tensor begins where a page does
 BUFFERS = 3  # one is computed with, one is ready, one is being filled
-FEWEST = 2  # where there is no room for three
+MORE = 8  # blocks of which attention alone stays, in room that is too small for a whole one
+FEWEST = 2  # where the third one's room is better spent on weights that stay
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,13 @@ class Link:
         _check_rate("the link's bandwidth", self.bytes_per_second)
 
 
+class Step(NamedTuple):
+    """The bytes that a pass reads at once, and those of them that come over the link."""
+
+    read: int
+    streamed: int
+
+
 class Residents(NamedTuple):
     """Which parts of which blocks stay in memory, one bool a block; see `Plan`."""
 
@@ -122,6 +131,7 @@ class Plan:
 
     - A pass takes the longer of two times: what it streams over the link's bandwidth, and what it reads over the
       memory's. It reads the weights of its kind, the output head, and all of `cache`. Arithmetic is not counted.
+    - With two buffers that is so for each unit: it comes while the one before it is used, and all that stays between.
     - A pass finds its first units in the buffers where the pass before was of its kind, as units come in turn.
     - Where draft passes stream nothing, the link fills all buffers but one with units of the full pass meanwhile. The
       last one still holds the unit that was used last.
@@ -181,6 +191,8 @@ def make_plan(
     - "coarse": attention (K), then copies of the kept neurons (K - 1), then whole MLPs in the place of these copies.
       Where that is faster, as with small K or nearly all neurons kept, MLPs come without any copy before;
     - "none": whole blocks. `period` and `aal` do not count.
+
+    The attention of a few more blocks fills the room that is too small for a whole block.
 
     The blocks of which a part stays are spread evenly over the depth, so that the link never waits for long. A larger
     budget never makes a plan slower. Raises ConfigError, with the smallest budget that works, where this one does not.
@@ -259,20 +271,19 @@ def _candidates(blocks: int, draft: Draft) -> Iterator[tuple[Residents, int]]:
 
     The candidates do not depend on the budget. So the best one of those that fit never gets worse with more room.
     """
-    yield _none(blocks), FEWEST
-    for residents in _residents(blocks, draft):
-        yield residents, BUFFERS
+    yield from product(_residents(blocks, draft), (FEWEST, BUFFERS))
 
 
 def _residents(blocks: int, draft: Draft) -> Iterator[Residents]:
     none, every = _spread(0, blocks), _spread(blocks, blocks)
     for count in range(blocks + 1):
         some, others = _spread(count, blocks), tuple(not stays for stays in _spread(count, blocks))
+        more = [_spread(each, blocks) for each in range(count, min(count + MORE, blocks) + 1)]
         if draft == "none":
-            yield Residents(some, some, none, none)
+            yield from (Residents(attention, some, none, none) for attention in more)
         elif draft == "rounded":
             yield Residents(none, none, some, none)
-            yield Residents(some, some, every, none)
+            yield from (Residents(attention, some, every, none) for attention in more)
         else:
             yield Residents(some, none, none, none)
             yield Residents(every, none, none, some)
@@ -280,29 +291,32 @@ def _residents(blocks: int, draft: Draft) -> Iterator[Residents]:
             yield Residents(every, some, none, none)  # where nearly all neurons are kept, copies are not worth it
 
 
-def _full_units(sizes: Sizes, residents: Residents) -> list[int]:
-    """Return the bytes of each unit that a full pass streams, in its order."""
-    return _in_turn((residents.attention, sizes.attention), (residents.mlp, sizes.mlp))
+def _full_steps(sizes: Sizes, residents: Residents) -> list[Step]:
+    """Return what a full pass reads."""
+    steps = _in_turn((sizes.attention, residents.attention), (sizes.mlp, residents.mlp))
+    return [*steps, Step(sizes.head + sizes.cache, 0)]
 
 
-def _in_turn(*parts: tuple[Sequence[bool], Sequence[int]]) -> list[int]:
-    """Return the sizes of the parts of blocks that do not stay, block by block."""
-    each = [[0 if stays else size for stays, size in zip(*part, strict=True)] for part in parts]
-    return [size for block in zip(*each, strict=True) for size in block if size]
-
-
-def _draft_units(sizes: Sizes, residents: Residents, draft: Draft) -> list[int]:
-    """Return the bytes of each unit that a draft pass streams, in its order."""
+def _draft_steps(sizes: Sizes, residents: Residents, draft: Draft) -> list[Step]:
+    """Return what a draft pass reads; [] where there is none."""
     if draft == "none":
         return []
     if draft == "rounded":
-        return _in_turn((residents.rounded, sizes.rounded))
-    copied = [mlp or kept for mlp, kept in zip(residents.mlp, residents.kept, strict=True)]
-    return _in_turn((residents.attention, sizes.attention), (copied, sizes.kept))
+        return [*_in_turn((sizes.rounded, residents.rounded)), Step(sizes.rounded_head + sizes.cache, 0)]
+    found = [mlp or kept for mlp, kept in zip(residents.mlp, residents.kept, strict=True)]
+    steps = _in_turn((sizes.attention, residents.attention), (sizes.kept, found))
+    return [*steps, Step(sizes.head + sizes.cache, 0)]
+
+
+def _in_turn(*parts: tuple[Sequence[int], Sequence[bool]]) -> list[Step]:
+    """Return the parts of blocks, given as sizes and whether they stay, block by block."""
+    each = [[Step(size, 0 if stays else size) for size, stays in zip(*part, strict=True)] for part in parts]
+    return [step for block in zip(*each, strict=True) for step in block]
 
 
 def _unit(sizes: Sizes, residents: Residents, draft: Draft) -> int:
-    return max(_full_units(sizes, residents) + _draft_units(sizes, residents, draft), default=0)
+    steps = _full_steps(sizes, residents) + _draft_steps(sizes, residents, draft)
+    return max(step.streamed for step in steps)
 
 
 def _resident_bytes(sizes: Sizes, residents: Residents) -> int:
@@ -318,8 +332,8 @@ def _used(sizes: Sizes, residents: Residents, buffers: int, draft: Draft) -> int
 
 def _plan(sizes: Sizes, residents: Residents, buffers: int, setting: Setting, budget: int) -> Plan:
     """Return a candidate with its figures."""
-    full, draft = _full_units(sizes, residents), _draft_units(sizes, residents, setting.draft)
-    unit = max(full + draft, default=0)
+    full, draft = _full_steps(sizes, residents), _draft_steps(sizes, residents, setting.draft)
+    unit = _unit(sizes, residents, setting.draft)
     return Plan(
         draft=setting.draft,
         **residents._asdict(),
@@ -327,45 +341,47 @@ def _plan(sizes: Sizes, residents: Residents, buffers: int, setting: Setting, bu
         unit=unit,
         budget=budget,
         used=_used(sizes, residents, buffers, setting.draft),
-        draft_streamed=sum(draft),
-        full_streamed=sum(full),
+        draft_streamed=sum(step.streamed for step in draft),
+        full_streamed=sum(step.streamed for step in full),
         period=setting.period,
         aal=setting.aal,
-        **_times(full, draft, buffers, setting, sizes, setting.draft == "coarse" and not residents.attention[0]),
+        **_times(full, draft, buffers, setting, setting.draft == "coarse" and not residents.attention[0]),
     )
 
 
-def _times(
-    full: list[int], draft: list[int], buffers: int, setting: Setting, sizes: Sizes, shared: bool
-) -> dict[str, Any]:
-    """Return the times of passes that stream these units; see `Plan` for the model.
+def _times(full: list[Step], draft: list[Step], buffers: int, setting: Setting, shared: bool) -> dict[str, Any]:
+    """Return the times of passes that take these steps; see `Plan` for the model.
 
     shared  passes of both kinds begin with the same unit
     """
     rate, drafts = setting.link.bytes_per_second, setting.period - 1
-    full_read, draft_read = (read / setting.memory_bytes_per_second for read in _read(sizes, setting.draft))
-    draft_seconds = max(sum(draft) / rate, draft_read)
-    own = [units[min(shared, len(units) - 1)] for units in (full, draft) if units]
-    full_wait, draft_wait = (own[0] / rate, own[1] / rate) if full and draft else (0.0, 0.0)
-    ahead = 0 if draft else min(sum(full[: buffers - 1]), int(drafts * draft_seconds * rate))
+    full_units, full_read, plain = _pass(full, buffers, setting)
+    draft_units, _, draft_seconds = _pass(draft, buffers, setting)
+    own = [units[min(shared, len(units) - 1)] for units in (full_units, draft_units) if units]
+    full_wait, draft_wait = (own[0] / rate, own[1] / rate) if len(own) == 2 else (0.0, 0.0)
+    ahead = 0 if draft_units else min(sum(full_units[: buffers - 1]), int(drafts * draft_seconds * rate))
     return {
         "fetched_ahead": ahead,
         "switch_seconds": full_wait + draft_wait,
         "draft_seconds": draft_seconds + (draft_wait / drafts if drafts else 0.0),
-        "full_seconds": max((sum(full) - ahead) / rate, full_read) + full_wait,
-        "plain_seconds": max(sum(full) / rate, full_read),
+        "full_seconds": max(plain - ahead / rate, full_read) + full_wait,
+        "plain_seconds": plain,
     }
 
 
-def _read(sizes: Sizes, draft: Draft) -> tuple[int, int]:
-    """Return the bytes of memory that a full pass reads, and those of a draft pass."""
-    attention = sum(sizes.attention)
-    full = attention + sum(sizes.mlp) + sizes.head + sizes.cache
-    if draft == "none":
-        return full, 0
-    if draft == "rounded":
-        return full, sum(sizes.rounded) + sizes.rounded_head + sizes.cache
-    return full, attention + sum(sizes.kept) + sizes.head + sizes.cache
+def _pass(steps: Sequence[Step], buffers: int, setting: Setting) -> tuple[list[int], float, float]:
+    """Return the bytes of each unit that a pass streams, the seconds in which its memory is read, and its own."""
+    units = [step.streamed for step in steps if step.streamed]
+    reads = sum(step.read for step in steps) / setting.memory_bytes_per_second
+    if buffers > FEWEST or not units:
+        return units, reads, max(sum(units) / setting.link.bytes_per_second, reads)
+    first = next(place for place, step in enumerate(steps) if step.streamed)
+    between: list[int] = []  # bytes read from a unit on, until the next one is needed
+    for step in (*steps[first:], *steps[:first]):
+        between += [0] if step.streamed else []
+        between[-1] += step.read
+    coming = [size / setting.link.bytes_per_second for size in (*units[1:], units[0])]
+    return units, reads, sum(map(max, coming, (read / setting.memory_bytes_per_second for read in between)))
 
 
 def _too_small(sizes: Sizes, budget: int, least: int, draft: Draft) -> str:
