@@ -19,9 +19,9 @@ GENERIC = {"generic": (4, [])}
 X86 = {
     "generic": (4, ["-O2"]),  # for CPUs of before 2013; more takes twice as long to compile
     "avx2": (8, ["-march=x86-64-v3"]),
-    "avx512": (16, ["-march=x86-64-v4"]),
-    "avx512bf16": (16, ["-march=x86-64-v4", "-mavx512bf16", "-mavx512vnni"]),  # all such CPUs have both
-    "amx": (16, ["-march=x86-64-v4", "-mavx512bf16", "-mavx512vnni", "-mamx-tile", "-mamx-bf16"]),  # newer compilers
+    "avx512": (16, ["-march=x86-64-v4", "-mavx512vnni"]),  # Skylake, which has no VNNI, takes avx2
+    "avx512bf16": (16, ["-march=x86-64-v4", "-mavx512vnni", "-mavx512bf16"]),
+    "amx": (16, ["-march=x86-64-v4", "-mavx512vnni", "-mavx512bf16", "-mamx-tile", "-mamx-bf16"]),  # newer compilers
     "emulated": (16, ["-march=x86-64-v3", "-DSIRIUS_EMULATED", "-Og"]),  # avx512bf16 by other instructions, for tests
 }
 

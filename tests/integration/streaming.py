@@ -1,12 +1,16 @@
-"""What tests of offloading share: checkpoints in several files, and engines of which chosen parts stay in memory."""
+"""What tests of offloading share: checkpoints in several files, engines of which chosen parts stay, and their texts."""
 
+import os
 from pathlib import Path
 
+import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sirius.core import SparsityConfig
+from conftest import greedy, tiny_model
+from sirius.core import CorrectionConfig, SparsityConfig
 from sirius.engine import Engine
+from sirius.kernels import cpu
 from sirius.model.limits import MOST_READ
 from sirius.model.loading import Source, load_config, load_empty, load_tokenizer
 from sirius.model.prepared import prepared_of
@@ -18,6 +22,10 @@ from sirius.offload.stream import Planned
 
 PLAIN, COARSE = SparsityConfig("none"), SparsityConfig("coarse")
 FOUR, EIGHT = (SparsityConfig("none", draft_bits=bits) for bits in (4, 8))
+PROMPT = [5, 17, 93, 41, 8, 60, 22]
+PROMPTS = [PROMPT, [9, 9], [70, 3, 12, 88, 41, 6, 19, 101, 55, 20, 33]]
+NEW = 10
+compiled = pytest.mark.skipif(cpu.library() is None, reason="no compiled CPU kernels")
 
 
 def save(model: PreTrainedModel, folder: Path, tokenizer: PreTrainedTokenizerBase | None = None) -> Path:
@@ -71,3 +79,50 @@ def streamed(  # noqa: PLR0913 - a folder, and options by their names
     fill(model, where, planned, Transfer(torch.device("cpu"), held, throttle))
     prepared_of(model).slots = planned.slots
     return Engine(model, load_tokenizer(source))
+
+
+def chain(period: int | str = 4, width: int = 1) -> CorrectionConfig:
+    return CorrectionConfig(period=period, tree_width=width)
+
+
+def llama(dtype: torch.dtype = torch.float32, **changes: object):
+    return tiny_model(dtype=dtype, eos_token_id=None, num_hidden_layers=3, **changes)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A saved Llama of three blocks."""
+    return save(llama(), tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="module")
+def want() -> list[list[int]]:
+    """What transformers writes after each prompt."""
+    model = llama()
+    return [greedy(model, prompt, NEW) for prompt in PROMPTS]
+
+
+def write(engine: Engine, draft: SparsityConfig = PLAIN, **options) -> list[int]:
+    options = {"correction": chain(), "max_new_tokens": NEW} | options
+    return list(engine.generate(options.pop("prompt", PROMPT), sparsity=draft, **options).token_ids)
+
+
+def write_all(engine: Engine, draft: SparsityConfig, rows: int = 3, **options) -> list[list[int]]:
+    options = {"correction": chain(), "max_new_tokens": NEW} | options
+    done = dict(engine.generate_many(PROMPTS, batch_size=rows, sparsity=draft, **options))
+    return [list(done[index].token_ids) for index in range(len(PROMPTS))]
+
+
+@pytest.fixture
+def known_speed(monkeypatch):
+    """Nothing is measured, and the process itself takes no memory."""
+    for name, value in {"held_now": 0, "transfer_speed": 1e8, "memory_speed": 1e10}.items():
+        monkeypatch.setattr(f"sirius.offload.budget.{name}", lambda *_, value=value: value)
+    monkeypatch.setattr("sirius.offload.budget.SLACK", 0)
+
+
+def failing(number: int):
+    def fail(*_):
+        raise OSError(number, os.strerror(number))
+
+    return fail

@@ -123,6 +123,8 @@ def test_a_setting_for_which_the_budget_is_too_small_is_left_out(bench, model, i
 
 def test_a_budget_with_room_for_everything_streams_nothing(bench, model, inside):
     options = ("offload", "--model", model, *SMALL, "--aal", 3, "--windows", 1)
+    code, out, _ = bench(*options, "--memory-budget", "1GB")
+    assert code == 0 and "full: the whole model fits in the budget, so nothing is streamed" in " ".join(out.split())
     code, out, _ = bench(*options, "--memory-budget", "1GB", "--json")
     rows = json.loads(out)["rows"]
     assert code == 0 and {row["full_streamed"] for row in rows} == {0}

@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest.mock import MagicMock
 
@@ -12,6 +13,7 @@ from huggingface_hub.errors import GatedRepoError
 from huggingface_hub.utils import are_progress_bars_disabled
 from huggingface_hub.utils import logging as hub_logging
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -29,7 +31,7 @@ from transformers.utils import logging as transformers_logging
 from conftest import tiny_config, tiny_model
 from sirius.engine import Engine
 from sirius.errors import ConfigError, ModelError, RequestError, UnsupportedModelError
-from sirius.model.loading import Source, load_model, load_tokenizer, quiet
+from sirius.model.loading import Source, load_config, load_empty, load_model, load_tokenizer, quiet
 from sirius.model.prepare import prepare
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("offline")]
@@ -410,3 +412,21 @@ def test_a_classifiers_folder_is_refused_by_its_name(tied, tmp_path):
     AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path)
     with pytest.raises(UnsupportedModelError, match="is a LlamaForSequenceClassification, not a causal language model"):
         Engine.load(tmp_path)
+
+
+def test_a_model_without_weights_leaves_modules_of_other_threads_alone(tmp_path, monkeypatch):
+    tiny_model().save_pretrained(tmp_path)
+    source, register = Source(str(tmp_path)), nn.Module.register_parameter
+    others, made = ThreadPoolExecutor(1), []
+
+    def from_config(*arguments, **options):
+        made.append(others.submit(nn.Linear, 2, 2).result())
+        return model_of(*arguments, **options)
+
+    model_of = AutoModelForCausalLM.from_config
+    monkeypatch.setattr(AutoModelForCausalLM, "from_config", from_config)
+    with ThreadPoolExecutor(4) as threads:
+        models = [threads.submit(load_empty, source, load_config(source), torch.float32) for _ in range(4)]
+    assert all(weight.is_meta for model in models for weight in model.result().parameters())
+    assert not any(weight.is_meta for layer in made for weight in layer.parameters())
+    assert nn.Module.register_parameter is register

@@ -389,3 +389,5 @@ def test_a_configuration_of_sparsity_says_which_draft_it_is():
     assert draft_of(SparsityConfig("none", draft_bits=8)) == draft_of(SparsityConfig("fine", draft_bits=4)) == "rounded"
     with pytest.raises(ConfigError, match="cannot be drafted with fine"):
         draft_of(SparsityConfig("fine"))
+    with pytest.raises(ConfigError, match="no sparsity method 'corse'"):
+        draft_of(SparsityConfig("corse"))

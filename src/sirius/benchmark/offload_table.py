@@ -7,7 +7,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from sirius.benchmark.offload import Outcome
-from sirius.benchmark.offload_figures import OffloadFigures
+from sirius.benchmark.offload_figures import ACCELERATE, OffloadFigures
 from sirius.offload.amounts import in_words
 from sirius.table import Figures
 
@@ -86,6 +86,8 @@ def _lines(outcome: Outcome, acceptance: Mapping[str, str]) -> Iterator[str]:
         if row.stays is not None:
             parts = ", ".join(f"{part} of {count}" for part, count in row.stays.items() if count) or "none"
             yield f"{row.name}: in memory of the blocks: {parts}; {row.buffers} buffers"
+        elif row.name != ACCELERATE:
+            yield f"{row.name}: the whole model fits in the budget, so nothing is streamed"
     for name, source in acceptance.items():
         yield f"{name}: acceptance played back: {source}"
     for name, reason in outcome.left_out.items():

@@ -8,6 +8,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from threading import Lock, get_ident
 from typing import Any, cast
 
 import huggingface_hub.constants
@@ -37,6 +38,7 @@ from sirius.model.prepare import check_config
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 GGUF = ".gguf"
+_MAKING = Lock()  # held while models without weights are made
 HEADS = re.compile("For(Sequence|Token)Classification|ForQuestionAnswering|ForMaskedLM|RewardModel")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 HARMLESS = re.compile(r"(^|\.)(inv_freq|position_ids|masked_bias|attn\.bias)$")  # older versions saved these too
@@ -170,7 +172,7 @@ def load_empty(source: Source, config: PreTrainedConfig, dtype: torch.dtype) -> 
 
     Raises ModelError where transformers cannot make one.
     """
-    with no_init_weights(), _parameters_on_meta():
+    with _MAKING, no_init_weights(), _parameters_on_meta():
         options = {"dtype": dtype, "trust_remote_code": source.trust_remote_code}
         model = attempt(source, "config.json", lambda _: AutoModelForCausalLM.from_config(config, **options))
     with suppress(OSError):  # a model need not have one
@@ -183,11 +185,16 @@ def load_empty(source: Source, config: PreTrainedConfig, dtype: torch.dtype) -> 
 
 @contextmanager
 def _parameters_on_meta() -> Iterator[None]:
-    """Let modules made within have their parameters on meta; memory that is not written to costs nothing."""
-    register = nn.Module.register_parameter
+    """Let modules that this thread makes within have their parameters on meta; unwritten memory costs nothing.
+
+    One thread at a time, as it changes a method of PyTorch's: two would restore each other's.
+    """
+    register, here = nn.Module.register_parameter, get_ident()
 
     def register_on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
-        register(self, name, None if param is None else nn.Parameter(param.detach().to("meta"), param.requires_grad))
+        if param is not None and get_ident() == here:
+            param = nn.Parameter(param.detach().to("meta"), param.requires_grad)
+        register(self, name, param)
 
     nn.Module.register_parameter = register_on_meta
     try:

@@ -105,7 +105,7 @@ class ThreadMover(Mover):
         self._make_threads()
 
     def memory(self, count: int) -> Tensor:
-        return page_aligned(count)
+        return page_aligned(count).zero_()  # a system may find fresh pages more slowly than a disk reads
 
     def send(self, unit: Unit[Any], views: Any, memory: Tensor, free: Any) -> list[Future[int]]:
         self.moved += unit.moved

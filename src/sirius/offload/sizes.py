@@ -14,6 +14,7 @@ from sirius.kernels.quantized import bytes_of
 from sirius.model.find import blocks, check_config, gated_mlp
 from sirius.model.limits import cache_bytes
 from sirius.offload.plan import BUFFERS, MARGIN, Draft, Sizes
+from sirius.sparsity.base import find
 
 COARSE = "coarse", "griffin"
 
@@ -60,8 +61,8 @@ def layers_of(model: PreTrainedModel) -> list[Layers]:
 def draft_of(sparsity: SparsityConfig) -> Draft:
     """Return which kind of draft a configuration is to a plan.
 
-    Raises ConfigError of a method that chooses neurons for each token, or is a plug-in: what it reads is not known
-    before the pass. At fewer bits it is "rounded", as all rounded weights may be read.
+    Raises ConfigError of a method that does not exist, chooses neurons for each token, or is a plug-in: what these read
+    is not known before the pass. At fewer bits it is "rounded", as all rounded weights may be read.
     """
     if sparsity.draft_bits:
         return "rounded"
@@ -71,6 +72,7 @@ def draft_of(sparsity: SparsityConfig) -> Draft:
         return "none"
     if sparsity.method in COARSE:
         return "coarse"
+    find(sparsity.method)  # there may be no method of this name
     raise ConfigError(
         f"a model that is streamed cannot be drafted with {sparsity.method}: what it reads is not known before each "
         "pass; use draft_bits 4 or 8, or the method coarse"
