@@ -220,7 +220,8 @@ class Engine:
 
         texts  pairs of a prompt and what follows it, both texts or both token ids; two texts are tokenised together
 
-        Raises RequestError of a pair that cannot be read, or is longer than the model's context.
+        Raises RequestError of a pair that cannot be read, or is longer than the model's context, and ConfigError of a
+        batch size below 1.
         """
         pairs = [self._pair(*each) for each in texts]
         found = dict(score_tokens(self.model, pairs, batch_size))

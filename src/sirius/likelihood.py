@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from sirius.errors import ConfigError
 from sirius.model.inputs import cache_argument
 from sirius.model.limits import MOST_READ, rescaling_length
 from sirius.model.prepared import prepared_of
@@ -42,8 +43,10 @@ def score_tokens(
     """Yield the index and likelihood of each text, a pair of a prompt's tokens and those after it; longest texts first.
 
     Texts that differ in their last token alone are read once. Under a memory budget fewer are read in a pass, and a
-    long one in several passes. Raises what the model raises.
+    long one in several passes. Raises ConfigError of a batch size below 1, and what the model raises.
     """
+    if type(batch_size) is not int or batch_size < 1:
+        raise ConfigError(f"batch_size is a whole number of texts, at least 1; got {batch_size!r}")
     alike: dict[tuple[int, ...], list[int]] = {}
     for index, (prompt, following) in enumerate(texts):
         alike.setdefault((*prompt, *following)[:-1], []).append(index)

@@ -41,6 +41,7 @@ def results(folder: Path) -> dict[str, dict]:
     for each in found.values():
         for name in ("seconds", "tokens_per_second"):
             del each["stats"][name]
+        del each["time"]
         each.pop("commit", None)  # may be another one when the tests run in a working tree
     return found
 

@@ -36,6 +36,7 @@ def test_lm_evals_options_are_passed_through_and_our_figures_stored(sirius_comma
         (("--tasks", "demo_reasoning", "--log_samples"), "lm-eval refuses the options: Specify --output_path"),
         (("--tasks", "gsm8k", "--data", "nowhere"), "is a folder of local files"),
         (("--tasks", "demo_reasoning", "--sparsity", "finer"), "finer"),
+        (("--tasks", "demo_reasoning"), "is a conversation; give --apply_chat_template"),
     ],
 )
 def test_what_does_not_fit_is_told_in_one_line_before_a_model_is_loaded(sirius_command, arguments, said):

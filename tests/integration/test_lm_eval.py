@@ -56,6 +56,15 @@ def test_texts_end_where_the_tokenizer_says_though_the_model_does_not(ours, thei
     assert engine.ends == frozenset()
 
 
+def test_copies_that_lm_eval_fills_up_the_shorter_rank_with_are_counted_once(ours):
+    lm = SiriusLM(ours.engine, quiet=True, accept="argmax", period=4)
+    options = {"until": [], "do_sample": False, "max_gen_toks": 5}
+    asked = requests("generate_until", [(prompt, options) for prompt in PROMPTS[:2]])
+    lm.generate_until([*asked, asked[-1]], disable_tqdm=True)
+    (figures,) = lm.get_model_info()["sirius_tasks"].values()
+    assert figures["tokens"] == 10
+
+
 def test_log_probabilities_are_those_of_lm_evals_own_model(ours, theirs):
     pairs = [(PROMPTS[0], " 22"), (PROMPTS[0], " 38 coins"), ("", "Tina"), (f"{PROMPTS[2]} ", "He sells 2.")]
     pairs.append((" ".join(PROMPTS * 20), " He has 4 bags."))  # longer than the context
@@ -77,6 +86,8 @@ def test_copies_of_a_sampled_prompt_are_texts_of_their_own(ours):
     lossless = SiriusLM(ours.engine, quiet=True)
     texts = lossless.generate_until(requests("generate_until", asked), disable_tqdm=True)
     assert len(set(texts)) == 3
+    [request] = requests("generate_until", asked[:1])  # as lm-eval asks for several texts of one problem
+    assert len(set(lossless.generate_until([request] * 3, disable_tqdm=True))) == 3
     assert texts == lossless.generate_until(requests("generate_until", asked), disable_tqdm=True)
 
 
@@ -123,7 +134,8 @@ def test_simple_evaluate_finds_the_model_and_stores_its_figures(tmp_path):
     }
     setting = {"sparsity": "coarse", "preset": "paper", "threads": 1, "completions": str(tmp_path)}
     found = simple_evaluate(model="sirius", model_args={"quiet": True, **setting}, **options)
-    assert found["results"]["demo_reasoning"]["exact_match,none"] >= 0
+    scores = [each["exact_match"] for each in found["samples"]["demo_reasoning"]]
+    assert len(scores) == 3 and found["results"]["demo_reasoning"]["exact_match,none"] == sum(scores) / 3
     figures = found["config"]["sirius_tasks"]["demo_reasoning"]
     assert (figures["keep"], figures["threshold"], figures["tree_width"], figures["lossless"]) == (0.4, 0.1, 8, False)
     assert 1 < figures["aal"] <= 16

@@ -99,6 +99,29 @@ def test_a_worked_task_shows_its_examples_and_grades_the_right_answer_as_right(t
         assert found.process_results(request.doc, [said])["exact_match"] == score
 
 
+RIGHT = {  # what a right text says of each other task, once lm-eval's filters have read it
+    "gsm8k": lambda doc: doc["answer"].split("#### ")[1],
+    "gsm8k_cot": lambda doc: doc["answer"].split("#### ")[1],
+    SUBJECT: lambda doc: "(" + "ABCD"[doc["answer"]] + ")",
+    "truthfulqa_gen": lambda doc: doc["correct_answers"][0],
+    "coqa": lambda doc: doc["answers_of_people"][0],
+    "cnn_dailymail": lambda doc: doc["highlights"],
+}
+WRONG = {"truthfulqa_gen": lambda doc: doc["incorrect_answers"][0]}
+FULL = {"coqa": 0.75}  # each person's answer is left out in turn, and one of two overlaps with the other by half
+
+
+@pytest.mark.parametrize("task", RIGHT)
+def test_a_records_own_answer_is_right_and_another_one_is_not(task, data):
+    with suite_folder(data) as folder:
+        found = task_manager(folder, [task]).load([task])["tasks"][task]
+    doc = next(iter(found.eval_docs))
+    metric = task_of(task).metric.split(",")[0]
+    assert found.process_results(doc, [RIGHT[task](doc)])[metric] == FULL.get(task, 1)
+    wrong = WRONG.get(task, lambda doc: "(none)")(doc)
+    assert found.process_results(doc, [wrong])[metric] < 0.5
+
+
 def test_stock_tasks_show_the_numbers_of_examples_of_the_paper(data):
     for task, shots in (("gsm8k", 5), ("gsm8k_cot", 8), (SUBJECT, 4)):
         with suite_folder(data) as folder:

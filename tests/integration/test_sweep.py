@@ -59,6 +59,10 @@ def test_a_sweep_saves_every_sample_and_chooses_on_items_that_it_does_not_test(u
     assert (len(found), len(chosen), len(tried)) == (2 * 2 + 2 + 2 * 2, 2, 2 * 2)
     assert {sample["id"] for each in tried for sample in each["samples"]} == {3, 4}
     assert {sample["id"] for each in chosen for sample in each["samples"]} == {0, 1, 2}
+    assert len({each["problems"] for each in found}) == 2 * 2  # of two tasks: those tested, and those to choose on
+    for each in found:
+        assert sum(sample["tokens"] for sample in each["samples"]) == each["stats"]["tokens"]
+        assert sum(sample["accepted"] for sample in each["samples"]) == each["stats"]["accepted"]
     for each in chosen:
         mine = [other for other in tried if other["task"] == each["task"]]
         best = max(other["metrics"][other["metric"]]["value"] for other in mine)
@@ -81,10 +85,10 @@ def test_a_sweep_killed_half_way_comes_to_the_results_of_an_undisturbed_one(undi
     assert saved(tmp_path) == saved(undisturbed) >= before  # what was saved was not decoded again
 
 
-def test_two_processes_come_to_the_results_of_one_though_one_of_them_is_killed(undisturbed, tmp_path):
-    first, second = start(tmp_path, 0, 2), start(tmp_path, 1, 2)
-    kill_after(second, tmp_path, 3, rank=1)
-    assert end(first) == 0
+def test_three_processes_come_to_the_results_of_one_though_one_of_them_is_killed(undisturbed, tmp_path):
+    *others, last = (start(tmp_path, rank, 3) for rank in range(3))
+    kill_after(last, tmp_path, 3, rank=2)
+    assert [end(each) for each in others] == [0, 0]
     assert sweeping.results(tmp_path) == sweeping.results(undisturbed)
     assert (
         saved(tmp_path, 0) < saved(undisturbed) <= saved(tmp_path)

@@ -57,12 +57,21 @@ def test_samples_of_other_weights_under_one_name_are_refused(tmp_path):
         Completions(tmp_path).check_model("mine", "two")
 
 
+def test_a_damaged_list_of_models_is_named(tmp_path):
+    Completions(tmp_path).check_model("mine", "one")
+    (tmp_path / "models.json").write_text("{")
+    with pytest.raises(FileError, match=r"models.json is damaged"):
+        Completions(tmp_path).check_model("mine", "one")
+
+
 def test_a_process_is_seen_by_others_while_it_is_at_work(tmp_path, monkeypatch):
     first, second = Completions(tmp_path, 0), Completions(tmp_path, 1)
     assert not second.others_alive()
     with first.alive():
         assert second.others_alive() and not first.others_alive()
     assert not second.others_alive()
+    with first.alive(), first.resting():
+        assert not second.others_alive()  # or two that wait for a third, killed one would wait for each other
     (tmp_path / "rank0.alive").touch()  # as a killed one leaves it
     assert second.others_alive()
     monkeypatch.setattr(completions, "PATIENCE", 0.0)

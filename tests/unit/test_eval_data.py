@@ -111,11 +111,36 @@ def test_a_broken_file_is_told_in_one_line(tmp_path, text, said):
         data.local_splits("csqa_cot", tmp_path)
 
 
-def test_a_file_cut_short_in_gzip_is_refused(tmp_path):
+@pytest.mark.parametrize("damage", [lambda raw: raw[:-9], lambda raw: raw[:20] + b"\xff" * 8 + raw[28:]])
+def test_a_damaged_file_of_gzip_is_refused(tmp_path, damage):
     whole = gzip.compress(b'{"question": "Where?", "choices": ["here"], "answer": "A"}\n')
-    (tmp_path / "csqa_dev.jsonl.gz").write_bytes(whole[:-9])
+    (tmp_path / "csqa_dev.jsonl.gz").write_bytes(damage(whole))
     with pytest.raises(FileError, match="cannot read"):
         data.local_splits("csqa_cot", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("task", "name", "record"),
+    [
+        ("gsm8k_cot", "gsm8k_test", {"question": "How many?", "answer": "Two of them."}),
+        ("strategyqa_cot", "strategyqa", {"question": "Is it?", "answer": "no"}),
+        ("mmlu_flan_cot_fewshot_anatomy", "mmlu_test", {"subject": "anatomy", "question": "Which?", "answer": ""}),
+        ("mmlu_flan_cot_fewshot_anatomy", "mmlu_test", {"subject": "anatomy", "question": "Which?", "answer": "BC"}),
+        ("mmlu_flan_cot_fewshot_anatomy", "mmlu_test", {"subject": "anatomy", "question": "Which?", "answer": 4}),
+    ],
+)
+def test_a_record_without_a_usable_answer_is_refused(tmp_path, task, name, record):
+    data.read_records.cache_clear()
+    put(tmp_path, name, record)
+    with pytest.raises(FileError, match="does not fit its task"):
+        data.local_splits(task, tmp_path)
+
+
+def test_a_file_without_a_record_of_the_subject_is_named(tmp_path):
+    data.read_records.cache_clear()
+    put(tmp_path, "mmlu_test", {"subject": "botany", "question": "Which?", "answer": "A"})
+    with pytest.raises(FileError, match="no record of mmlu_flan_cot_fewshot_anatomy"):
+        data.local_splits("mmlu_flan_cot_fewshot_anatomy", tmp_path)
 
 
 def test_problems_of_the_embedded_model_and_their_examples_never_meet():

@@ -44,6 +44,12 @@ def test_the_papers_preset_beside_a_lossless_rule_has_no_threshold():
     assert found.fixed("gsm8k")[0].label() == "coarse 0.5, argmax, K 16, w 8"
 
 
+def test_a_methods_second_name_is_the_same_setting():
+    first, second = (grid({"sparsity": name, "preset": "paper"}) for name in ("coarse", "griffin"))
+    assert first.fixed("gsm8k") == second.fixed("gsm8k")
+    assert labels(second) == ["coarse 0.5, threshold 0.1, K 16, w 8"]
+
+
 def test_values_to_choose_among_are_no_settings_of_their_own():
     found = grid(
         {"sparsity": ["coarse", "fine"], "preset": "paper", "tree_width": {"choose": [1, 4]}}, limit=5, validation=5
@@ -70,6 +76,9 @@ def test_every_study_of_ours_is_a_grid_of_tasks_that_there_are():
         ("tasks: [gsm8k]\ngrids: [{keep: 7}]", "keep is the fraction"),
         ("tasks: [gsm8k]\ngrids: [{sparsity: finest}]", "finest"),
         ("tasks: [gsm8k]\ngrids: [{accept: always}]", "always"),
+        ("tasks: [gsm8k]\ngrids: [{sparsity: fine, refresh: 0.2}]", "nothing to refresh"),
+        ("tasks: [gsm8k]\ngrids: [{sparsity: coarse, sparsity_threshold: 0.1}]", "knows no threshold"),
+        ("tasks: [gsm8k]\ngrids: [{sparsity: coarse, per_branch: true}]", "none per branch"),
         ("tasks: [gsm8k]\ngrids: [{keep: {choose: [0.1, 0.2]}}]", "set limit"),
         ("tasks: [gsm8k]\ngrids: [{keep: {choose: [0.1]}}]\nlimit: 1\nvalidation: 1", "at least two"),
         ("tasks: gsm8k\ngrids: [{sparsity: none}]", "tasks and grids are lists"),

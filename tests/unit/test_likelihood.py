@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from conftest import FAMILIES, VOCABULARY, tiny_model
-from sirius import Engine, RequestError
+from sirius import ConfigError, Engine, RequestError
 
 
 def wanted(model, prompt: list[int], following: list[int]) -> list[float]:
@@ -57,3 +57,9 @@ def test_texts_are_tokenised_together(tokenizer):
 def test_a_pair_that_cannot_be_read_is_refused(pair, said, tokenizer):
     with pytest.raises(RequestError, match=said):
         Engine(tiny_model(), tokenizer).score([pair])
+
+
+@pytest.mark.parametrize("batch_size", [0, -1, 1.5, True])
+def test_a_batch_size_below_one_is_refused(batch_size):
+    with pytest.raises(ConfigError, match="batch_size is a whole number of texts, at least 1; got"):
+        Engine(tiny_model()).score([([5, 9], [7])], batch_size=batch_size)

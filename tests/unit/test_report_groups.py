@@ -64,6 +64,14 @@ def test_equal_numbers_of_other_items_have_names_that_differ(tmp_path):
     assert list(variant_labels(cells.variants).values()) == ["gsm8k", "gsm8k #2"]
 
 
+def test_equal_numbers_of_other_problems_are_never_compared(tmp_path):
+    given = [record(changes={"problems": "one"}), record(**PAPER, changes={"problems": "another"})]
+    cells = cells_of(tmp_path, *given)
+    assert [cells.difference(cell) is None for cell in cells.cells if cell.corrected] == [True]
+    same = cells_of(tmp_path / "same", *(record(**each, changes={"problems": "one"}) for each in ({}, PAPER)))
+    assert [same.difference(cell) is None for cell in same.cells if cell.corrected] == [False]
+
+
 def test_the_oracle_is_told_from_a_sweep_of_the_threshold(tmp_path):
     given = [oracle("coarse", bar) for bar in (0.0, 0.1)] + [record(**PAPER, threshold=bar) for bar in (0.1, 0.3)]
     lines = cells_of(tmp_path, *given).lines

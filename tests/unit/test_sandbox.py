@@ -33,6 +33,13 @@ gate = threading.Event()
 while True:
     threading.Thread(target=gate.wait).start()
 """
+REMOVING = """
+import mmap, os
+held, maps = [], []
+for i in range(8):
+    held.append(open('one', 'w+b', buffering=0))
+    held[-1].write(bytes(15 << 20))
+    os.unlink('one')"""
 DAEMON = """
 import os, sys
 if os.fork() == 0:
@@ -192,8 +199,12 @@ def test_files_outside_the_scratch_folder_stay_as_they_are(attempt, protections,
     [
         "for i in range(10**6): open(str(i), 'w')",
         "for i in range(8): open(str(i), 'wb').write(bytes(15 << 20))\nwhile 1: 0",
+        f"{REMOVING}\nwhile 1: 0",
+        f"{REMOVING}\n    maps.append(mmap.mmap(held[-1].fileno(), 4096)); held.pop().close()\nwhile 1: 0",
+        "import os\nheld = [os.open('.', os.O_TMPFILE | os.O_RDWR) for i in range(8)]\n"
+        "for each in held: os.write(each, bytes(15 << 20))\nwhile 1: 0",
     ],
-    ids=["many", "large"],
+    ids=["many", "large", "removed", "mapped", "nameless"],
 )
 def test_the_scratch_folder_is_bounded(program):
     if not sandbox.check().landlock:

@@ -2,7 +2,7 @@
 
 import platform
 import subprocess
-from datetime import date
+from datetime import datetime
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -13,10 +13,12 @@ from sirius.kernels.cpu import instructions
 
 
 def facts(command: str, threads: int) -> dict[str, object]:
-    """Return machine, versions and commit of a measurement made with `command` on so many threads."""
+    """Return time, machine, versions and commit of a measurement made with `command` on so many threads."""
+    now = datetime.now()
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
-        "date": date.today().isoformat(),
+        "date": now.date().isoformat(),
+        "time": now.time().isoformat("seconds"),
         "commit": _commit(),
         "machine": _processor(),
         "gpu": gpu,

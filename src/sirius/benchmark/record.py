@@ -9,7 +9,7 @@ from typing import Any
 
 from sirius.errors import FileError
 
-GROWING = ("date", "command", "ceiling", "rows")  # may differ between the beginning of a record and its continuation
+GROWING = ("date", "time", "command", "ceiling", "rows")  # may differ between a record's beginning and continuation
 
 
 def to_line(record: Mapping[str, Any]) -> str:

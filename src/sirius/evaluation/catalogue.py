@@ -10,7 +10,7 @@ from typing import Any, Literal
 from sirius.core import OWN, PAPER
 from sirius.decoding import check_rule
 from sirius.settings import NONE, Setting, make_setting
-from sirius.sparsity import find
+from sirius.sparsity import canonical, create
 
 Kind = Literal["understanding", "reasoning"]
 
@@ -95,6 +95,7 @@ TASKS: dict[str, PaperTask] = {
     "demo_reasoning": PaperTask("reasoning", "exact_match,none", {}, keep=0.4, chat=True),
     "demo_understanding": PaperTask("understanding", "exact_match,none", {}, keep=0.4, chat=True),
 }
+MANY = 10**6  # neurons, of which any share keeps some: a setting is tried before a model is loaded
 SUBJECTS = "mmlu_flan_cot_fewshot"  # a group of 57 tasks, one for each subject
 
 
@@ -103,14 +104,23 @@ def task_of(name: str) -> PaperTask | None:
     return TASKS.get(SUBJECTS if name.startswith(SUBJECTS) else name)
 
 
+def needs_chat(name: str) -> bool:
+    """Tell whether a task is a conversation, which needs the chat template."""
+    known = task_of(name)
+    return known is not None and known.chat
+
+
 def setting_for(name: str, values: Mapping[str, Any]) -> Setting:
     """Return the setting of a task; preset "paper" is the paper's own of that task, and what stands beside it wins.
 
     With correct: false that preset says which share of the neurons is kept.
 
-    Raises ConfigError as `make_setting` does, and of a method or rule that is none.
+    A method's second name counts as its first. Raises ConfigError as `make_setting` does, and of a method or rule that
+    is none, or that refuses its options.
     """
     known = task_of(name)
+    if isinstance(values.get("sparsity"), str):
+        values = {**values, "sparsity": canonical(values["sparsity"])}
     if values.get("preset") == PAPER and not values.get("draft_bits"):
         values = {"sparsity": "coarse", **values}
     if values.get("preset") == PAPER and values.get("sparsity", NONE) != NONE:
@@ -122,7 +132,7 @@ def setting_for(name: str, values: Mapping[str, Any]) -> Setting:
             values = {key: values[key] for key in values if key != "preset"}
         values = {**own, **values}
     setting = make_setting(values)
-    find(setting.sparsity.method)
+    create(setting.sparsity, (MANY,))
     if setting.correction is not None:
         check_rule(setting.correction.accept)
     return setting

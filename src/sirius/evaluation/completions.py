@@ -4,11 +4,11 @@ import json
 import os
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryFile
-from threading import Event, Thread
+from threading import Event, Lock, Thread
 from typing import Any
 
 from sirius.benchmark.record import save
@@ -46,6 +46,7 @@ class Completions:
         self.folder, self.path = folder, folder / f"rank{rank}.jsonl"
         self.found: dict[str, dict[str, Any]] = {}
         self._read: dict[Path, int] = {}  # bytes of each file that are known
+        self.sign, self._signing, self._rests = self.path.with_suffix(".alive"), Lock(), False
         with self._writing(self.path):
             folder.mkdir(parents=True, exist_ok=True)
             self._cut_off_unfinished()
@@ -80,21 +81,21 @@ class Completions:
         """
         path = self.folder / "models.json"
         with self._writing(path):
-            known = json.loads(path.read_text()) if path.exists() else {}
+            known = _known(path)
             if known.setdefault(name, fingerprint) != fingerprint:
                 raise FileError(f"{self.folder} holds samples of other weights under {name}; choose another folder")
             save(path, known)
 
     @contextmanager
     def alive(self) -> Iterator[None]:
-        """Show other processes for the length of the block that this one is at work."""
-        sign, over = self.path.with_suffix(".alive"), Event()
+        """Show other processes for the length of the block that this one decodes, but while it rests."""
+        over = Event()
 
         def beat() -> None:
             while not over.wait(BEAT):
-                sign.touch()
+                self._show()
 
-        sign.touch()
+        self._show()
         beating = Thread(target=beat, daemon=True)
         beating.start()
         try:
@@ -102,13 +103,33 @@ class Completions:
         finally:
             over.set()
             beating.join()
-            sign.unlink(missing_ok=True)
+            self.sign.unlink(missing_ok=True)
+
+    @contextmanager
+    def resting(self) -> Iterator[None]:
+        """Show other processes for the length of the block that they need not wait for this one."""
+        with self._signing:
+            self._rests = True
+            self.sign.unlink(missing_ok=True)
+        try:
+            yield
+        finally:
+            self._rests = False
+            self._show()
+
+    def _show(self) -> None:
+        with self._signing:
+            if not self._rests:
+                self.sign.touch()
 
     def others_alive(self) -> bool:
-        """Tell whether another process is at work here, by the signs of life of the last `PATIENCE` seconds."""
+        """Tell whether another process decodes here, by the signs of life of the last `PATIENCE` seconds."""
         now = time.time()
-        signs = [path for path in self.folder.glob("rank*.alive") if path != self.path.with_suffix(".alive")]
-        return any(path.exists() and now - path.stat().st_mtime < PATIENCE for path in signs)
+        for path in self.folder.glob("rank*.alive"):
+            with suppress(FileNotFoundError):  # it has just been removed
+                if path != self.sign and now - path.stat().st_mtime < PATIENCE:
+                    return True
+        return False
 
     def _cut_off_unfinished(self) -> None:
         there = self.path.read_bytes() if self.path.exists() else b""
@@ -124,6 +145,14 @@ class Completions:
             raise
         except OSError as error:
             raise FileError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def _known(path: Path) -> dict[str, str]:
+    """Return the models of a folder; raise FileError where their file is damaged."""
+    try:
+        return dict(json.loads(path.read_text())) if path.exists() else {}
+    except (ValueError, TypeError) as error:
+        raise FileError(f"{path} is damaged ({error}); choose another folder, or delete the file") from error
 
 
 def _lines(path: Path, text: bytes) -> Iterator[dict[str, Any]]:

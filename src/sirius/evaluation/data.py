@@ -6,6 +6,7 @@ sets' authors with the choices as a plain list.
 
 import gzip
 import json
+import zlib
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from pathlib import Path
@@ -70,6 +71,8 @@ def local_splits(task: str, folder: Path) -> dict[str, list[Doc]]:
         if path is not None:
             kept = (each for each in read_records(path) if subject == task or each.get("subject") == subject)
             splits[split] = [_converted(convert, each, path) for each in kept]
+            if split in known.needed and not splits[split]:
+                raise FileError(f"{path} has no record of {task}; give a file that has some, or leave out --data")
     return splits
 
 
@@ -95,7 +98,7 @@ def read_records(path: Path) -> list[Doc]:
     try:
         raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
         records = [json.loads(line) for line in raw.decode().split("\n") if line.strip()]
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, zlib.error) as error:
         raise FileError(f"cannot read {path}: {error}; it must be JSONL, with or without gzip") from error
     if not records or not all(isinstance(each, dict) for each in records):
         raise FileError(f"{path} must hold a JSON object on each line, at least one")
@@ -147,10 +150,10 @@ def demo_splits(task: str) -> dict[str, list[Doc]]:
 
 
 def _gsm8k(record: Doc) -> Doc:
-    answer, final = record["answer"], record.get("final")
+    answer = record["answer"]
     return {
         "question": record["question"],
-        "answer": answer if "####" in answer else f"{answer.rstrip()}\n#### {final}",
+        "answer": answer if "####" in answer else f"{answer.rstrip()}\n#### {record['final']}",
     }
 
 
@@ -172,7 +175,10 @@ def _aqua(record: Doc) -> Doc:
 
 
 def _strategyqa(record: Doc) -> Doc:
-    return {"question": record["question"], "answer": "yes" if record["answer"] else "no"}
+    answer = record["answer"]
+    if not isinstance(answer, bool):
+        raise ValueError(f"the answer is true or false; got {answer!r}")
+    return {"question": record["question"], "answer": "yes" if answer else "no"}
 
 
 def _bigbench(record: Doc) -> tuple[str, str]:
@@ -201,7 +207,10 @@ def _sports(record: Doc) -> Doc:
 
 def _mmlu(record: Doc) -> Doc:
     answer = record["answer"]
-    return {**record, "answer": "ABCD".index(answer) if isinstance(answer, str) else answer}
+    number = "ABCD".index(answer) if isinstance(answer, str) and len(answer) == 1 else answer
+    if number not in range(4):
+        raise ValueError(f"the answer is a letter from A to D or its number from 0; got {answer!r}")
+    return {**record, "answer": number}
 
 
 def _summary(record: Doc) -> Doc:

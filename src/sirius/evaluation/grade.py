@@ -8,7 +8,8 @@ from statistics import mean
 from typing import Any
 
 PHRASES = [re.compile(rf"{words}:?[ \t]*", re.IGNORECASE) for words in ("so the answer is", "answer is")]
-LETTER = re.compile(r"\(([A-Ha-h])\)|([A-H])(?![A-Za-z])|([a-h])(?=[.,:;)]|\s*$)")  # not the article "a"
+END = r"(?=[,:;)]|\.(?![A-Za-z])|\s*$)"
+LETTER = re.compile(rf"\(([A-Ha-h])\)|([B-H])(?!\.?[A-Za-z])|([Aa-h]){END}")  # not the article "a", "A" nor "D.C."
 WORD = re.compile(r"\W*(yes|no)\b", re.IGNORECASE)
 DATE = re.compile(r"\W*(\d{1,2})/(\d{1,2})/(\d{4})")
 

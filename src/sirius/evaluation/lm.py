@@ -104,7 +104,7 @@ class SiriusLM(TemplateLM):
         self._device = torch.device("cpu")  # where `all_gather` wants its tensors
         self.completions = _completions(completions, self._rank)
         self.identity = {"model": self.name, "revision": revision, "dtype": str(self.engine.model.dtype)}
-        self.identity |= {} if gguf_file is None else {"gguf_file": gguf_file}
+        self.identity |= {"ends": sorted(self.engine.ends)} | ({} if gguf_file is None else {"gguf_file": gguf_file})
         if self.completions is not None:
             self.completions.check_model(json.dumps(self.identity), fingerprint(self.engine.model))
         self.tokens: dict[str, list[int]] = {}  # of prompts
@@ -188,23 +188,23 @@ class SiriusLM(TemplateLM):
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Return the text of each request, cut before its stop strings."""
-        groups: dict[str | None, list[Instance]] = {}
-        for request in requests:
-            groups.setdefault(request.task_name, []).append(request)
-        texts: dict[int, str] = {}
-        for task, group in groups.items():
+        groups: dict[str | None, list[int]] = {}
+        for place, request in enumerate(requests):
+            groups.setdefault(request.task_name, []).append(place)
+        texts = [""] * len(requests)
+        for task, places in groups.items():
             setting = setting_for(task or "", self.values)
-            with tqdm(total=len(group), desc=setting.label(), disable=disable_tqdm or self.quiet) as bar:
-                samples = self.samples(
-                    [cast("GenerationRequest", each.args) for each in group], setting, on_sample=bar.update
-                )
-            known = [each for each in samples if each is not None]
-            texts |= {id(request): sample["text"] for request, sample in zip(group, known, strict=True)}
-            for own in self.gather_object([each["stats"] for each in known]) or []:
-                self.stats.setdefault(task or "", []).extend(own)
-        for request in requests:
-            self.cache_hook.add_partial("generate_until", request.args, texts[id(request)])
-        return [texts[id(request)] for request in requests]
+            asked = [cast("GenerationRequest", requests[place].args) for place in places]
+            with tqdm(total=len(asked), desc=setting.label(), disable=disable_tqdm or self.quiet) as bar:
+                samples = [each for each in self.samples(asked, setting, on_sample=bar.update) if each is not None]
+            for place, sample in zip(places, samples, strict=True):
+                texts[place] = sample["text"]
+            own = {id(sample): sample["stats"] for sample in samples}  # of equal prompts one is decoded
+            for stats in self.gather_object([*own.values()]) or []:
+                self.stats.setdefault(task or "", []).extend(stats)
+        for request, text in zip(requests, texts, strict=True):
+            self.cache_hook.add_partial("generate_until", request.args, text)
+        return texts
 
     def samples(
         self,
@@ -242,7 +242,8 @@ class SiriusLM(TemplateLM):
             if self.completions is not None:
                 self.completions.add(key, own[key])
             on_sample()
-        return [{**found, **own}.get(key) for key in keys]
+        known = {**found, **own}
+        return [known.get(key) for key in keys]
 
     def keys(self, requests: Sequence[GenerationRequest], setting: Setting) -> list[str]:
         """Return the key of each prompt's sample."""

@@ -5,11 +5,14 @@
 
 import os
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+PATIENCE = timedelta(days=7)  # with ranks whose share takes longer; PyTorch's own is half an hour
 
 
 @dataclass(frozen=True)
@@ -58,4 +61,4 @@ class Ranks:
 
     def _join(self) -> None:
         if not dist.is_initialized():
-            dist.init_process_group("gloo")  # only objects are exchanged, through the hosts
+            dist.init_process_group("gloo", timeout=PATIENCE)  # only objects are exchanged, through the hosts

@@ -27,6 +27,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from io import FileIO
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
@@ -48,6 +49,7 @@ TOLD: dict[bytes, Reason] = {b"failed": "failed", b"exited early": "exited early
 START_SECONDS = 120.0  # for a bare interpreter on an overloaded machine
 POLL_SECONDS = 0.02
 TAIL_BYTES = 2000
+REMOVED = " (deleted)"  # how the system shows the name of a file that has none any more
 LANDLOCK_VERSION = 1  # a flag of the system call that otherwise makes a ruleset
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 WAYS_OUT = "run code tasks on Linux 5.13 or newer (x86_64 or aarch64, also in a container), or leave them out"
@@ -89,7 +91,7 @@ class Limits:
     cpu_seconds    whole seconds of processor time, all threads together
     memory_bytes   of address space
     file_bytes     size of each file
-    scratch_bytes  of all files in the scratch folder
+    scratch_bytes  of all files in the scratch folder, and of those removed from it and still held
     files          in the scratch folder, and open at once
     threads        at once
     """
@@ -311,7 +313,25 @@ class _Watch:
                 count += 1
                 if count > self.limits.files + 1 or size > self.limits.scratch_bytes:  # one is the program itself
                     return True
-        return False
+        return size + self._removed_bytes() > self.limits.scratch_bytes
+
+    def _removed_bytes(self) -> int:
+        """Return the bytes of files that were removed from the scratch folder and are still held.
+
+        The system tells the size of an open file; one that is only mapped counts as the largest that a file may be.
+        """
+        place, inside = Path(f"/proc/{self.process.pid}"), f"{os.path.realpath(self.scratch)}/"
+        held: dict[int, int] = {}
+        with suppress(OSError):  # the process has just ended
+            for line in (place / "maps").read_text(errors="replace").splitlines():
+                if line.endswith(REMOVED) and inside in line:
+                    held[int(line.split()[4])] = self.limits.file_bytes
+            for entry in chain.from_iterable(os.scandir(folder) for folder in place.glob("task/*/fd")):
+                with suppress(OSError):  # it has just been closed
+                    if (path := os.readlink(entry.path)).endswith(REMOVED) and path.startswith(inside):
+                        found = os.stat(entry.path)
+                        held[found.st_ino] = 512 * found.st_blocks
+        return sum(held.values())
 
     def _outcome(self, broken: Reason | None, secret: bytes) -> Outcome:
         told, errors = self.streams[self.results], self.streams[self.errors].decode(errors="replace")

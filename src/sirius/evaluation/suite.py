@@ -116,8 +116,8 @@ def load_tasks(names: Sequence[str], manager: TaskManager) -> dict[str, Task]:
     except Exception as error:  # of the hub, of a data file, of a task's own code
         logging.getLogger(__name__).debug("loading tasks", exc_info=True)
         raise ConfigError(
-            f"the data of {', '.join(names)} cannot be loaded ({type(error).__name__}: {error}); give a folder of "
-            "local files by --data"
+            f"the data of {', '.join(names)} cannot be loaded ({type(error).__name__}: {error}); --data "
+            "takes local files in place of the hub's"
         ) from error
 
 

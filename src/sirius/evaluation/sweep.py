@@ -23,7 +23,7 @@ from sirius.benchmark.facts import facts
 from sirius.benchmark.record import save
 from sirius.engine import Engine
 from sirius.errors import ConfigError
-from sirius.evaluation.catalogue import task_of
+from sirius.evaluation.catalogue import needs_chat, task_of
 from sirius.evaluation.completions import Completions, make_folder
 from sirius.evaluation.grid import Grid
 from sirius.evaluation.lm import GenerationRequest, SiriusLM, figures
@@ -139,7 +139,7 @@ class Sweep:
                 self._grade(cell)
 
     def _decode(self, cell: Cell, share: tuple[int, int]) -> None:
-        asked = [cast("GenerationRequest", each.args) for each in self._requests(cell)]
+        asked = [_asked(each) for each in self._requests(cell)]
         self.lm.samples(asked, cell.setting, share=share, on_sample=self.on_sample)
 
     def _unfinished(self, cell: Cell) -> set[str]:
@@ -147,10 +147,12 @@ class Sweep:
         return self._keys(cell) - self.completions.found.keys()
 
     def _wait_for_others(self, cell: Cell) -> None:
-        """Wait until a cell is whole, or no other process is at work."""
-        while self._unfinished(cell) and self.completions.others_alive():
-            time.sleep(POLL)
-            self.completions.read()
+        """Wait until a cell is whole, or all other processes wait too or are gone."""
+        keys = self._keys(cell)
+        with self.completions.resting():
+            while keys - self.completions.found.keys() and self.completions.others_alive():
+                time.sleep(POLL)
+                self.completions.read()
         self.completions.read()
 
     def _requests(self, cell: Cell) -> list[Instance]:
@@ -204,6 +206,13 @@ class Sweep:
                 means = set(row["metrics"]) & _means(self.parts[cell.task][part])
                 scores = {f"{metric},{row['filter']}": float(row[metric]) for metric in sorted(means)}
                 whole.setdefault(name, {"id": name, "scores": {}})["scores"] |= scores
+        requests, numbers = self._requests(cell), self._numbers(cell.task, cell.items)
+        for each, key in zip(requests, self.lm.keys([_asked(each) for each in requests], cell.setting), strict=True):
+            number = numbers[str(each.task_name)][cast("int", each.doc_id)]  # its place among those that are asked
+            name = number if len(self.parts[cell.task]) == 1 else f"{each.task_name}:{number}"
+            sample = self.completions.found[key]
+            own = {figure: sample["stats"][figure] for figure in ("rounds", "drafted", "accepted")}
+            whole[name] |= {"tokens": sample["tokens"], "finish": sample["finish"], **own}
         samples = list(whole.values())
         names = list(samples[0]["scores"])
         decoded = [stats for each in self.lm.stats.values() for stats in each]
@@ -217,6 +226,7 @@ class Sweep:
             "metric": known.metric if known is not None and known.metric in names else names[0],
             "metrics": {name: asdict(average([each["scores"][name] for each in samples])) for name in names},
             "samples": samples,
+            "problems": _digest([[each.args[0], each.doc] for each in requests])[:12],
             "stats": figures(decoded),
             "chance": known.chance if known is not None else None,
             "lossless": cell.setting.lossless,
@@ -262,7 +272,7 @@ class Sweep:
 
     def _keys(self, cell: Cell) -> set[str]:
         """Return the keys of a cell's samples."""
-        return set(self.lm.keys([cast("GenerationRequest", each.args) for each in self._requests(cell)], cell.setting))
+        return set(self.lm.keys([_asked(each) for each in self._requests(cell)], cell.setting))
 
     def _path(self, cell: Cell) -> Path:
         """Return the file of a cell's result, whose name holds all that the result depends on."""
@@ -270,9 +280,18 @@ class Sweep:
             versions = [str(task.VERSION) for task in self.parts[cell.task].values()]
             docs = [each.doc for each in self._requests(cell)]  # their answers too
             asked = [sorted(self._keys(cell)), docs, cell.split, cell.choice, version("lm_eval"), *versions]
-            digest = sha256(json.dumps(asked, default=str).encode()).hexdigest()[:12]
+            digest = _digest(asked)[:12]
             known = self.paths[cell] = self.folder / "cells" / f"{cell.task}-{digest}.json"
         return known
+
+
+def _asked(request: Instance) -> GenerationRequest:
+    return cast("GenerationRequest", request.args)
+
+
+def _digest(value: Any) -> str:
+    """Return a fingerprint of something that JSON can hold, other values by their texts."""
+    return sha256(json.dumps(value, default=str).encode()).hexdigest()
 
 
 def in_order(parts: Mapping[str, Task]) -> list[tuple[str, int]]:
@@ -297,9 +316,8 @@ def load_parts(grid: Grid, manager: TaskManager, allowed: bool) -> dict[str, dic
 
 def _parts(name: str, grid: Grid, manager: TaskManager, allowed: bool) -> dict[str, Task]:
     parts = load_tasks([name], manager)
-    known = task_of(name)
     _check_count(name, sum(len(task.eval_docs) for task in parts.values()), grid)
-    if known is not None and known.chat and not grid.chat:
+    if needs_chat(name) and not grid.chat:
         raise ConfigError(f"{name} is a conversation; give --chat, or set chat: true in the grid")
     for part, task in parts.items():
         if task.OUTPUT_TYPE != "generate_until":

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,14 +17,19 @@ TEST = "test"
 EVERY = "none"  # the sparsity method that keeps every neuron
 GUESSING = ("draft_bits", "draft_ngram")  # options by which there are guesses though every neuron is kept
 FACTS = ("machine", "gpu", "kernels", "threads", "sirius", "lm_eval", "torch", "transformers", "python")
-ORIGINS = (*FACTS, "commit", "date", "command")
+ORIGINS = (*FACTS, "commit", "date", "time", "command")
 
 
 @dataclass(frozen=True)
 class Figures:
-    """What decoding the items did, see `sirius.stats.Stats`; its other figures are not reported."""
+    """What decoding the items did, see `sirius.stats.Stats`; its other figures are not reported.
+
+    advance_error  standard error of the AAL, by the spread of accepted guesses; None where it is not known
+    """
 
     aal: float | None
+    aal_complete: float | None
+    advance_error: float | None
     period: int | str
     drafted: int
     accepted: int
@@ -36,39 +42,42 @@ class Figures:
 
     @property
     def advance(self) -> Estimate | None:
-        """The AAL with the standard error that the spread of accepted guesses gives."""
-        return None if self.aal is None else Estimate(self.aal, accepted_spread(self.acceptance_histogram))
+        """The AAL with its standard error."""
+        return None if self.aal is None else Estimate(self.aal, self.advance_error)
 
     @property
     def advance_share(self) -> Estimate | None:
-        """AAL/K, 0 to 1; None where K is chosen anew for each window."""
-        if self.advance is None or isinstance(self.period, str):
+        """AAL/K over windows that no end of a text cut short, 0 to 1; None where K is chosen anew for each window."""
+        if self.aal_complete is None or isinstance(self.period, str):
             return None
-        error = self.advance.stderr
-        return Estimate(self.advance.value / self.period, None if error is None else error / self.period)
+        error = self.advance_error
+        return Estimate(self.aal_complete / self.period, None if error is None else error / self.period)
 
     @property
     def acceptance_rate(self) -> float | None:
         """The share of the guesses that stand in the text; None where nothing was drafted."""
         return self.accepted / self.drafted if self.drafted else None
 
-    @property
-    def formula(self) -> float | None:
-        """The paper's effective density, ((K-1) d + 1) / AAL, which takes every window as whole."""
-        if not self.aal or isinstance(self.period, str):
+    def formula(self, aal: float | None) -> float | None:
+        """Return the paper's effective density, ((K-1) d + 1) / AAL, which takes every window as whole."""
+        if not aal or isinstance(self.period, str):
             return None
-        return ((self.period - 1) * self.density + 1) / self.aal
+        return ((self.period - 1) * self.density + 1) / aal
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A task as it was asked. Only scores of one variant are compared."""
+    """A task as it was asked. Only scores of one variant are compared.
+
+    problems  a digest of its prompts and answers, None in results of older versions
+    """
 
     task: str
     metric: str
     shots: int | None
     chat: bool
     items: frozenset[str]
+    problems: str | None
 
 
 @dataclass(frozen=True)
@@ -81,6 +90,7 @@ class Cell:
     scores   the score of each item by its number
     model    name, revision, dtype and parameters
     origins  machine, versions, commit, date and command, as texts
+    problems  a digest of prompts and answers
     """
 
     task: str
@@ -98,11 +108,12 @@ class Cell:
     shots: int | None
     chat: bool
     origins: Mapping[str, str]
+    problems: str | None = None
 
     @cached_property
     def variant(self) -> Variant:
         """The task, its metric, and how and on which items it was asked."""
-        return Variant(self.task, self.metric, self.shots, self.chat, frozenset(self.scores))
+        return Variant(self.task, self.metric, self.shots, self.chat, frozenset(self.scores), self.problems)
 
     @property
     def full(self) -> bool:
@@ -150,7 +161,7 @@ def read_file(path: Path) -> list[Cell]:
     try:
         raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
         return [_of_line(line) for line in raw.decode().split("\n") if line.strip()] or [_of_line("")]
-    except (OSError, EOFError, ValueError) as error:
+    except (OSError, EOFError, ValueError, zlib.error) as error:
         raise FileError(
             f"{path} is no result of a sweep: {error}; delete it and run the sweep again, which decodes nothing twice"
         ) from error
@@ -186,22 +197,29 @@ def _cell(record: Mapping[str, Any]) -> Cell:
         metric=metric,
         score=Estimate(_number(shown, "value"), error),
         scores=scores,
-        stats=_figures(_take(record, "stats", dict)),
+        stats=_figures(_take(record, "stats", dict), "interleave" not in (setting.get("ablate") or ())),
         chance=None if record.get("chance") is None else _number(record, "chance"),
         lossless=_take(record, "lossless", bool),
         model=_take(record, "model", dict),
         shots=_take(record, "shots", int | None),
         chat=_take(record, "chat", bool),
         origins={name: str(record[name]) for name in ORIGINS if record.get(name) is not None},
+        problems=record.get("problems"),
     )
 
 
-def _figures(stats: Mapping[str, Any]) -> Figures:
+def _figures(stats: Mapping[str, Any], interleaved: bool) -> Figures:
+    """Return the figures of a record.
+
+    interleaved  each window adds one token to its accepted guesses, so that the AAL has their spread
+    """
     histogram = _take(stats, "acceptance_histogram", list)
     if not all(type(count) is int and count >= 0 for count in histogram):
         raise ValueError("acceptance_histogram is no list of counts")
     return Figures(
         aal=None if _take(stats, "aal", float | int | None) is None else _number(stats, "aal"),
+        aal_complete=None if stats.get("aal_complete") is None else _number(stats, "aal_complete"),
+        advance_error=accepted_spread(histogram) if interleaved else None,
         period=_take(stats, "period", int | str),
         drafted=_take(stats, "drafted", int),
         accepted=_take(stats, "accepted", int),

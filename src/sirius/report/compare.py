@@ -169,7 +169,7 @@ def _rank(value: Any) -> tuple[int, float, str]:
 def _each_once(cells: Iterable[Cell]) -> list[Cell]:
     """Keep the later one of two cells of one setting and the same items; it counts as chosen if either was."""
     kept: dict[Any, Cell] = {}
-    for cell in sorted(cells, key=lambda cell: cell.origins.get("date", "")):
+    for cell in sorted(cells, key=lambda cell: (cell.origins.get("date", ""), cell.origins.get("time", ""))):
         key = cell.variant, frozen(cell.setting), None if cell.split == TEST else cell.choice
         before = kept.pop(key, None)
         chosen = cell.choice or (before.choice if before else None)

@@ -38,7 +38,7 @@ def measured(cells: ModelCells, cell: Cell) -> list[str]:
         labels.number(stats.acceptance_rate),
         labels.number(stats.density),
         labels.number(stats.effective_density),
-        labels.number(stats.formula if drafted else None),
+        labels.number(stats.formula(stats.aal) if drafted else None),
         labels.amount(stats.bytes_per_token),
         labels.promise(cell),
     ]
@@ -230,15 +230,17 @@ def _published_second(cells: ModelCells, method: str) -> Table | None:
 
 
 def _line_of_ours(cells: ModelCells, cell: Cell) -> list[str]:
+    """Return our figures as the paper counts them: its code for trees leaves out the window that a text's end cuts."""
     full, alone = cells.full(cell.variant), cells.alone(cell)
+    aal = cell.stats.aal if cell.setting.get("tree_width", 1) == 1 else cell.stats.aal_complete
     return [
         f"ours: {labels.model_name(cells.model)}, {labels.pieces(cell.setting)[0]}",
         labels.score(None if full is None else full.score),
         labels.score(None if alone is None else alone.score),
         labels.score(cell.score),
         str(cell.setting.get("tree_width", MISSING)),
-        labels.advance(cell),
-        labels.number(cell.stats.effective_density),
+        MISSING if aal is None else f"{aal:.2f} / {cell.stats.period}",
+        labels.number(cell.stats.formula(aal)),
     ]
 
 

@@ -173,6 +173,12 @@ def find(name: str) -> Factory | None:
     raise ConfigError(f"there is no sparsity method {name!r}; known are {', '.join(known())}")
 
 
+def canonical(name: str) -> str:
+    """Return the first name of a method of ours that has several; any other name as it is."""
+    method = _METHODS.get(name)
+    return next((first for first, each in _METHODS.items() if each is method), name)
+
+
 def create(config: SparsityConfig, neurons: tuple[int, ...]) -> Sparsity | None:
     """Return a fresh method for one generation of a model with `neurons` F in each layer, None of "none"."""
     factory = find(config.method)

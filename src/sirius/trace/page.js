@@ -41,7 +41,7 @@
     if (spans[index].dataset.unused) row("End of the text", "this token completed a stop string, which the text leaves out");
     const kind = spans[index].className;
     row("Origin", [make("strong", origins[kind][0]), ". " + origins[kind][1]]);
-    row(`Probability of the ${kind === "sparse" ? "sparse" : "full"} model, temperature 1`, percent(p));
+    row(`Probability of the ${kind === "sparse" ? "draft" : "full"} model, temperature 1`, percent(p));
     row("Rule of acceptance", rule);
     row(`Round ${round} of ${rounds.length - 1}`, round ? guessed(round) : "the prompt's pass, in which the full model writes the first token");
     const back = rounds[round][5];

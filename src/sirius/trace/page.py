@@ -56,7 +56,7 @@ def to_html(trace: Trace) -> str:
         ending=words.ending(trace),
         reads=words.reads(trace),
         layers=_layers(trace),
-        judge="full" if trace.correction is not None else "sparse",
+        judge="full" if trace.correction is not None else "draft",
         data=_data(trace),
     )
 
