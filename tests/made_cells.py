@@ -136,7 +136,7 @@ def _stats(setting: Setting, rng: random.Random) -> dict[str, Any]:
         "corrections_per_token": 0.0 if rule is None else (400 - histogram[-1]) / (400 + accepted),
         "tokens": 400 + accepted,
         "aal": aal,
-        "aal_complete": aal,
+        "aal_complete": aal and min(period, aal + 0.25),  # a text's end cuts some windows
         "period": period,
         "density": density,
         "effective_density": effective,

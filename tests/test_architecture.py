@@ -23,6 +23,7 @@ LAYERS = [  # from the top down; a module imports from its own layer's package o
     {"jobs", "hf"},
     {"engine"},
     {"batch", "likelihood"},
+    {"learnt"},
     {"decoding", "runtime", "text", "texts", "processors"},
     {"offload"},
     {"sparsity", "model"},

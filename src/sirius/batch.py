@@ -13,16 +13,17 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sirius import sparsity
-from sirius.core import AUTO, SEEDS, CorrectionConfig, Round, SparsityConfig, check_together
+from sirius.core import SEEDS, CorrectionConfig, Round, SparsityConfig, check_together
 from sirius.decoding.accept import Rule, accept_own
 from sirius.decoding.lookup import NGrams
 from sirius.decoding.loop import Row, first_round, next_round, start
-from sirius.decoding.period import AutoPeriod, Learnt, Period
+from sirius.decoding.period import Period
 from sirius.decoding.plan import make_plan, refuse_own
 from sirius.decoding.probe import probe_if_due
 from sirius.decoding.sampling import Noise
 from sirius.decoding.stateless import Watch, is_stateless
 from sirius.errors import ConfigError, FileError, OutOfMemoryError, RequestError, SiriusError
+from sirius.learnt import LearntBefore
 from sirius.model.prepare import count_parameters, prepare
 from sirius.model.prepared import prepared_of
 from sirius.model.quantized import make_twin
@@ -32,7 +33,7 @@ from sirius.runtime.session import Session, ordinary
 from sirius.runtime.studies import RefreshingSession
 from sirius.scoring import SharedProcessor
 from sirius.shortage import ran_out, telling
-from sirius.stats import Basis, density, summarise
+from sirius.stats import Basis, summarise
 from sirius.texts import Completion, Ending, Text, Update
 
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -120,7 +121,9 @@ class Batch:
             if not chosen.draft_bits:
                 refuse_own(None if looks_up else rule, period)
             self.correction, period = correction if looks_up else PLAIN, period or Period(1)
-        self.plan = make_plan(self.correction, period or self._period(compiled), ends, rule)
+        learnt = LearntBefore(self.session, self.sparsity, self.correction, self.drafted, compiled)
+        lookup = learnt.lookup(self.rows)
+        self.plan = make_plan(self.correction, period or learnt.period(self.placed), ends, rule, lookup)
         self.ruled = rule not in (None, accept_own)  # so that nobody knows whether texts are lossless
         self.window = (self.correction.longest - 1) * self.correction.tree_width if self.correction else 0
         self.compiled = compiled
@@ -350,21 +353,6 @@ class Batch:
             summarise(rounds, basis, entry.seconds),
             basis,
         )
-
-    def _period(self, compiled: bool) -> Period:
-        """Return the period of this batch; an automatic one knows what earlier texts of this configuration taught."""
-        asked = 1 if self.correction is None else self.correction.period
-        if asked != AUTO:
-            return Period(asked)
-        assert self.correction is not None
-        key = *self.session.dtype_device, torch.get_num_threads(), compiled
-        known = Learnt.expected(*self.placed.expected) if self.placed and self.placed.expected.draft else Learnt()
-        learnt = prepared_of(self.model).learnt.setdefault((self.sparsity, self.correction, key), known)
-        parameters = count_parameters(self.model)
-        touched = self.session.least_touched()
-        floor, probe_share = (density(parameters, each, "streamed", self.drafted) for each in touched)
-        own = {"probe_share": probe_share, "width": self.correction.tree_width, "alike": self.drafted is None}
-        return AutoPeriod(floor, learnt, **own)
 
     def _lossless(self, sampled: bool) -> bool:
         plain = self.correction is not None and self.correction.period == 1

@@ -22,6 +22,13 @@ def test_lm_evals_options_are_passed_through_and_our_figures_stored(sirius_comma
     assert len(samples.read_text().splitlines()) == 3
 
 
+def test_tasks_may_be_named_by_a_pattern(sirius_command):
+    own = ("--sparsity", "none", "--dtype", "float32", "--threads", "1")
+    code, printed, _ = sirius_command("eval", "--tasks", "demo_*", *own, "--limit", "1", "--apply_chat_template")
+    assert code == 0
+    assert "demo_reasoning" in printed and "demo_understanding" in printed
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -36,7 +43,7 @@ def test_lm_evals_options_are_passed_through_and_our_figures_stored(sirius_comma
         (("--tasks", "demo_reasoning", "--log_samples"), "lm-eval refuses the options: Specify --output_path"),
         (("--tasks", "gsm8k", "--data", "nowhere"), "is a folder of local files"),
         (("--tasks", "demo_reasoning", "--sparsity", "finer"), "finer"),
-        (("--tasks", "demo_reasoning"), "is a conversation; give --apply_chat_template"),
+        (("--tasks", "demo_reasoning"), "demo_reasoning: a conversation needs --apply_chat_template"),
     ],
 )
 def test_what_does_not_fit_is_told_in_one_line_before_a_model_is_loaded(sirius_command, arguments, said):

@@ -65,6 +65,16 @@ def test_copies_that_lm_eval_fills_up_the_shorter_rank_with_are_counted_once(our
     assert figures["tokens"] == 10
 
 
+def test_samples_of_a_model_with_other_end_tokens_are_not_taken_for_its_own(ours, tmp_path):
+    options = {"until": [], "do_sample": False, "max_gen_toks": 5}
+    asked = requests("generate_until", [(PROMPTS[0], options)])
+    for ends in (ours.engine.ends, frozenset()):
+        engine = Engine(ours.engine.model, ours.engine.tokenizer)
+        engine.ends = ends
+        SiriusLM(engine, quiet=True, completions=str(tmp_path)).generate_until(asked, disable_tqdm=True)
+    assert len(Completions(tmp_path).found) == 2
+
+
 def test_log_probabilities_are_those_of_lm_evals_own_model(ours, theirs):
     pairs = [(PROMPTS[0], " 22"), (PROMPTS[0], " 38 coins"), ("", "Tina"), (f"{PROMPTS[2]} ", "He sells 2.")]
     pairs.append((" ".join(PROMPTS * 20), " He has 4 bags."))  # longer than the context

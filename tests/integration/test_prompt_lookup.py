@@ -113,3 +113,13 @@ def test_a_sampled_text_is_its_seeds_own_whatever_is_looked_up():
     for ngram in (2, 3):
         got = engine.generate(FOLLOWED, correction=CorrectionConfig(8, draft_ngram=ngram), **options)
         assert got.token_ids == want and got.stats.lossless and got.stats.looked_up
+
+
+def test_what_lookup_learnt_serves_later_texts_of_the_same_setting():
+    engine = Engine(tiny_model())
+    found = [
+        engine.batch(rows=rows, correction=CorrectionConfig(8, draft_ngram=ngram), sparsity="none").plan.lookup
+        for rows, ngram in ((1, 3), (1, 3), (2, 3), (1, 4), (1, 0))
+    ]
+    assert found[0] is found[1] and len({id(each) for each in found[:-1]}) == 3
+    assert found[-1] is None

@@ -86,7 +86,11 @@ def test_a_sweep_killed_half_way_comes_to_the_results_of_an_undisturbed_one(undi
 
 
 def test_three_processes_come_to_the_results_of_one_though_one_of_them_is_killed(undisturbed, tmp_path):
-    *others, last = (start(tmp_path, rank, 3) for rank in range(3))
+    last = start(tmp_path, 2, 3)
+    while not (tmp_path / "completions" / "rank2.alive").exists():
+        assert last.is_alive()
+        time.sleep(0.01)
+    others = [start(tmp_path, rank, 3) for rank in range(2)]
     kill_after(last, tmp_path, 3, rank=2)
     assert [end(each) for each in others] == [0, 0]
     assert sweeping.results(tmp_path) == sweeping.results(undisturbed)

@@ -1,5 +1,7 @@
 """Finished samples in files: nothing that was saved is lost, nothing half written is taken."""
 
+import time
+
 import pytest
 
 from sirius.errors import FileError
@@ -70,7 +72,9 @@ def test_a_process_is_seen_by_others_while_it_is_at_work(tmp_path, monkeypatch):
     with first.alive():
         assert second.others_alive() and not first.others_alive()
     assert not second.others_alive()
+    monkeypatch.setattr(completions, "BEAT", 0.01)
     with first.alive(), first.resting():
+        time.sleep(0.1)
         assert not second.others_alive()  # or two that wait for a third, killed one would wait for each other
     (tmp_path / "rank0.alive").touch()  # as a killed one leaves it
     assert second.others_alive()

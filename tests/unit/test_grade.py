@@ -38,6 +38,15 @@ def test_a_letter_counts_only_after_the_phrase(text, want):
     assert scores(grade.grade_letter({"answer": "B"}, [text])) == want
 
 
+@pytest.mark.parametrize("letter", "ABH")
+@pytest.mark.parametrize(
+    "said", ["{}", "**{}**.", '"{}"', "{} (17).", "{} - 17", "{}!", "{} = 17", "{} because it is.", "{}.Yes"]
+)
+def test_every_letter_is_read_alike(letter, said):
+    text = f" So the answer is {said.format(letter)}"
+    assert scores(grade.grade_letter({"answer": letter}, [text])) == RIGHT
+
+
 @pytest.mark.parametrize(
     ("text", "want"),
     [

@@ -32,6 +32,7 @@ class World:
     acceptance  the chance that a guess stands after one that did
     warm        what each of the first passes of a shape costs besides, in every session
     noise       the share by which times are off, at most
+    busy        what all times are multiplied by, while other programs run
     """
 
     step: float
@@ -40,6 +41,7 @@ class World:
     floor: float = 0.6
     warm: float = 0.0
     noise: float = 0.0
+    busy: float = 1.0
     rows: int = 1
     chance: random.Random = field(default_factory=lambda: random.Random(1))
 
@@ -51,7 +53,7 @@ class World:
         def took(shape: object, cost: float) -> float:
             seen[shape] = seen.get(shape, 0) + 1
             cost += self.warm if seen[shape] <= WARM_UP else 0.0
-            return cost * (1 + self.noise * self.chance.uniform(-1, 1))
+            return self.busy * cost * (1 + self.noise * self.chance.uniform(-1, 1))
 
         while new < tokens:
             if count := period.probes(self.rows, new):
@@ -121,6 +123,22 @@ def test_a_draft_that_pays_reaches_nineteen_twentieths_of_the_best_fixed_period(
     world.text(AutoPeriod(world.floor, learnt, alike=alike))
     assert best < 0.9 * mean(world, lambda: Period(1), 15), "nothing is to be gained here"
     assert mean(world, lambda: AutoPeriod(world.floor, learnt, alike=alike), 15) < best / 0.95
+
+
+@pytest.mark.parametrize("busy", [1.5, 3.0])
+@pytest.mark.parametrize("texts", [1, 5])
+def test_drafting_begins_again_soon_after_a_machine_was_busy(busy, texts):
+    world, learnt = World(0.3, 0.02, 0.96, floor=0.28, noise=0.05), Learnt()
+
+    def make() -> AutoPeriod:
+        return AutoPeriod(world.floor, learnt, alike=False)
+
+    before = mean(world, make, 10)
+    world.busy = busy
+    mean(world, make, texts)
+    world.busy = 1.0
+    mean(world, make, 4)
+    assert mean(world, make, 10) < 1.1 * before
 
 
 def test_a_draft_that_reads_every_weight_is_never_asked():

@@ -239,13 +239,17 @@ def test_attention_fills_the_room_that_is_too_small_for_a_block(draft):
     rounded = 500 if draft == "rounded" else 0
     plan = planned(UNEVEN, UNEVEN.always(draft) + rounded + 2 * 160 + 3 * 190 + 2 * 30, draft, memory=FAST)
     assert (sum(plan.mlp), sum(plan.attention)) == (3, 5)
+    assert all(attention for attention, mlp in zip(plan.attention, plan.mlp, strict=True) if mlp)
 
 
 def test_a_link_that_drafts_leave_idle_fills_the_buffers_for_the_full_pass():
     plan = planned(SIZES, SIZES.always("rounded") + 2 * 160 + 500, "rounded")
     assert plan.draft_seconds == pytest.approx((500 + 30 + 200) / MEMORY)
     assert plan.full_streamed == 2000 and plan.fetched_ahead == 40  # one of two buffers holds the unit used last
-    assert plan.full_seconds == pytest.approx(plan.plain_seconds - 0.4)
+    assert plan.full_seconds == plan.plain_seconds  # it comes while the last MLP, head and cache are read anyway
+    light = replace(SIZES, head=0, cache=0, rounded=(500,) * 10)
+    found = planned(light, light.always("rounded") + 2 * 160 + 5000, "rounded")
+    assert found.fetched_ahead == 40 and found.full_seconds == pytest.approx(found.plain_seconds - (0.4 - 0.16))
     near = planned(SIZES, SIZES.always("rounded") + 3 * 160 + 500, "rounded", Link(900.0))
     assert near.buffers == 3 and near.fetched_ahead == 40 + 160
     short = planned(replace(SIZES, attention=(90,) * 10), plan.budget, "rounded", period=2)

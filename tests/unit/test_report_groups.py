@@ -72,6 +72,18 @@ def test_equal_numbers_of_other_problems_are_never_compared(tmp_path):
     assert [same.difference(cell) is None for cell in same.cells if cell.corrected] == [False]
 
 
+def test_of_two_results_of_one_day_the_later_one_is_shown(tmp_path):
+    given = [record(changes={"time": time, "commit": time}) for time in ("09:00:00", "17:30:00", "12:00:00")]
+    [cell] = cells_of(tmp_path, *given).cells
+    assert cell.origins["commit"] == "17:30:00"
+
+
+def test_the_aal_without_the_interleaved_token_has_no_error_from_accepted_guesses(tmp_path):
+    given = [record(**PAPER), record(**PAPER, ablate=["interleave"])]
+    errors = {cell.ablated: cell.stats.advance.stderr for cell in cells_of(tmp_path, *given).cells}
+    assert errors[()] > 0 and errors["interleave",] is None
+
+
 def test_the_oracle_is_told_from_a_sweep_of_the_threshold(tmp_path):
     given = [oracle("coarse", bar) for bar in (0.0, 0.1)] + [record(**PAPER, threshold=bar) for bar in (0.1, 0.3)]
     lines = cells_of(tmp_path, *given).lines

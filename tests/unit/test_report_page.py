@@ -180,3 +180,14 @@ def test_published_lines_follow_the_papers_formula():
     shorter = published.TABLE_2["csqa_cot", "coarse"][4]
     assert (11 * 0.61 + 1) / shorter.aal == pytest.approx(shorter.effective_density, abs=1e-3)
     assert all(line.aal <= line.period for lines in published.TABLE_2.values() for line in lines)
+
+
+def test_beside_published_lines_aal_and_density_are_counted_as_there(tmp_path):
+    given = [record("gsm8k"), *(record("gsm8k", sparsity="coarse", preset="paper", tree_width=w) for w in (1, 8))]
+    stats = {each["setting"].get("tree_width"): each["stats"] for each in given}
+    assert stats[8]["aal"] != stats[8]["aal_complete"]
+    lines = [line for line in markdown(build([write(tmp_path, *given)])).splitlines() if line.startswith("| ours:")]
+    rows = {int(cells[5]): cells for cells in ([each.strip() for each in line.split("|")] for line in lines)}
+    for width, aal in ((1, stats[1]["aal"]), (8, stats[8]["aal_complete"])):
+        assert rows[width][6] == f"{aal:.2f} / 16"
+        assert rows[width][7] == f"{(15 * stats[width]['density'] + 1) / aal:.3f}"

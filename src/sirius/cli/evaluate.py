@@ -120,8 +120,9 @@ def run(tasks: Sequence[str], data: Path | None, model_args: dict[str, Any], opt
 
     with suite.suite_folder(data) as folder:
         manager = suite.task_manager(folder, tasks)
-        suite.check_tasks(tasks, data, manager)
+        suite.check_tasks(tasks, None, manager)
         tasks = [name for each in tasks for name in manager.match_tasks([each])]  # patterns, such as mmlu_*
+        suite.check_tasks(tasks, data, manager)
         groups = {name: suite.load_tasks([name], manager) for name in tasks}
         loaded = {name: task for group in groups.values() for name, task in group.items()}
         unsafe = [name for name, task in loaded.items() if getattr(task, "UNSAFE_CODE", False)]
@@ -140,7 +141,7 @@ def run(tasks: Sequence[str], data: Path | None, model_args: dict[str, Any], opt
             except ValueError as error:
                 raise ConfigError(f"lm-eval refuses the options: {error}") from error
             if not config.apply_chat_template and (chats := [name for name in tasks if needs_chat(name)]):
-                raise ConfigError(f"{', '.join(chats)} is a conversation; give --apply_chat_template")
+                raise ConfigError(f"{', '.join(chats)}: a conversation needs --apply_chat_template")
             if config.num_fewshot is not None:
                 for name, task in loaded.items():
                     suite.check_shots(name, task, config.num_fewshot)

@@ -131,6 +131,21 @@ class Costs:
     def add_check(self, tokens: int, seconds: float) -> None:
         """Add the time of a check after its warm-up."""
         self.checks.setdefault(tokens, deque(maxlen=TIMES_KEPT)).append(seconds)
+        self._set_points()
+
+    def keep_least(self) -> None:
+        """Forget all but the least times of draft passes and of checks of several tokens.
+
+        Windows that were too slow are made no more, so nothing else would correct times at which the machine was busy.
+        """
+        for times in (self.steps, *(times for tokens, times in self.checks.items() if tokens > 1)):
+            if times:
+                least = min(times)
+                times.clear()
+                times.append(least)
+        self._set_points()
+
+    def _set_points(self) -> None:
         medians = [(size, median(times)) for size, times in sorted(self.checks.items())]
         self.points = [(size, max(seconds, medians[0][1])) for size, seconds in medians]
 
@@ -288,6 +303,7 @@ class AutoPeriod(Period):
             probed.tokens - 1
         )
         costs.token_cost = min(max(further, TOKEN_COST), 1.0) if self.alike else UNLIKE_COST
+        costs.keep_least()
         self.learnt.count_guesses(probed.kept, probed.judged, probed.tokens)
         self._decide(probed.rows)
 

@@ -12,12 +12,17 @@ from sirius.errors import ConfigError
 
 
 def make_plan(
-    correction: CorrectionConfig | None, period: Period, ends: frozenset[int], rule: Rule | None = None
+    correction: CorrectionConfig | None,
+    period: Period,
+    ends: frozenset[int],
+    rule: Rule | None = None,
+    lookup: Lookup | None = None,
 ) -> Plan:
     """Return how texts are decoded under a correction, None being the draft model alone.
 
     period  at most as long as the correction allows, so that the cache has room for its drafts
     rule    in place of the one that the correction names
+    lookup  what earlier texts left of prompt lookup; None: nothing is looked up
 
     Raises ConfigError of a longer period, of a name that no rule has, and of a rule where nothing is corrected.
     """
@@ -40,7 +45,7 @@ def make_plan(
         prune=correction.prune,
         temperature=correction.accept_temperature,
         confidence=correction.draft_confidence,
-        lookup=Lookup(correction.draft_ngram, correction.longest - 1) if correction.draft_ngram else None,
+        lookup=lookup,
     )
     for part in correction.ablate:
         plan = WITHOUT[part](plan)

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from sirius.core import OWN, PAPER
 from sirius.decoding import check_rule
 from sirius.settings import NONE, Setting, make_setting
-from sirius.sparsity import canonical, create
+from sirius.sparsity import canonical, check_options
 
 Kind = Literal["understanding", "reasoning"]
 
@@ -95,7 +95,6 @@ TASKS: dict[str, PaperTask] = {
     "demo_reasoning": PaperTask("reasoning", "exact_match,none", {}, keep=0.4, chat=True),
     "demo_understanding": PaperTask("understanding", "exact_match,none", {}, keep=0.4, chat=True),
 }
-MANY = 10**6  # neurons, of which any share keeps some: a setting is tried before a model is loaded
 SUBJECTS = "mmlu_flan_cot_fewshot"  # a group of 57 tasks, one for each subject
 
 
@@ -132,7 +131,7 @@ def setting_for(name: str, values: Mapping[str, Any]) -> Setting:
             values = {key: values[key] for key in values if key != "preset"}
         values = {**own, **values}
     setting = make_setting(values)
-    create(setting.sparsity, (MANY,))
+    check_options(setting.sparsity)
     if setting.correction is not None:
         check_rule(setting.correction.accept)
     return setting

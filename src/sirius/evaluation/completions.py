@@ -88,12 +88,13 @@ class Completions:
 
     @contextmanager
     def alive(self) -> Iterator[None]:
-        """Show other processes for the length of the block that this one decodes, but while it rests."""
+        """Show other processes for the length of the block that this one is at work, but while it rests."""
         over = Event()
 
         def beat() -> None:
             while not over.wait(BEAT):
-                self._show()
+                with suppress(FileError):  # a full disk may have room again
+                    self._show()
 
         self._show()
         beating = Thread(target=beat, daemon=True)
@@ -108,7 +109,7 @@ class Completions:
     @contextmanager
     def resting(self) -> Iterator[None]:
         """Show other processes for the length of the block that they need not wait for this one."""
-        with self._signing:
+        with self._signing, self._writing(self.sign):
             self._rests = True
             self.sign.unlink(missing_ok=True)
         try:
@@ -118,12 +119,12 @@ class Completions:
             self._show()
 
     def _show(self) -> None:
-        with self._signing:
+        with self._signing, self._writing(self.sign):
             if not self._rests:
                 self.sign.touch()
 
     def others_alive(self) -> bool:
-        """Tell whether another process decodes here, by the signs of life of the last `PATIENCE` seconds."""
+        """Tell whether another process is at work here, by the signs of life of the last `PATIENCE` seconds."""
         now = time.time()
         for path in self.folder.glob("rank*.alive"):
             with suppress(FileNotFoundError):  # it has just been removed

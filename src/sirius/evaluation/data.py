@@ -208,7 +208,7 @@ def _sports(record: Doc) -> Doc:
 def _mmlu(record: Doc) -> Doc:
     answer = record["answer"]
     number = "ABCD".index(answer) if isinstance(answer, str) and len(answer) == 1 else answer
-    if number not in range(4):
+    if type(number) is not int or number not in range(4):
         raise ValueError(f"the answer is a letter from A to D or its number from 0; got {answer!r}")
     return {**record, "answer": number}
 

@@ -8,8 +8,10 @@ from statistics import mean
 from typing import Any
 
 PHRASES = [re.compile(rf"{words}:?[ \t]*", re.IGNORECASE) for words in ("so the answer is", "answer is")]
-END = r"(?=[,:;)]|\.(?![A-Za-z])|\s*$)"
-LETTER = re.compile(rf"\(([A-Ha-h])\)|([B-H])(?!\.?[A-Za-z])|([Aa-h]){END}")  # not the article "a", "A" nor "D.C."
+END = r"(?=[.,:;)]|\s*$)"
+OTHER = r"[A-Za-z]|\.[A-Z]\b"  # it is a word, or "D.C."
+ARTICLE = r"\s+(?!(?:because|since|as|is|or|and)\b)[A-Za-z]"
+LETTER = re.compile(rf"\(([A-Ha-h])\)|([B-H](?!{OTHER})|A(?!{OTHER}|{ARTICLE}))|([a-h]){END}")
 WORD = re.compile(r"\W*(yes|no)\b", re.IGNORECASE)
 DATE = re.compile(r"\W*(\d{1,2})/(\d{1,2})/(\d{4})")
 

@@ -88,8 +88,8 @@ class SiriusLM(TemplateLM):
         self.batch_size = _batch_size(batch_size)
         self.max_gen_toks = max_gen_toks
         self.ranks = Ranks.here() if ranks is None else ranks
-        if threads is not None:
-            torch.set_num_threads(int(threads))
+        self.ranks.wait()  # they meet before their shares take hours
+        torch.set_num_threads(torch.get_num_threads() if threads is None else int(threads))
         load: dict[str, Any] = {"dtype": dtype, "revision": revision, "max_context": max_context}
         load |= {"trust_remote_code": trust_remote_code, "gguf_file": gguf_file}
         load["memory_budget"] = memory_budget and budget_for_tasks(memory_budget, setting, self.batch_size)

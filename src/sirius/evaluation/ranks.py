@@ -6,13 +6,14 @@
 import os
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cache
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-PATIENCE = timedelta(days=7)  # with ranks whose share takes longer; PyTorch's own is half an hour
+LONGEST = timedelta(days=7)  # that ranks wait for those whose share takes longer; PyTorch's own is half an hour
 
 
 @dataclass(frozen=True)
@@ -39,26 +40,29 @@ class Ranks:
         """Return the tensors of all ranks, one after the other."""
         if self.size == 1:
             return tensor
-        self._join()
+        group = _group()
         found = [torch.zeros_like(tensor.reshape(-1)) for _ in range(self.size)]
-        dist.all_gather(found, tensor.reshape(-1))
+        dist.all_gather(found, tensor.reshape(-1), group)
         return torch.cat(found)
 
     def gather(self, value: Any, to: int = 0) -> list[Any] | None:
         """Return the values of all ranks on rank `to`, None elsewhere."""
         if self.size == 1:
             return [value]
-        self._join()
+        group = _group()
         found = [None] * self.size if self.rank == to else None
-        dist.gather_object(value, found, dst=to)
+        dist.gather_object(value, found, dst=to, group=group)
         return found
 
     def wait(self) -> None:
         """Wait for all ranks."""
         if self.size > 1:
-            self._join()
-            dist.barrier()
+            dist.barrier(_group())
 
-    def _join(self) -> None:
-        if not dist.is_initialized():
-            dist.init_process_group("gloo", timeout=PATIENCE)  # only objects are exchanged, through the hosts
+
+@cache
+def _group() -> Any:
+    """Return the group of all ranks; the first call joins it. Only objects are exchanged, through the hosts."""
+    if not dist.is_initialized():
+        dist.init_process_group("gloo")
+    return dist.new_group(backend="gloo", timeout=LONGEST)

@@ -27,7 +27,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from io import FileIO
-from itertools import chain
 from pathlib import Path
 from typing import Literal
 
@@ -326,10 +325,10 @@ class _Watch:
             for line in (place / "maps").read_text(errors="replace").splitlines():
                 if line.endswith(REMOVED) and inside in line:
                     held[int(line.split()[4])] = self.limits.file_bytes
-            for entry in chain.from_iterable(os.scandir(folder) for folder in place.glob("task/*/fd")):
+            for handle in place.glob("task/*/fd/*"):
                 with suppress(OSError):  # it has just been closed
-                    if (path := os.readlink(entry.path)).endswith(REMOVED) and path.startswith(inside):
-                        found = os.stat(entry.path)
+                    if (path := os.readlink(handle)).endswith(REMOVED) and path.startswith(inside):
+                        found = handle.stat()
                         held[found.st_ino] = 512 * found.st_blocks
         return sum(held.values())
 

@@ -132,7 +132,8 @@ class Sweep:
             self._decode(cell, (rank, size))
             if size == 1:
                 self._grade(cell)
-        for cell in [*todo[rank:], *todo[:rank]] if size > 1 else []:  # each process begins to grade with another cell
+        others = [cell for number, cell in enumerate(todo) if number % size != rank]
+        for cell in [*todo[rank::size], *others] if size > 1 else []:  # each process begins to grade with its own cells
             self._wait_for_others(cell)
             if not self._path(cell).exists():
                 self._decode(cell, (0, 1))
@@ -149,7 +150,11 @@ class Sweep:
     def _wait_for_others(self, cell: Cell) -> None:
         """Wait until a cell is whole, or all other processes wait too or are gone."""
         keys = self._keys(cell)
+        self.completions.read()
+        if not keys - self.completions.found.keys():
+            return
         with self.completions.resting():
+            time.sleep(POLL)  # another one that rests sees that this one does
             while keys - self.completions.found.keys() and self.completions.others_alive():
                 time.sleep(POLL)
                 self.completions.read()
@@ -226,7 +231,7 @@ class Sweep:
             "metric": known.metric if known is not None and known.metric in names else names[0],
             "metrics": {name: asdict(average([each["scores"][name] for each in samples])) for name in names},
             "samples": samples,
-            "problems": _digest([[each.args[0], each.doc] for each in requests])[:12],
+            "problems": _digest([[None if self.grid.chat else each.args[0], each.doc] for each in requests])[:12],
             "stats": figures(decoded),
             "chance": known.chance if known is not None else None,
             "lossless": cell.setting.lossless,

@@ -27,7 +27,6 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.initialization import no_init_weights
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file
@@ -172,7 +171,7 @@ def load_empty(source: Source, config: PreTrainedConfig, dtype: torch.dtype) -> 
 
     Raises ModelError where transformers cannot make one.
     """
-    with _MAKING, no_init_weights(), _parameters_on_meta():
+    with _MAKING, _parameters_on_meta():
         options = {"dtype": dtype, "trust_remote_code": source.trust_remote_code}
         model = attempt(source, "config.json", lambda _: AutoModelForCausalLM.from_config(config, **options))
     with suppress(OSError):  # a model need not have one

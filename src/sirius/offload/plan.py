@@ -13,12 +13,12 @@ from typing import Any, Literal, NamedTuple
 
 from sirius.errors import ConfigError
 from sirius.offload.amounts import in_words
+from sirius.offload.times import FEWEST, Step, pass_time
 
 Draft = Literal["none", "rounded", "coarse"]
 MARGIN = 1 << 18  # bytes of a buffer beyond its unit, as each tensor begins where a page does
-BUFFERS = 3  # one is computed with, one is ready, one is being filled
+BUFFERS = 3  # one is computed with, one is ready, one is being filled; or FEWEST, which leaves room for weights
 MORE = 8  # blocks of which attention alone stays, in room that is too small for a whole one
-FEWEST = 2  # where the third one's room is better spent on weights that stay
 
 
 @dataclass(frozen=True)
@@ -74,13 +74,6 @@ class Link:
 
     def __post_init__(self) -> None:
         _check_rate("the link's bandwidth", self.bytes_per_second)
-
-
-class Step(NamedTuple):
-    """The bytes that a pass reads at once, and those of them that come over the link."""
-
-    read: int
-    streamed: int
 
 
 class Residents(NamedTuple):
@@ -192,19 +185,16 @@ def make_plan(
       Where that is faster, as with small K or nearly all neurons kept, MLPs come without any copy before;
     - "none": whole blocks. `period` and `aal` do not count.
 
-    The attention of a few more blocks fills the room that is too small for a whole block.
+    Attention of a few other blocks fills the room that is too small for a whole one.
 
     The blocks of which a part stays are spread evenly over the depth, so that the link never waits for long. A larger
     budget never makes a plan slower. Raises ConfigError, with the smallest budget that works, where this one does not.
     """
     setting = _setting(sizes, link, memory_bytes_per_second, draft, period, aal)
-    if budget < (least := smallest_budget(sizes, draft)):
+    taken = [(_used(sizes, *candidate, draft), candidate) for candidate in _candidates(sizes.blocks, draft)]
+    if budget < (least := min(used for used, _ in taken)):
         raise ConfigError(_too_small(sizes, budget, least, draft))
-    plans = [
-        _plan(sizes, residents, buffers, setting, budget)
-        for residents, buffers in _candidates(sizes.blocks, draft)
-        if _used(sizes, residents, buffers, draft) <= budget
-    ]
+    plans = [_plan(sizes, *candidate, setting, budget) for used, candidate in taken if used <= budget]
     return min(plans, key=lambda plan: (plan.seconds_per_token, plan.streamed_per_round, -plan.buffers, plan.used))
 
 
@@ -262,6 +252,12 @@ def _spread(count: int, blocks: int) -> tuple[bool, ...]:
     return tuple((i + 1) * count // blocks > i * count // blocks for i in range(blocks))
 
 
+def _and_some(held: Sequence[bool], count: int) -> tuple[bool, ...]:
+    """Return those that are held and `count` of the others, evenly spread."""
+    others = iter(_spread(count, len(held) - sum(held)))
+    return tuple(each or next(others) for each in held)
+
+
 def _none(blocks: int) -> Residents:
     return Residents(*[_spread(0, blocks)] * 4)
 
@@ -278,7 +274,7 @@ def _residents(blocks: int, draft: Draft) -> Iterator[Residents]:
     none, every = _spread(0, blocks), _spread(blocks, blocks)
     for count in range(blocks + 1):
         some, others = _spread(count, blocks), tuple(not stays for stays in _spread(count, blocks))
-        more = [_spread(each, blocks) for each in range(count, min(count + MORE, blocks) + 1)]
+        more = [_and_some(some, each) for each in range(min(MORE, blocks - count) + 1)]
         if draft == "none":
             yield from (Residents(attention, some, none, none) for attention in more)
         elif draft == "rounded":
@@ -355,33 +351,18 @@ def _times(full: list[Step], draft: list[Step], buffers: int, setting: Setting, 
     shared  passes of both kinds begin with the same unit
     """
     rate, drafts = setting.link.bytes_per_second, setting.period - 1
-    full_units, full_read, plain = _pass(full, buffers, setting)
-    draft_units, _, draft_seconds = _pass(draft, buffers, setting)
-    own = [units[min(shared, len(units) - 1)] for units in (full_units, draft_units) if units]
-    full_wait, draft_wait = (own[0] / rate, own[1] / rate) if len(own) == 2 else (0.0, 0.0)
-    ahead = 0 if draft_units else min(sum(full_units[: buffers - 1]), int(drafts * draft_seconds * rate))
+    own, guess = (pass_time(steps, buffers, rate, setting.memory_bytes_per_second) for steps in (full, draft))
+    firsts = [each.units[min(shared, len(each.units) - 1)] for each in (own, guess) if each.units]
+    full_wait, draft_wait = (firsts[0] / rate, firsts[1] / rate) if len(firsts) == 2 else (0.0, 0.0)
+    ahead = 0 if guess.units else min(sum(own.units[: buffers - 1]), int(drafts * guess.seconds * rate))
+    saved = max(0.0, ahead / rate - own.hidden)
     return {
         "fetched_ahead": ahead,
         "switch_seconds": full_wait + draft_wait,
-        "draft_seconds": draft_seconds + (draft_wait / drafts if drafts else 0.0),
-        "full_seconds": max(plain - ahead / rate, full_read) + full_wait,
-        "plain_seconds": plain,
+        "draft_seconds": guess.seconds + (draft_wait / drafts if drafts else 0.0),
+        "full_seconds": max(own.seconds - saved, own.reading) + full_wait,
+        "plain_seconds": own.seconds,
     }
-
-
-def _pass(steps: Sequence[Step], buffers: int, setting: Setting) -> tuple[list[int], float, float]:
-    """Return the bytes of each unit that a pass streams, the seconds in which its memory is read, and its own."""
-    units = [step.streamed for step in steps if step.streamed]
-    reads = sum(step.read for step in steps) / setting.memory_bytes_per_second
-    if buffers > FEWEST or not units:
-        return units, reads, max(sum(units) / setting.link.bytes_per_second, reads)
-    first = next(place for place, step in enumerate(steps) if step.streamed)
-    between: list[int] = []  # bytes read from a unit on, until the next one is needed
-    for step in (*steps[first:], *steps[:first]):
-        between += [0] if step.streamed else []
-        between[-1] += step.read
-    coming = [size / setting.link.bytes_per_second for size in (*units[1:], units[0])]
-    return units, reads, sum(map(max, coming, (read / setting.memory_bytes_per_second for read in between)))
 
 
 def _too_small(sizes: Sizes, budget: int, least: int, draft: Draft) -> str:

@@ -69,7 +69,7 @@ class Figures:
 class Variant:
     """A task as it was asked. Only scores of one variant are compared.
 
-    problems  a digest of its prompts and answers, None in results of older versions
+    problems  see `Cell`
     """
 
     task: str
@@ -88,9 +88,9 @@ class Cell:
     setting  every option by its name
     choice   the group that the setting was chosen from on validation items, None where it was not chosen
     scores   the score of each item by its number
-    model    name, revision, dtype and parameters
-    origins  machine, versions, commit, date and command, as texts
-    problems  a digest of prompts and answers
+    model    name, revision, dtype, end tokens and parameters
+    origins  machine, versions, commit, date, time and command, as texts
+    problems  a digest of prompts and answers, None in results of older versions
     """
 
     task: str
@@ -204,7 +204,7 @@ def _cell(record: Mapping[str, Any]) -> Cell:
         shots=_take(record, "shots", int | None),
         chat=_take(record, "chat", bool),
         origins={name: str(record[name]) for name in ORIGINS if record.get(name) is not None},
-        problems=record.get("problems"),
+        problems=_take({"problems": None, **record}, "problems", str | None),
     )
 
 

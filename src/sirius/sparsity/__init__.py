@@ -5,13 +5,24 @@ Importing a method's module registers it; methods of other packages are found th
 """
 
 from sirius.sparsity import coarse, fine
-from sirius.sparsity.base import PromptSparsity, Sparsity, TokenSparsity, canonical, create, find, known, register
+from sirius.sparsity.base import (
+    PromptSparsity,
+    Sparsity,
+    TokenSparsity,
+    canonical,
+    check_options,
+    create,
+    find,
+    known,
+    register,
+)
 
 __all__ = [
     "PromptSparsity",
     "Sparsity",
     "TokenSparsity",
     "canonical",
+    "check_options",
     "coarse",
     "create",
     "find",

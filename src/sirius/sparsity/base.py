@@ -16,6 +16,7 @@ from sirius.kernels.ops import largest
 from sirius.stats import Touched
 
 ENTRY_POINTS = "sirius.sparsity"
+MANY = 10**6  # neurons, of which any share keeps some
 
 
 class Sparsity:
@@ -177,6 +178,12 @@ def canonical(name: str) -> str:
     """Return the first name of a method of ours that has several; any other name as it is."""
     method = _METHODS.get(name)
     return next((first for first, each in _METHODS.items() if each is method), name)
+
+
+def check_options(config: SparsityConfig) -> None:
+    """Raise ConfigError of a method that is none, and where one of ours refuses its options, whatever the model."""
+    if getattr(find(config.method), "__module__", "").startswith("sirius."):
+        create(config, (MANY,))
 
 
 def create(config: SparsityConfig, neurons: tuple[int, ...]) -> Sparsity | None:
