@@ -261,6 +261,10 @@ class AutoPeriod(Period):
         costs = self.costs(rows)
         if not costs.decided and costs.plain is not None and self.learnt.judged >= PROBE_LEAST:
             self._decide(rows)  # acceptance is known from other numbers of rows
+        if costs.period > 1 and not self.passes:  # no shape of this session is warm yet: none has an advantage
+            best = self._best(rows)
+            if best > 1 and self.speed(best, rows) > GAIN_TO_CHANGE * self.speed(costs.period, rows):
+                costs.period = best
         if costs.windows >= PLAIN_EVERY:
             costs.windows = 0
             return 1
@@ -327,12 +331,16 @@ class AutoPeriod(Period):
         left = sum(max(WARM_UP - self.passes[rows, shape], 0) for shape in shapes)
         return self.costs(rows).warm_up_cost * left / WARM_UP
 
-    def _decide(self, rows: int) -> None:
+    def _best(self, rows: int) -> int:
+        """Return the period that promises most."""
         costs = self.costs(rows)
-        costs.decided = True
         guessed = not self.alike and costs.token_cost > 0 and len(costs.points) < 2
         choices = [period for period in CHOICES if period <= UNLIKE_MOST or not guessed]
-        best = max(choices, key=lambda period: self.speed(period, rows))
+        return max(choices, key=lambda period: self.speed(period, rows))
+
+    def _decide(self, rows: int) -> None:
+        costs, best = self.costs(rows), self._best(rows)
+        costs.decided = True
         most, now, plain = (self.speed(period, rows) for period in (best, costs.period, 1))
         if most <= (GAIN_TO_BEGIN if costs.period == 1 else 1.0) * plain:
             costs.stop_drafting()
