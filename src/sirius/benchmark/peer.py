@@ -89,7 +89,7 @@ def open_peer(model: PreTrainedModel, slots: int, threads: int) -> Iterator[Peer
         write_gguf(model, path)
         ours, theirs = processes.Pipe()
         wide = model.dtype == torch.float32
-        process = processes.Process(target=_serve, args=(theirs, str(path), slots, threads, wide), daemon=True)
+        process = processes.Process(target=serve, args=(theirs, str(path), slots, threads, wide), daemon=True)
         process.start()
         theirs.close()
         try:
@@ -163,7 +163,7 @@ class _LlamaCpp:
         return np.ctypeslib.as_array(self.api.llama_get_logits_ith(self.context, -1), (self.vocabulary,))
 
 
-def _serve(connection: Connection, path: str, slots: int, threads: int, wide: bool) -> None:
+def serve(connection: Connection, path: str, slots: int, threads: int, wide: bool) -> None:
     """Answer turns until the other end is closed."""
     try:
         llama = _LlamaCpp(path, slots, threads, wide)
