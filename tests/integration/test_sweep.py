@@ -110,6 +110,7 @@ def test_two_processes_share_the_work_and_come_to_the_results_of_one(undisturbed
     ("arguments", "said"),
     [
         (("table9",), "there is no grid"),
+        (("period", "--tasks", "gsm9k", "--dry-run"), "there is no task 'gsm9k'"),
         (("period", "--tasks", "gsm8k"), "cannot be loaded"),
         (("period", "--data", "{folder}"), "gsm8k needs"),
         (("period", "--data", "{folder}/none"), "is a folder"),

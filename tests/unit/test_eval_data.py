@@ -98,6 +98,7 @@ def test_a_missing_file_names_the_file_and_the_way_out(tmp_path):
     ("text", "said"),
     [
         ("not json\n", "must be JSONL"),
+        ('{"question": "Where?"}\n\n{"question"\n', "line 3 of .*csqa_dev.jsonl"),
         ("\n", "at least one"),
         ("[1]\n", "a JSON object on each line"),
         ('{"question": "Where?"}\n', "does not fit its task"),

@@ -180,6 +180,14 @@ def test_the_smallest_budget_has_two_buffers_of_the_largest_part_of_a_block(draf
     assert (plan.buffers, plan.unit) == (2, 160)
 
 
+def test_a_shorter_context_is_advised_only_where_it_helps():
+    least = smallest_budget(SIZES, "none")
+    with pytest.raises(ConfigError, match=r"or shorten the context$"):
+        planned(SIZES, least - 1, "none")
+    with pytest.raises(ConfigError, match=rf"give at least {least} bytes$"):
+        planned(SIZES, least - 201, "none")  # keys and values have 200
+
+
 def test_a_third_buffer_is_made_where_it_saves_more_time_than_weights_in_its_place():
     least, near = smallest_budget(SIZES, "none"), Link(900.0)  # nearly as fast as the memory, so that both take turns
     assert planned(SIZES, least + 160, "none").buffers == 2

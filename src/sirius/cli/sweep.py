@@ -60,13 +60,13 @@ def sweep(
 
     named = None if tasks is None else [each.strip() for each in tasks.split(",") if each.strip()]
     wanted = read_grid(grid, {"tasks": named, "limit": limit, "chat": chat})
-    if dry_run:
-        list_settings(wanted)
-        return
     budget = {} if memory_budget is None else {"memory_budget": _budget(memory_budget, wanted, batch_size)}
     with suite_folder(data) as folder:
         manager = task_manager(folder, wanted.tasks)
         check_tasks(wanted.tasks, data, manager)
+        if dry_run:
+            list_settings(wanted)
+            return
         make_folder(output)  # before minutes of loading
         load = {"dtype": dtype, "device": device, "max_context": max_context, "revision": revision}
         _run(

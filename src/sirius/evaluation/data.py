@@ -95,11 +95,15 @@ def find_file(folder: Path, name: str) -> Path | None:
 @cache
 def read_records(path: Path) -> list[Doc]:
     """Return the records of a JSONL file; raise FileError where it cannot be read."""
+    number = 0
     try:
         raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        records = [json.loads(line) for line in raw.decode().split("\n") if line.strip()]
+        records = []
+        for number, line in enumerate(raw.decode().split("\n"), start=1):  # noqa: B007 - the error names it
+            records += [json.loads(line)] if line.strip() else []
     except (OSError, ValueError, EOFError, zlib.error) as error:
-        raise FileError(f"cannot read {path}: {error}; it must be JSONL, with or without gzip") from error
+        where = f"line {number} of {path}" if number else str(path)
+        raise FileError(f"cannot read {where}: {error}; it must be JSONL, with or without gzip") from error
     if not records or not all(isinstance(each, dict) for each in records):
         raise FileError(f"{path} must hold a JSON object on each line, at least one")
     return records

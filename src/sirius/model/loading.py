@@ -287,7 +287,9 @@ def attempt(source: Source, what: str, load: Any, **options: Any) -> Any:
         if not isinstance(error, BROKEN) and type(error) is not Exception:  # so the tokenizers' library raises
             raise
         said = f"cannot load the {what} of {source.name}: {_first_line(error)}"
-        way = "" if source.gguf_file or Path(source.location).exists() else _way_out(error)
+        way = "" if source.gguf_file else _way_out(error)
+        if Path(source.location).exists():
+            way = "fetch the checkpoint anew" if what == "weights" and not source.gguf_file else ""
         raise ModelError(said.rstrip(".") + "; " + way if way else said) from error
 
 

@@ -375,7 +375,8 @@ def _too_small(sizes: Sizes, budget: int, least: int, draft: Draft) -> str:
         "buffers for blocks": least - sizes.always(draft),
     }
     listed = ", ".join(f"{what} {in_words(size)}" for what, size in parts.items() if size)
+    shorter = ", or shorten the context" if least - budget < sizes.cache else ""
     return (
         f"a memory budget of {budget} bytes ({in_words(budget)}) is too small: {listed} take {least} bytes; "
-        f"give at least {least} bytes, or shorten the context"
+        f"give at least {least} bytes{shorter}"
     )

@@ -75,7 +75,7 @@ def draft_of(sparsity: SparsityConfig) -> Draft:
     find(sparsity.method)  # there may be no method of this name
     raise ConfigError(
         f"a model that is streamed cannot be drafted with {sparsity.method}: what it reads is not known before each "
-        "pass; use draft_bits 4 or 8, or the method coarse"
+        "pass; use draft_bits 4 or 8, or the method coarse, or load the model without a budget"
     )
 
 

@@ -44,4 +44,4 @@ def pass_time(steps: Sequence[Step], buffers: int, link: float, memory: float) -
         between[-1] += step.read
     coming = [size / link for size in (*units[1:], units[0])]
     used = [read / memory for read in between]
-    return PassTime(units, reading, sum(map(max, coming, used)), used[-1])
+    return PassTime(units, reading, max(reading, sum(map(max, coming, used))), used[-1])

@@ -162,9 +162,9 @@ def read_file(path: Path) -> list[Cell]:
         raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
         return [_of_line(line) for line in raw.decode().split("\n") if line.strip()] or [_of_line("")]
     except (OSError, EOFError, ValueError, zlib.error) as error:
-        raise FileError(
-            f"{path} is no result of a sweep: {error}; delete it and run the sweep again, which decodes nothing twice"
-        ) from error
+        own = path.parent.name == "cells"
+        way = "delete it and run the sweep again, which decodes nothing twice" if own else "name a sweep's folder"
+        raise FileError(f"{path} is no result of a sweep: {error}; {way}") from error
 
 
 def _of_line(line: str) -> Cell:
