@@ -51,7 +51,7 @@ class Wandering(AutoPeriod):
 @pytest.fixture(autouse=True)
 def periods_wander(monkeypatch):
     monkeypatch.setattr(Wandering, "draw", Random(0), raising=False)
-    monkeypatch.setattr("sirius.batch.AutoPeriod", Wandering)
+    monkeypatch.setattr("sirius.learnt.AutoPeriod", Wandering)
 
 
 def argmax(period: int | str, width: int = 1, **options) -> CorrectionConfig:
