@@ -8,9 +8,7 @@ are not the model's. Each question is decoded by all in turns. Needs pip install
 
 import argparse
 import sys
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from multiprocessing import get_context
+from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -25,10 +23,11 @@ from record import append
 from sirius import CorrectionConfig, Engine, SparsityConfig
 from sirius.benchmark.extras import need
 from sirius.benchmark.facts import facts
-from sirius.benchmark.peer import Peer, serve
+from sirius.benchmark.peer import open_file
 from sirius.cli.terminal import quieten
 from sirius.core import DRAFT
 
+SLOTS = 2048  # tokens of a prompt and its text
 FORMATS = {"BF16": 32, "Q8_0": 7, "Q4_0": 2}  # llama.cpp's numbers of them
 
 
@@ -42,20 +41,6 @@ def make_file(source: Path, target: Path, number: int) -> Path:
         sys.exit(f"error: llama.cpp cannot write {source} as {target.name}")
     del silent
     return target
-
-
-@contextmanager
-def served(path: Path, slots: int, threads: int) -> Iterator[Peer]:
-    """Give llama.cpp with a file at work in a process of its own."""
-    ours, theirs = get_context("spawn").Pipe()
-    process = get_context("spawn").Process(target=serve, args=(theirs, str(path), slots, threads, False), daemon=True)
-    process.start()
-    theirs.close()
-    try:
-        yield Peer(ours)
-    finally:
-        ours.close()
-        process.join()
 
 
 def main() -> None:
@@ -78,7 +63,8 @@ def main() -> None:
     seconds: dict[str, list[float]] = {name: [] for name in FORMATS}
     with TemporaryDirectory() as folder, ExitStack() as stack:
         files = {name: make_file(options.file, Path(folder, f"{name}.gguf"), n) for name, n in FORMATS.items()}
-        peers = {name: stack.enter_context(served(path, 2048, options.threads)) for name, path in files.items()}
+        opened = {name: open_file(path, SLOTS, options.threads, wide=False) for name, path in files.items()}
+        peers = {name: stack.enter_context(each) for name, each in opened.items()}
         for way in (full, draft):
             way.run(engine, asked[0], 8)
         for number, question in enumerate(asked, start=1):

@@ -83,22 +83,32 @@ def open_peer(model: PreTrainedModel, slots: int, threads: int) -> Iterator[Peer
     if model.device.type != "cpu":
         raise ConfigError(f"llama.cpp is timed on the CPU; the model is on {model.device}: set --device cpu")
     need("llama_cpp", "peer", "--peer llama.cpp")
-    processes = get_context("spawn")  # a fork of a process with threads may never get on
     with TemporaryDirectory() as folder:
         path = Path(folder, "model.gguf")
         write_gguf(model, path)
-        ours, theirs = processes.Pipe()
-        wide = model.dtype == torch.float32
-        process = processes.Process(target=serve, args=(theirs, str(path), slots, threads, wide), daemon=True)
-        process.start()
-        theirs.close()
-        try:
-            peer = Peer(ours)
+        with open_file(path, slots, threads, wide=model.dtype == torch.float32) as peer:
             peer.difference = _checked_difference(model, peer)
             yield peer
-        finally:
-            ours.close()
-            process.join()
+
+
+@contextmanager
+def open_file(path: Path, slots: int, threads: int, wide: bool) -> Iterator[Peer]:
+    """Give llama.cpp a GGUF file and room for so many tokens; it is gone when the context ends.
+
+    wide  keys and values are float32, otherwise float16
+
+    Raises ModelError where it cannot read the file.
+    """
+    processes = get_context("spawn")  # a fork of a process with threads may never get on
+    ours, theirs = processes.Pipe()
+    process = processes.Process(target=_serve, args=(theirs, str(path), slots, threads, wide), daemon=True)
+    process.start()
+    theirs.close()
+    try:
+        yield Peer(ours)
+    finally:
+        ours.close()
+        process.join()
 
 
 @torch.inference_mode()
@@ -163,7 +173,7 @@ class _LlamaCpp:
         return np.ctypeslib.as_array(self.api.llama_get_logits_ith(self.context, -1), (self.vocabulary,))
 
 
-def serve(connection: Connection, path: str, slots: int, threads: int, wide: bool) -> None:
+def _serve(connection: Connection, path: str, slots: int, threads: int, wide: bool) -> None:
     """Answer turns until the other end is closed."""
     try:
         llama = _LlamaCpp(path, slots, threads, wide)

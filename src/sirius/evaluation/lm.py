@@ -85,11 +85,11 @@ class SiriusLM(TemplateLM):
         """
         super().__init__()
         self.values, self.setting = setting, make_setting(setting)
-        self.batch_size = _batch_size(batch_size)
-        self.max_gen_toks = max_gen_toks
+        self.batch_size, self.max_gen_toks = _batch_size(batch_size), max_gen_toks
         self.ranks = Ranks.here() if ranks is None else ranks
         self.ranks.wait()  # they meet before their shares take hours
-        torch.set_num_threads(torch.get_num_threads() if threads is None else int(threads))
+        if threads is not None:
+            torch.set_num_threads(int(threads))
         load: dict[str, Any] = {"dtype": dtype, "revision": revision, "max_context": max_context}
         load |= {"trust_remote_code": trust_remote_code, "gguf_file": gguf_file}
         load["memory_budget"] = memory_budget and budget_for_tasks(memory_budget, setting, self.batch_size)
