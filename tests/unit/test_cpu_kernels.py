@@ -105,7 +105,7 @@ def test_products_equal_the_reference(level, dtype):
         count = f if index is None else len(index)
         of_f, of_h = (random(dtype, n, seed=3) if bias else None for n in (f, h))
         wide, of_f_wide, of_h_wide = (None if each is None else each.double() for each in (weight, of_f, of_h))
-        for rows in (1, 2, 3, 4, 5, 7, 16, 17):
+        for rows in (1, 2, 3, 4, 5, 8, 12, 16, 17):
             x, z = random(dtype, rows, h), random(dtype, rows, count, seed=2)
             got = cpu.linear(x, weight, of_f, index)
             want = reference.linear(x.double(), wide, of_f_wide, index)
@@ -123,7 +123,7 @@ def test_a_row_is_the_same_bit_for_bit_in_any_company_and_with_any_threads(level
         products = torch.stack([cpu.linear(row, weight) for row in x])
         sums = torch.stack([cpu.project(row, weight) for row in z])
         for many in (1, 2, 3):
-            for rows in (1, 2, 3, 4, 23):
+            for rows in (1, 2, 3, 4, 6, 8, 12, 23):
                 case = f"{count} neurons, {many} threads, {rows} rows"
                 with threads(many):
                     assert torch.equal(cpu.linear(x[:rows], weight), products[:rows]), case

@@ -10,7 +10,7 @@
 #include "amx_each.h"
 #include "linear.h"
 #include "pointwise.h"
-#include "project.h"
+#include "strips.h"
 
 namespace {
 
@@ -100,7 +100,7 @@ struct Sets {
 
   void project(const T* z) const {
     std::vector<Project> of(p.rows);
-    std::vector<Terms<T>> terms(p.rows, {Chunks(0)});
+    std::vector<Terms<T>> terms(p.rows, Terms<T>(Project{}));
 #pragma omp parallel for num_threads(p.threads)
     for (int64_t b = 0; b < p.rows; b++) {
       of[b] = {p.dtype, z + begin[b] * p.tokens, p.tokens, p.counts[b], p.index + begin[b], p.down, p.down_stride,

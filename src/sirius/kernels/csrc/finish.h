@@ -8,7 +8,7 @@
 
 #include "linear.h"
 #include "pointwise.h"
-#include "project.h"
+#include "strips.h"
 
 namespace {
 

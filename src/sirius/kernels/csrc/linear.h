@@ -2,6 +2,8 @@
 
 #pragma once
 
+#include <unistd.h>
+
 #include <array>
 #include <vector>
 
@@ -73,12 +75,11 @@ void write_dots(const Linear& p, int64_t token, int64_t first, int64_t apart, in
     for (int m = 0; m < M; m++) write_dot<T>(p, token + m, first + r * apart, sums[m][r]);
 }
 
-// Up to four tokens: every row is read once, with what follows it fetched ahead. A thread's rows are read in several
-// places side by side, each a long run, as a run's end costs; rows that are multiplied as they are and lie together in
-// one single run.
-template <class T, int M, bool stream>
+// Few tokens: every row is read once, with what follows it fetched ahead. A thread's rows are read in several places
+// side by side, each a long run, as a run's end costs.
+template <class T, int M>
 void linear_few(const Linear& p, const typename DotRow<T>::Element* x, int64_t stride) {
-  constexpr int R = stream ? 1 : kFewRows;
+  constexpr int R = kFewRows;
 #pragma omp parallel num_threads(p.threads)
   {
     Share share(p.count);
@@ -87,7 +88,6 @@ void linear_few(const Linear& p, const typename DotRow<T>::Element* x, int64_t s
     for (int64_t first = share.begin; first < share.begin + run; first++) {
       auto row = rows_from<T, R>(rows, first, run), next = rows_from<T, R>(rows, first + 1, run);
       auto fetch = [&](int64_t h) __attribute__((always_inline)) {
-        if (stream) return __builtin_prefetch(row[0].row + h + kStream / sizeof(T));
         for (int r = 0; r < R; r++) row[r].fetch(next[r], h, p.width);
       };
       Floats sums[M][R];
@@ -97,21 +97,50 @@ void linear_few(const Linear& p, const typename DotRow<T>::Element* x, int64_t s
   }
 }
 
+// Up to kStreamTokens tokens: a thread reads its rows, which lie together, as one stream.
+template <class T>
+void linear_stream(const Linear& p, const typename DotRow<T>::Element* x, int64_t stride) {
+#pragma omp parallel num_threads(p.threads)
+  for_tokens<kStreamTokens>(p.rows, [&](auto M) __attribute__((always_inline)) {
+    Share share(p.count);
+    Rows<T> rows{static_cast<const T*>(p.w), p.stride, p.count, nullptr};
+    for (int64_t first = share.begin; first < share.end; first++) {
+      auto row = rows_from<T, 1>(rows, first);
+      Floats sums[M][1];
+      dot_rows<1, M>(x, stride, row.data(), p.width, sums, [&](int64_t h) __attribute__((always_inline)) {
+        __builtin_prefetch(row[0].row + h + kStream / sizeof(T));
+      });
+      write_dots<T, 1, M>(p, 0, first, 1, share.end, sums);
+    }
+  });
+}
+
+// Bytes of tokens that stay in the first-level cache while a stream passes through it.
+inline int64_t stream_bytes() {
+#ifdef _SC_LEVEL1_DCACHE_SIZE
+  static const int64_t cache = std::max<int64_t>(sysconf(_SC_LEVEL1_DCACHE_SIZE), 32 * 1024);  // 0 where not known
+#else
+  constexpr int64_t cache = 32 * 1024;
+#endif
+  return cache * 2 / 3;
+}
+
 // The products of M tokens from `token` on with rows, while a share of the next ones is fetched: from column `begin` on
-// one line in every 2^spread; nothing where spread is below 0.
+// one line at every `every` steps; nothing where that is 0.
 template <class T, int M, class Rows, class Element = typename DotRow<T>::Element>
 void linear_tile(const Linear& p, const Element* x, int64_t stride, int64_t token, int64_t first, const Rows& row,
-                 const Rows& next, int64_t begin, int spread) {
-  int64_t mask = (kStep<T> << std::max(spread, 0)) - 1;
+                 const Rows& next, int64_t begin, int64_t every) {
+  int64_t wait = 0;
   Floats sums[M][kTile];
-  auto fetch = [&](int64_t h) __attribute__((always_inline)) {
-    if (!(h & mask))
-      for (const auto& each : next) __builtin_prefetch(each.row + begin + (h >> spread));
+  auto fetch = [&](int64_t) __attribute__((always_inline)) {
+    if (--wait >= 0) return;
+    for (const auto& each : next) __builtin_prefetch(each.row + begin);
+    wait = every - 1, begin += kStep<T>;
   };
-  if (spread < 0)
-    dot_rows<kTile, M>(x + token * stride, stride, row.data(), p.width, sums, [](int64_t) {});
-  else
+  if (every)
     dot_rows<kTile, M>(x + token * stride, stride, row.data(), p.width, sums, fetch);
+  else
+    dot_rows<kTile, M>(x + token * stride, stride, row.data(), p.width, sums, [](int64_t) {});
   write_dots<T, kTile, M>(p, token, first, 1, p.count, sums);
 }
 
@@ -120,15 +149,14 @@ template <class T>
 void linear_tiles(const Linear& p, const typename DotRow<T>::Element* x, int64_t stride) {
   Rows<T> rows{static_cast<const T*>(p.w), p.stride, p.count, p.index};
   int64_t tiles = (p.rows + kTileTokens - 1) / kTileTokens;
-  int sharing = tiles < 2 ? 0 : tiles < 4 ? 1 : 2;  // the first 2^sharing tiles fetch the next rows
+  int64_t sharing = std::min<int64_t>(tiles, 4), steps = p.width / kStep<T>;  // so many tiles fetch the next rows
 #pragma omp parallel for num_threads(p.threads) schedule(static)
   for (int64_t first = 0; first < p.count; first += kTile) {
     auto row = rows_from<T, kTile>(rows, first), next = rows_from<T, kTile>(rows, first + kTile);
     for (int64_t tile = 0; tile < tiles; tile++) {
-      int64_t token = tile * kTileTokens, begin = tile * p.width >> sharing;
-      int spread = tile >> sharing ? -1 : sharing;
+      int64_t token = tile * kTileTokens, begin = tile * steps / sharing * kStep<T>;
       for_tokens(p.rows - token, [&](auto M) __attribute__((always_inline)) {
-        linear_tile<T, M>(p, x, stride, token, first, row, next, begin, spread);
+        linear_tile<T, M>(p, x, stride, token, first, row, next, begin, tile < sharing ? sharing : 0);
       });
     }
   }
@@ -237,20 +265,18 @@ template <class T, class Row = DotRow<T>>
 void linear_of(const Linear& p) {
   if (!p.rows) return;
   if constexpr (kTiles<T>) return amx_linear(p);
-  bool stream = kDots<T> && !p.index && p.stride == p.width, few = p.rows <= (stream ? 4 : 2);
+  bool packed = kDots<T> && !p.index && p.stride == p.width, few = !packed && p.rows <= 2;
   int64_t stretch = few || kDots<T> ? (p.width + Row::kLanes - 1) / Row::kLanes * Row::kLanes : kStretch;
   auto unpacked = unpack_tokens<T>(p, stretch);
   const auto* x = reinterpret_cast<const typename Row::Element*>(unpacked.data());
-  if (few)
-    return for_tokens(p.rows, [&](auto M) __attribute__((always_inline)) {
-      if constexpr (kDots<T>)
-        if (stream) return linear_few<T, M, true>(p, x, stretch);
-      linear_few<T, M, false>(p, x, stretch);
-    });
-  if constexpr (kDots<T>)
+  if (few) return for_tokens<2>(p.rows, [&](auto M) __attribute__((always_inline)) { linear_few<T, M>(p, x, stretch); });
+  if constexpr (kDots<T>) {
+    bool near = p.rows <= kStreamTokens && p.rows * stretch * int64_t(sizeof(T)) <= stream_bytes();
+    if (packed && (p.rows <= kTileTokens || near)) return linear_stream<T>(p, x, stretch);
     linear_tiles<T>(p, x, stretch);
-  else
+  } else {
     linear_panels<T>(p, x);
+  }
 }
 
 }  // namespace

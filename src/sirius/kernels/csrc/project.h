@@ -60,9 +60,15 @@ void set_weight(typename SumRow<T>::Element* weights, int64_t place, T weight) {
 template <class T>
 struct Terms {
   Chunks chunks;
-  int64_t stride;                                     // of a token's weights
-  std::vector<int64_t> rows;                          // [count]
+  int64_t stride;                                    // of a token's weights
+  std::vector<int64_t> order, rows;                  // [count], the place of each term among z, and its row
   std::vector<typename SumRow<T>::Element> weights;  // [tokens, stride], widened or in pairs
+
+  explicit Terms(const Project& p)
+      : chunks(p.count), stride(reads<T>(p.count)), order(order_of(chunks)), rows(order) {
+    if (p.index)
+      for (int64_t& row : rows) row = p.index[row];
+  }
 
   Rows<T> of(const Project& p) const { return {static_cast<const T*>(p.w), p.stride, p.count, rows.data()}; }
 };
@@ -278,30 +284,14 @@ void project_columns(const Project& p, const Terms<T>& terms, int64_t token, int
 
 template <class T>
 Terms<T> terms_of(const Project& p) {
-  Terms<T> terms{Chunks(p.count), reads<T>(p.count), order_of(Chunks(p.count))};
+  Terms<T> terms(p);
   terms.weights.resize(p.rows * terms.stride);
   for (int64_t m = 0; m < p.rows; m++)
     for (int64_t place = 0; place < p.count; place++) {
-      T from = static_cast<const T*>(p.z)[m * p.count + terms.rows[place]];
+      T from = static_cast<const T*>(p.z)[m * p.count + terms.order[place]];
       set_weight(terms.weights.data() + m * terms.stride, place, from);
     }
-  if (p.index)
-    for (int64_t& row : terms.rows) row = p.index[row];
   return terms;
-}
-
-template <class T>
-void project_of(const Project& p) {
-  if constexpr (kTiles<T>) return amx_project(p);
-  auto terms = terms_of<T>(p);
-  if (p.rows == 1) return project_one<T>(p, terms);
-#pragma omp parallel num_threads(p.threads)
-  {
-    Share share((p.width + kLine - 1) / kLine);
-    int64_t end = std::min(share.end * kLine, p.width);
-    for (int64_t m = 0; m < p.rows; m += kBatch)
-      project_columns<T>(p, terms, m, std::min(kBatch, p.rows - m), share.begin * kLine, end);
-  }
 }
 
 }  // namespace

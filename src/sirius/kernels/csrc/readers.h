@@ -15,21 +15,18 @@ constexpr int64_t kStream = 8192;                       // the same where rows a
 
 // Tiles whose sums stay in registers (16, or 32 with AVX-512): tokens x weight rows (linear) or vectors (project).
 constexpr int kTileTokens = 4, kTile = kVector == 16 ? 6 : 3;
+constexpr int kStreamTokens = 8;  // most tokens that meet rows which are one stream
 constexpr int64_t kBatch = 16;  // tokens that share a panel
 constexpr int kFewRows = 4;     // weight rows at a time where tokens are few
 
-// Calls a function with the number of tokens of a tile as a constant: the tokens that are left, at most kTileTokens.
-// Functions given here say always_inline: where GCC is left to decide, some loops take up to 5% longer. each.h has a
-// switch of its own: even with always_inline it was 4% slower by this function.
-template <class Function>
+// Calls a function with the number of tokens that are left as a constant, at most `most`. Functions given here say
+// always_inline: where GCC is left to decide, some loops take up to 5% longer. each.h has a switch of its own: even with
+// always_inline it was 4% slower by this function.
+template <int most = kTileTokens, class Function>
 [[gnu::always_inline]] inline void for_tokens(int64_t left, Function function) {
-  static_assert(kTileTokens == 4);
-  switch (left) {
-    case 1: return function(std::integral_constant<int, 1>{});
-    case 2: return function(std::integral_constant<int, 2>{});
-    case 3: return function(std::integral_constant<int, 3>{});
-    default: return function(std::integral_constant<int, 4>{});
-  }
+  if constexpr (most > 1)
+    if (left < most) return for_tokens<most - 1>(left, function);
+  function(std::integral_constant<int, most>{});
 }
 
 // This thread's part of some pieces of work.

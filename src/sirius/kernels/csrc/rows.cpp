@@ -13,9 +13,9 @@
 #include "highest.h"
 #include "linear.h"
 #include "pointwise.h"
-#include "project.h"
 #include "quantize.h"
 #include "quantized.h"
+#include "strips.h"
 
 namespace {
 

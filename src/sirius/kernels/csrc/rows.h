@@ -6,16 +6,17 @@
 // set amx (kTiles). "Packed" rows have no index and no gaps between them (stride = width).
 //
 //   operation  numbers  rows             tokens   way     function         what it does
-//   linear     dots     packed           1 - 4    stream  linear_few       a thread reads its rows as one run
-//              dots     packed           5 -      tiles   linear_tiles     6 rows x 4 tokens at a time in registers
+//   linear     dots     packed           1 - (1)  stream  linear_stream    a thread reads its rows as one run
+//              dots     packed           more     tiles   linear_tiles     6 rows x 4 tokens at a time in registers
 //              dots     index or gaps    1 - 2    few     linear_few       a thread reads 4 runs of rows side by side
 //              dots     index or gaps    3 -      tiles   linear_tiles
 //              widened  any              1 - 2    few     linear_few
 //              widened  any              3 -      panels  linear_panels    rows are widened once for 16 tokens
-//              tiles    no index (1)     any      amx     InPlace          tiles are loaded from where rows lie
+//              tiles    no index (2)     any      amx     InPlace          tiles are loaded from where rows lie
 //              tiles    others           any      amx     Copied           tiles are copied from 16 runs side by side
 //   project    any      any              1        few     project_one      rows are added up where they lie
-//              any      any              2 -      panels  project_columns  rows are unpacked once for 16 tokens
+//              dots     any              2 -      strips  Strips           64 rows x 32 columns, once for 16 tokens
+//              widened  any              2 -      panels  project_columns  rows are widened once for 16 tokens
 //              tiles    any              1        few     OneToken         the sums of tiles by other instructions
 //              tiles    any              2 -      amx     Prepared         128 rows at a time, by tiles
 //   finish     dots     no index         any      many    finish_many      linear, then project
@@ -26,7 +27,8 @@
 //   each       any      index            any      few     each_of          4 tokens of a row at a time
 //              tiles    index            any      amx     TileSets         linear and project of all rows side by side
 //
-// (1) and the width a multiple of 32, the number of rows one of 16.
+// (1) 4, or 8 if they fit into the first-level cache beside the stream.
+// (2) and the width a multiple of 32, the number of rows one of 16.
 //
 // finish also takes finish_many where there are fewer chunks (Chunks in project.h) than threads.
 
