@@ -2,6 +2,7 @@
 
 from collections import Counter, deque
 from dataclasses import dataclass, field
+from math import inf
 from statistics import median
 
 from sirius.core import LONGEST
@@ -92,13 +93,15 @@ class Costs:
     """The measured seconds of passes over one number of rows, and the period chosen by them.
 
     steps            latest times of a draft pass after its warm-up
-    checks           latest times of a check after its warm-up, by its tokens a row; a check of 1 token is a plain step
-    points           tokens and median time of each check, raised to a plain step's time where it is lower
+    checks           latest times of a check after its warm-up, by its tokens a row, the newest last; of 1 token it is a
+                     plain step
+    points           tokens and median time of each check, in which no check is cheaper than a shorter one
     token_cost       cost of a further token of a check, in plain steps, used while no check is measured
     early_steps      times of the second and third plain step of a session, which are part of the warm-up
     decided          whether the period was chosen from measurements at least once
     period           the present period
     wait, next_wait  tokens until the next probe, and from that one to the probe after it
+    review           plain steps until the end of drafting is judged again by their times
     windows          windows drafted since the last plain step
     """
 
@@ -111,6 +114,7 @@ class Costs:
     period: int = 1
     wait: int = 0
     next_wait: int = FIRST_WAIT
+    review: int = 0
     windows: int = 0
 
     @property
@@ -130,7 +134,9 @@ class Costs:
 
     def add_check(self, tokens: int, seconds: float) -> None:
         """Add the time of a check after its warm-up."""
-        self.checks.setdefault(tokens, deque(maxlen=TIMES_KEPT)).append(seconds)
+        times = self.checks.pop(tokens, deque(maxlen=TIMES_KEPT))
+        self.checks[tokens] = times
+        times.append(seconds)
         self._set_points()
 
     def keep_least(self) -> None:
@@ -146,8 +152,13 @@ class Costs:
         self._set_points()
 
     def _set_points(self) -> None:
-        medians = [(size, median(times)) for size, times in sorted(self.checks.items())]
-        self.points = [(size, max(seconds, medians[0][1])) for size, seconds in medians]
+        """Set the points from the newest time to the oldest, which gives way: the machine was busier then, or less."""
+        points: dict[int, float] = {}
+        for tokens, times in reversed(self.checks.items()):
+            shorter = max((seconds for size, seconds in points.items() if size < tokens), default=0.0)
+            longer = min((seconds for size, seconds in points.items() if size > tokens), default=inf)
+            points[tokens] = min(max(median(times), shorter), longer)
+        self.points = sorted(points.items())
 
     def draft_seconds(self, floor: float) -> float:
         """Return the seconds of a draft pass; before any is measured, estimated by its share `floor` of the weights."""
@@ -168,6 +179,7 @@ class Costs:
     def stop_drafting(self) -> None:
         """Draft nothing until the next probe, and wait twice as long for the one after it."""
         self.decided, self.period, self.windows = True, 1, 0
+        self.review = TIMES_KEPT
         self.wait, self.next_wait = self.next_wait, min(2 * self.next_wait, LONGEST_WAIT)
 
 
@@ -288,6 +300,11 @@ class AutoPeriod(Period):
             costs.early_steps = [*costs.early_steps, measured.verify][-2:]
         if not measured.steps:
             costs.wait -= 1
+            costs.review -= 1
+            if costs.review == 0:  # windows may have been slow, beside an old time of a plain step, as the machine was
+                best = self._best(rows)
+                if self.speed(best, rows) > GAIN_TO_BEGIN * self.speed(1, rows):
+                    costs.period = best
             return
         if self.passes[rows, DRAFT_PASS] >= WARM_UP:
             costs.steps.append(measured.draft / measured.steps)
