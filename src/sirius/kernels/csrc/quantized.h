@@ -19,7 +19,7 @@ namespace {
 constexpr int64_t kBlock = 64, kQuad = 4;   // elements
 constexpr int64_t kSpan = 8;                // blocks whose scales are decoded together
 constexpr int64_t kSpanScales = 2 * kSpan;  // one for each group of 32 elements
-constexpr int kFourRows = 4;                // weight rows that are multiplied side by side
+constexpr int kFourRows = 4;                // weight rows whose sums are added up together
 
 #if defined(__AVX512VNNI__)
 constexpr int kQuads = 16;  // of a vector
@@ -51,6 +51,18 @@ constexpr int kOffset = bits == 4 ? 8 : 0;
 #else
 template <int bits>
 constexpr int kOffset = bits == 4 ? 8 : 128;
+#endif
+
+// Weight rows that are multiplied side by side. One row after the other is one run of memory, which is faster as long as
+// memory bounds a product; four rows share what is read of the tokens, and have more sums to add to in turn.
+template <int bits, int tokens>
+constexpr int kBeside =
+#if defined(__AVX512VNNI__)
+    tokens <= (bits == 8 ? 2 : 1) ? 1 : kFourRows;
+#elif defined(__AVX2__)
+    tokens == (bits == 8 ? 1 : 2) ? 1 : kFourRows;
+#else
+    kFourRows;
 #endif
 
 // Adds to each total the products of a quad's four codes with four elements of a token.
@@ -112,7 +124,13 @@ template <int bits>
     some = stored<ScaleCodes>(codes);
   else
     memcpy(&some, codes, end - codes);
+#if defined(__AVX2__) && !defined(__AVX512VNNI__)
+  __m128i bytes = (__m128i)some;  // GCC would convert such vectors number by number
+  __m256i halves[2] = {_mm256_cvtepu8_epi32(bytes), _mm256_cvtepu8_epi32(_mm_srli_si128(bytes, 8))};
+  ScaleBits wide = stored<ScaleBits>(halves);
+#else
   ScaleBits wide = __builtin_convertvector(some, ScaleBits);
+#endif
   return (Scales)((((wide & 127) << 20) + uint32_t(base)) ^ (wide & 128) << 24);
 }
 
@@ -211,11 +229,11 @@ struct QuantizedRow {
         base(weight.base[row]) {}
 };
 
-// The dot products of M tokens with some rows; the rows `ahead` are fetched meanwhile.
-template <int bits, int M>
+// The dot products of M tokens with R rows, of which `sums` has kFourRows for each token; the rows `ahead` are fetched
+// meanwhile.
+template <int bits, int M, int R>
 void dot_quantized(const Tokens& x, int64_t token, const QuantizedRow<bits>* row, const QuantizedRow<bits>* ahead,
-                   QuadSums (*sums)[kFourRows]) {
-  constexpr int R = kFourRows;
+                   QuadSums* sums) {
   QuadSums acc[M][R] = {};
   for (int64_t span = 0; span < x.blocks; span += kSpan) {
     int64_t blocks = std::min(kSpan, x.blocks - span);
@@ -249,7 +267,7 @@ void dot_quantized(const Tokens& x, int64_t token, const QuantizedRow<bits>* row
     }
   }
   for (int m = 0; m < M; m++)
-    for (int r = 0; r < R; r++) sums[m][r] = acc[m][r];
+    for (int r = 0; r < R; r++) sums[m * kFourRows + r] = acc[m][r];
 }
 
 // Adds each of four vectors up. Short rows notice how long this takes, so vectors of AVX are added up side by side.
@@ -305,8 +323,10 @@ void multiply_share(const QuantizedProduct& p, const QuantizedWeight& weight, co
     for (int r = 0; r < R; r++) row[r] = row_at(first + r), ahead[r] = row_at(first + r + distance);
     for (int64_t token = 0; token < p.rows; token += kTileTokens)
       for_tokens(p.rows - token, [&](auto M) __attribute__((always_inline)) {
+        constexpr int beside = kBeside<bits, M>;
         QuadSums sums[M][R];
-        dot_quantized<bits, M>(x, token, row, token ? nullptr : ahead, sums);
+        for (int r = 0; r < R; r += beside)
+          dot_quantized<bits, M, beside>(x, token, row + r, token ? nullptr : ahead + r, sums[0] + r);
         for (int m = 0; m < M; m++) write_quantized<bits>(p, weight, row, sums[m], first, y + (token + m) * p.count);
       });
   }
