@@ -53,12 +53,12 @@ template <int bits>
 constexpr int kOffset = bits == 4 ? 8 : 128;
 #endif
 
-// Weight rows that are multiplied side by side. One row after the other is one run of memory, which is faster as long as
-// memory bounds a product; four rows share what is read of the tokens, and have more sums to add to in turn.
+// Weight rows that are multiplied side by side. Fewer rows are read in fewer places at a time, which is faster as long as
+// memory bounds a product; more rows share what is read of the tokens, and have more sums to add to in turn.
 template <int bits, int tokens>
 constexpr int kBeside =
 #if defined(__AVX512VNNI__)
-    tokens <= (bits == 8 ? 2 : 1) ? 1 : kFourRows;
+    bits == 8 ? (tokens <= 2 ? 1 : kFourRows) : (tokens == 1 ? 2 : kFourRows);
 #elif defined(__AVX2__)
     tokens == (bits == 8 ? 1 : 2) ? 1 : kFourRows;
 #else
@@ -235,6 +235,11 @@ template <int bits, int M, int R>
 void dot_quantized(const Tokens& x, int64_t token, const QuantizedRow<bits>* row, const QuantizedRow<bits>* ahead,
                    QuadSums* sums) {
   QuadSums acc[M][R] = {};
+  auto fetch = [&](int64_t at) __attribute__((always_inline)) {  // one of the rows' lines, row after row
+    int64_t bytes = x.blocks * kBlockBytes<bits>, r = 0;
+    for (; r + 1 < R && at >= bytes; r++) at -= bytes;
+    __builtin_prefetch(ahead[r].codes + at);
+  };
   for (int64_t span = 0; span < x.blocks; span += kSpan) {
     int64_t blocks = std::min(kSpan, x.blocks - span);
     Scales products[M][bits == 4 ? R : 1];
@@ -249,7 +254,7 @@ void dot_quantized(const Tokens& x, int64_t token, const QuantizedRow<bits>* row
     for (int64_t b = 0; b < blocks; b++) {
       int64_t at = (span + b) * kBlockBytes<bits>;
       if (ahead && at % kLine == 0)
-        for (int r = 0; r < R; r++) __builtin_prefetch(ahead[r].codes + at);
+        for (int r = 0; r < R; r++) fetch(at * R + r * kLine);
 #pragma GCC unroll 4
       for (int part = 0; part < kParts; part++)
 #pragma GCC unroll 4
