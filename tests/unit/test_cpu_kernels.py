@@ -117,14 +117,14 @@ def test_products_equal_the_reference(level, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_row_is_the_same_bit_for_bit_in_any_company_and_with_any_threads(level, dtype):
-    for count in (1, 2, 5, 9, 301):
-        weight, x, z = random(dtype, count, 520), random(dtype, 23, 520), random(dtype, 23, count)
+    for count, width in ((1, 520), (2, 520), (5, 20), (9, 2100), (301, 520)):
+        weight, x, z = random(dtype, count, width), random(dtype, 23, width), random(dtype, 23, count)
         index = some(count, 0.4)
         products = torch.stack([cpu.linear(row, weight) for row in x])
         sums = torch.stack([cpu.project(row, weight) for row in z])
         for many in (1, 2, 3):
-            for rows in (1, 2, 3, 4, 6, 8, 12, 23):
-                case = f"{count} neurons, {many} threads, {rows} rows"
+            for rows in (1, 2, 3, 4, 6, 7, 8, 12, 23):
+                case = f"{count} neurons of {width}, {many} threads, {rows} rows"
                 with threads(many):
                     assert torch.equal(cpu.linear(x[:rows], weight), products[:rows]), case
                     assert torch.equal(cpu.project(z[:rows], weight), sums[:rows]), case

@@ -10,9 +10,11 @@ from sirius.core import LONGEST
 from sirius.decoding.period import (
     CHOICES,
     PROBE_TOKENS,
+    TIMES_KEPT,
     UNLIKE_COST,
     WARM_UP,
     AutoPeriod,
+    Costs,
     Learnt,
     Measured,
     Period,
@@ -124,11 +126,11 @@ PAYS = {
 @pytest.mark.parametrize("world", PAYS.values(), ids=PAYS)
 def test_a_draft_that_pays_reaches_nineteen_twentieths_of_the_best_fixed_period(world, noise, alike):
     world = World(**{**vars(world), "noise": noise, "chance": random.Random(0)})
-    best = min(mean(world, lambda k=k: Period(k), 60) for k in FIXED)
+    best = min(mean(world, lambda k=k: Period(k), 30) for k in FIXED)
     learnt = Learnt()
     world.text(AutoPeriod(world.floor, learnt, alike=alike))
     assert best < 0.9 * mean(world, lambda: Period(1), 15), "nothing is to be gained here"
-    assert mean(world, lambda: AutoPeriod(world.floor, learnt, alike=alike), 60) < best / 0.95
+    assert mean(world, lambda: AutoPeriod(world.floor, learnt, alike=alike), 30) < best / 0.95
 
 
 @pytest.mark.parametrize("busy", [1.5, 3.0])
@@ -139,7 +141,7 @@ def test_drafting_goes_on_when_a_machine_becomes_busy_and_when_it_is_quiet_again
         world, learnt = World(0.3, 0.02, 0.96, floor=0.28, noise=0.05, chance=random.Random(seed)), Learnt()
         times = []
         for world.busy, texts in ((1.0, 10), (busy, 2), (1.0, 10)):
-            times.append(mean(world, lambda: AutoPeriod(0.28, learnt, alike=False), texts))  # noqa: B023
+            times.append(mean(world, lambda learnt=learnt: AutoPeriod(0.28, learnt, alike=False), texts))
         quiet, while_busy, after = quiet + times[0], while_busy + times[1], after + times[2]
     assert while_busy < 1.15 * busy * quiet
     assert after < 1.02 * quiet
@@ -208,12 +210,50 @@ def test_after_windows_that_paid_for_long_a_stop_waits_longer_each_time():
 
 
 def test_a_probe_for_which_there_is_no_memory_is_postponed():
-    period = AutoPeriod(0.5)
+    period = AutoPeriod(0.25)
     for _ in range(WARM_UP + 1):
         period.learn(Measured(1, 0.0, 1.0, 0, 0, 0))
     assert period.probes(1, 100)
     period.postpone_probe(1)
     assert not period.probes(1, 100) and period.choose(1) == 1
+    for _ in range(3 * TIMES_KEPT):
+        period.learn(Measured(1, 0.0, 1.0, 0, 0, 0))
+        assert period.choose(1) == 1, "drafting began with nothing measured"
+
+
+def test_an_end_of_drafting_is_judged_once_more_by_new_plain_steps_and_then_waits_for_a_probe():
+    period = AutoPeriod(0.3)
+    World(0.3, 0.02, 0.97, floor=0.3).text(period, tokens=400)
+
+    def draft_until_the_end(step: float, check: float) -> None:
+        for _ in range(100):
+            if (size := period.choose(1)) == 1:
+                return
+            period.learn(Measured(1, step * (size - 1), check, size - 1, size - 1, 0))
+        pytest.fail("drafting does not end")
+
+    def decode_plainly(step: float, count: int) -> None:
+        for _ in range(count):
+            period.learn(Measured(1, 0.0, step, 0, 0, 0))
+
+    assert period.choose(1) > 1
+    draft_until_the_end(step=1.8, check=7.0)  # the machine is six times as slow, and no plain step has told yet
+    decode_plainly(6.0, TIMES_KEPT)
+    assert period.choose(1) > 1
+    draft_until_the_end(step=9.0, check=9.0)
+    decode_plainly(60.0, 3 * TIMES_KEPT)
+    assert period.choose(1) == 1
+
+
+def test_of_times_that_contradict_each_other_the_older_gives_way():
+    """No check is cheaper than a shorter one, so the machine was busy at one of the two times."""
+    costs = Costs()
+    costs.add_check(1, 3.0)
+    costs.add_check(8, 1.2)
+    assert costs.plain == 1.2 and costs.check_seconds(8, 1) == 1.2
+    for _ in range(3):
+        costs.add_check(1, 2.0)
+    assert costs.plain == 2.0 and costs.check_seconds(8, 1) == 2.0
 
 
 def test_of_a_tree_every_branch_counts_in_a_check_that_was_not_measured():

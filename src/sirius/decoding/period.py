@@ -93,15 +93,16 @@ class Costs:
     """The measured seconds of passes over one number of rows, and the period chosen by them.
 
     steps            latest times of a draft pass after its warm-up
-    checks           latest times of a check after its warm-up, by its tokens a row, the newest last; of 1 token it is a
-                     plain step
+    checks           latest times of a check after its warm-up, by its tokens a row, the latest made last; a check of 1
+                     token is a plain step
     points           tokens and median time of each check, in which no check is cheaper than a shorter one
     token_cost       cost of a further token of a check, in plain steps, used while no check is measured
     early_steps      times of the second and third plain step of a session, which are part of the warm-up
     decided          whether the period was chosen from measurements at least once
     period           the present period
     wait, next_wait  tokens until the next probe, and from that one to the probe after it
-    review           plain steps until the end of drafting is judged again by their times
+    review           plain steps until an end of drafting is judged again by their times; 0 or less is never
+    reviewed         whether drafting has begun again by such a judgement
     windows          windows drafted since the last plain step
     """
 
@@ -115,6 +116,7 @@ class Costs:
     wait: int = 0
     next_wait: int = FIRST_WAIT
     review: int = 0
+    reviewed: bool = False
     windows: int = 0
 
     @property
@@ -152,7 +154,7 @@ class Costs:
         self._set_points()
 
     def _set_points(self) -> None:
-        """Set the points from the newest time to the oldest, which gives way: the machine was busier then, or less."""
+        """Set the points. Where times contradict each other the older one gives way."""
         points: dict[int, float] = {}
         for tokens, times in reversed(self.checks.items()):
             shorter = max((seconds for size, seconds in points.items() if size < tokens), default=0.0)
@@ -176,10 +178,17 @@ class Costs:
         (a, low), (b, high) = points[after - 1], points[after]
         return max(low + (high - low) / (b - a) * (tokens - a), plain)
 
+    def end_drafting(self) -> None:
+        """Stop drafting after windows that were too slow, and judge once more when plain steps were timed anew."""
+        if self.reviewed:
+            self.period, self.windows = 1, 0  # the wait for the next probe goes on
+        else:
+            self.stop_drafting()
+            self.review = TIMES_KEPT
+
     def stop_drafting(self) -> None:
         """Draft nothing until the next probe, and wait twice as long for the one after it."""
         self.decided, self.period, self.windows = True, 1, 0
-        self.review = TIMES_KEPT
         self.wait, self.next_wait = self.next_wait, min(2 * self.next_wait, LONGEST_WAIT)
 
 
@@ -235,7 +244,8 @@ class AutoPeriod(Period):
     draft passes and one check. No window can pay unless a is above the cost of a draft pass in plain steps, which is at
     least its share of the weights (`floor`). So the first tokens are decoded plainly. One sparse pass over them, the
     probe, then measures a. Drafting begins if that promises a gain, and ends if windows turn out slower than promised.
-    After that nothing is drafted until the next probe, and each wait is twice as long as the one before.
+    After that nothing is drafted until the next probe, and each wait is twice as long as the one before. But an end is
+    judged once more after some plain steps: their former time may be that of a machine which was less busy.
     """
 
     def __init__(
@@ -301,10 +311,8 @@ class AutoPeriod(Period):
         if not measured.steps:
             costs.wait -= 1
             costs.review -= 1
-            if costs.review == 0:  # windows may have been slow, beside an old time of a plain step, as the machine was
-                best = self._best(rows)
-                if self.speed(best, rows) > GAIN_TO_BEGIN * self.speed(1, rows):
-                    costs.period = best
+            if costs.review == 0:
+                self._review(rows)
             return
         if self.passes[rows, DRAFT_PASS] >= WARM_UP:
             costs.steps.append(measured.draft / measured.steps)
@@ -314,7 +322,7 @@ class AutoPeriod(Period):
             costs.windows += 1
             self._decide(rows)
             if costs.windows == PLAIN_EVERY:  # it has paid for long, so the next probe comes early
-                costs.next_wait = FIRST_WAIT
+                costs.next_wait, costs.reviewed = FIRST_WAIT, False
 
     def learn_probe(self, probed: Probed) -> None:
         """Learn from a probe, and begin to draft if it promises enough."""
@@ -325,6 +333,7 @@ class AutoPeriod(Period):
         )
         costs.token_cost = min(max(further, TOKEN_COST), 1.0) if self.alike else UNLIKE_COST
         costs.keep_least()
+        costs.reviewed = False
         self.learnt.count_guesses(probed.kept, probed.judged, probed.tokens)
         self._decide(probed.rows)
 
@@ -359,7 +368,15 @@ class AutoPeriod(Period):
         costs, best = self.costs(rows), self._best(rows)
         costs.decided = True
         most, now, plain = (self.speed(period, rows) for period in (best, costs.period, 1))
-        if most <= (GAIN_TO_BEGIN if costs.period == 1 else 1.0) * plain:
+        if costs.period > 1 and most <= plain:
+            costs.end_drafting()
+        elif costs.period == 1 and most <= GAIN_TO_BEGIN * plain:
             costs.stop_drafting()
         elif costs.period == 1 or now < plain or most > GAIN_TO_CHANGE * now:
             costs.period = best
+
+    def _review(self, rows: int) -> None:
+        """Begin to draft again if the times of the plain steps since the end promise enough."""
+        costs, best = self.costs(rows), self._best(rows)
+        if self.speed(best, rows) > GAIN_TO_BEGIN * self.speed(1, rows):
+            costs.period, costs.reviewed = best, True

@@ -10,7 +10,7 @@
 #include "amx_each.h"
 #include "linear.h"
 #include "pointwise.h"
-#include "strips.h"
+#include "project.h"
 
 namespace {
 

@@ -26,8 +26,9 @@ template <class T>
   narrow(dot, static_cast<T*>(p.y) + token * p.count + i);
 }
 
-// The products of M tokens' x, `stride` apart, with R rows; `fetch` is called at each step.
-template <int R, int M, class Row, class Fetch>
+// The products of M tokens with R rows; `fetch` is called at each step. Tokens are `stride` apart or, if
+// `mixed`, take turns of kLanes numbers each.
+template <int R, int M, bool mixed = false, class Row, class Fetch>
 void dot_rows(const typename Row::Element* x, int64_t stride, const Row* row, int64_t width, Floats (*sums)[R],
               Fetch fetch) {
   using Vector = typename Row::Vector;
@@ -36,9 +37,9 @@ void dot_rows(const typename Row::Element* x, int64_t stride, const Row* row, in
   auto add = [&](int64_t h, auto&& loaded) {
     Vector a[R];
     for (int r = 0; r < R; r++) a[r] = loaded(row[r]);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int m = 0; m < M; m++) {
-      Vector b = stored<Vector>(x + m * stride + h);
+      Vector b = stored<Vector>(mixed ? x + h * M + m * Row::kLanes : x + m * stride + h);
 #pragma GCC unroll 8
       for (int r = 0; r < R; r++) acc[m][r] = multiply_add(acc[m][r], a[r], b);
     }
@@ -54,7 +55,7 @@ void dot_rows(const typename Row::Element* x, int64_t stride, const Row* row, in
   }
   for (; h + Row::kLanes <= width; h += Row::kLanes) add(h, [&](const Row& from) { return from.whole(h); });
   if (h < width) add(h, [&](const Row& from) { return from.part(h, width - h); });
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int m = 0; m < M; m++)
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++) sums[m][r] = acc[m][r];
@@ -97,9 +98,9 @@ void linear_few(const Linear& p, const typename DotRow<T>::Element* x, int64_t s
   }
 }
 
-// Up to kStreamTokens tokens: a thread reads its rows, which lie together, as one stream.
+// Up to kStreamTokens tokens, which are mixed: a thread reads its rows, which lie together, as one stream.
 template <class T>
-void linear_stream(const Linear& p, const typename DotRow<T>::Element* x, int64_t stride) {
+void linear_stream(const Linear& p, const typename DotRow<T>::Element* x) {
 #pragma omp parallel num_threads(p.threads)
   for_tokens<kStreamTokens>(p.rows, [&](auto M) __attribute__((always_inline)) {
     Share share(p.count);
@@ -107,7 +108,7 @@ void linear_stream(const Linear& p, const typename DotRow<T>::Element* x, int64_
     for (int64_t first = share.begin; first < share.end; first++) {
       auto row = rows_from<T, 1>(rows, first);
       Floats sums[M][1];
-      dot_rows<1, M>(x, stride, row.data(), p.width, sums, [&](int64_t h) __attribute__((always_inline)) {
+      dot_rows<1, M, true>(x, 0, row.data(), p.width, sums, [&](int64_t h) __attribute__((always_inline)) {
         __builtin_prefetch(row[0].row + h + kStream / sizeof(T));
       });
       write_dots<T, 1, M>(p, 0, first, 1, share.end, sums);
@@ -115,18 +116,18 @@ void linear_stream(const Linear& p, const typename DotRow<T>::Element* x, int64_
   });
 }
 
-// Bytes of tokens that stay in the first-level cache while a stream passes through it.
+// Bytes of tokens that stay in the first-level cache while a stream passes through it, which needs the rest.
 inline int64_t stream_bytes() {
 #ifdef _SC_LEVEL1_DCACHE_SIZE
   static const int64_t cache = std::max<int64_t>(sysconf(_SC_LEVEL1_DCACHE_SIZE), 32 * 1024);  // 0 where not known
 #else
   constexpr int64_t cache = 32 * 1024;
 #endif
-  return cache * 2 / 3;
+  return cache * 7 / 10;
 }
 
 // The products of M tokens from `token` on with rows, while a share of the next ones is fetched: from column `begin` on
-// one line at every `every` steps; nothing where that is 0.
+// one line in every `every` steps; nothing where that is 0.
 template <class T, int M, class Rows, class Element = typename DotRow<T>::Element>
 void linear_tile(const Linear& p, const Element* x, int64_t stride, int64_t token, int64_t first, const Rows& row,
                  const Rows& next, int64_t begin, int64_t every) {
@@ -149,7 +150,8 @@ template <class T>
 void linear_tiles(const Linear& p, const typename DotRow<T>::Element* x, int64_t stride) {
   Rows<T> rows{static_cast<const T*>(p.w), p.stride, p.count, p.index};
   int64_t tiles = (p.rows + kTileTokens - 1) / kTileTokens;
-  int64_t sharing = std::min<int64_t>(tiles, 4), steps = p.width / kStep<T>;  // so many tiles fetch the next rows
+  int64_t sharing = std::min<int64_t>(tiles, 4);  // tiles that fetch the next rows
+  int64_t steps = p.width / kStep<T>;
 #pragma omp parallel for num_threads(p.threads) schedule(static)
   for (int64_t first = 0; first < p.count; first += kTile) {
     auto row = rows_from<T, kTile>(rows, first), next = rows_from<T, kTile>(rows, first + kTile);
@@ -265,14 +267,16 @@ template <class T, class Row = DotRow<T>>
 void linear_of(const Linear& p) {
   if (!p.rows) return;
   if constexpr (kTiles<T>) return amx_linear(p);
+  int64_t width = (p.width + Row::kLanes - 1) / Row::kLanes * Row::kLanes;
   bool packed = kDots<T> && !p.index && p.stride == p.width, few = !packed && p.rows <= 2;
-  int64_t stretch = few || kDots<T> ? (p.width + Row::kLanes - 1) / Row::kLanes * Row::kLanes : kStretch;
+  bool near = p.rows <= kStreamTokens && p.rows * width * int64_t(sizeof(T)) <= stream_bytes();
+  bool stream = packed && (p.rows <= kTileTokens || near);
+  int64_t stretch = stream ? Row::kLanes : few || kDots<T> ? width : kStretch;
   auto unpacked = unpack_tokens<T>(p, stretch);
   const auto* x = reinterpret_cast<const typename Row::Element*>(unpacked.data());
   if (few) return for_tokens<2>(p.rows, [&](auto M) __attribute__((always_inline)) { linear_few<T, M>(p, x, stretch); });
   if constexpr (kDots<T>) {
-    bool near = p.rows <= kStreamTokens && p.rows * stretch * int64_t(sizeof(T)) <= stream_bytes();
-    if (packed && (p.rows <= kTileTokens || near)) return linear_stream<T>(p, x, stretch);
+    if (stream) return linear_stream<T>(p, x);
     linear_tiles<T>(p, x, stretch);
   } else {
     linear_panels<T>(p, x);

@@ -5,14 +5,13 @@
 #include <memory>
 #include <vector>
 
-#include "amx_project.h"
 #include "readers.h"
 #include "rows.h"
 
 namespace {
 
-constexpr int64_t kChunk = 128;                      // most rows that are added up before their sum joins the others'
-constexpr int64_t kPanelLines = 16, kColumns = 192;  // rows (or pairs) x columns that meet a batch in the cache
+constexpr int64_t kChunk = 128;                // most rows that are added up before their sum joins the others'
+constexpr int64_t kDeep = 16, kColumns = 192;  // rows x columns of a panel, where they meet a batch in the cache
 
 // Rows are added one by one, or in pairs by dot products.
 template <class T, bool alone = false>
@@ -177,18 +176,17 @@ void project_one(const Project& p, const Terms<T>& terms) {
   }
 }
 
-// Adds `count` lines of a panel [count, kColumns], weighed by z, to `width` sums of M tokens.
-template <int M, class Element>
-void add_panel(const Element* panel, int64_t width, int64_t count, const Element* z, int64_t stride, float* sums) {
-  using Vector = std::conditional_t<std::is_same_v<Element, float>, Floats, Words>;
+// Adds `count` rows of a panel [count, kColumns], weighed by z, to `width` sums of M tokens.
+template <int M>
+void add_panel(const float* panel, int64_t width, int64_t count, const float* z, int64_t stride, float* sums) {
   for (int64_t c = 0; c < width; c += kTile * kVector) {
     Floats acc[M][kTile];
     for (int m = 0; m < M; m++)
       for (int v = 0; v < kTile; v++) acc[m][v] = load(sums + m * kColumns + c + v * kVector);
     int64_t r = 0;
-    do {  // there is a line; a loop that may not run at all keeps the sums twice
-      Vector a[kTile];
-      for (int v = 0; v < kTile; v++) a[v] = stored<Vector>(panel + r * kColumns + c + v * kVector);
+    do {  // there is a row; a loop that may not run at all keeps the sums twice
+      Floats a[kTile];
+      for (int v = 0; v < kTile; v++) a[v] = load(panel + r * kColumns + c + v * kVector);
       for (int m = 0; m < M; m++)
         for (int v = 0; v < kTile; v++) acc[m][v] = multiply_add(acc[m][v], a[v], z[m * stride + r]);
     } while (++r < count);
@@ -197,32 +195,12 @@ void add_panel(const Element* panel, int64_t width, int64_t count, const Element
   }
 }
 
-template <class Element>
-void add_tokens(const Element* panel, int64_t width, int64_t count, const Element* z, int64_t stride, int64_t tokens,
-                float* sums) {
-  for_tokens(tokens, [&](auto M) __attribute__((always_inline)) {
-    add_panel<M>(panel, width, count, z, stride, sums);
-  });
-}
-
-// Writes rows i .. end - 1 to a panel.
-template <class T>
-void fill_panel(const Rows<T>& rows, int64_t i, int64_t end, int64_t column, int64_t width,
-                typename SumRow<T>::Element* panel) {
-  for (; i + kTaken<T> <= end; i += kTaken<T>, panel += kColumns)
-    unpack(SumRow<T>::at(rows, i, column), width, panel);
-  if (i < end) unpack(SumRow<T, true>::at(rows, i, column), width, panel);
-}
-
-template <class T>
-constexpr int64_t kDeep = kPanelLines * kTaken<T>;  // rows of a panel
-
 // Fetches the columns from `begin` to `end` of one row after the other, some lines at a time; of as many rows as a
 // panel has first those that are neighbours in memory.
 template <class T>
 struct Ahead {
   const Rows<T>& rows;
-  int64_t begin, end, next = kDeep<T>;  // the row to fetch next
+  int64_t begin, end, next = kDeep;  // the row to fetch next
   const T *line = nullptr, *stop = nullptr;
 
   Ahead(const Rows<T>& rows, int64_t begin, int64_t end) : rows(rows), begin(begin), end(end) {
@@ -230,7 +208,7 @@ struct Ahead {
   }
 
   void turn() {
-    int64_t within = next % kDeep<T>, run = kDeep<T> / kFewRows;
+    int64_t within = next % kDeep, run = kDeep / kFewRows;
     const T* row = rows[next - within + within % run * kFewRows + within / run];
     line = row + begin, stop = row + end, next++;
   }
@@ -244,31 +222,32 @@ struct Ahead {
   }
 };
 
-// The sums of some tokens, of the columns from `begin` to `end`. Some rows at a time, panel by panel of their columns,
-// while the next rows are fetched one after the other: memory is faster in long runs.
+// The sums of some tokens, of the columns from `begin` to `end`, where rows are widened. Some rows at a time, panel by
+// panel of their columns, while the next rows are fetched one after the other: memory is faster in long runs.
 template <class T>
 void project_columns(const Project& p, const Terms<T>& terms, int64_t token, int64_t tokens, int64_t begin,
                      int64_t end) {
-  using Element = typename SumRow<T>::Element;
-  alignas(kLine) Element panel[kPanelLines * kColumns] = {};
+  alignas(kLine) float panel[kDeep * kColumns] = {};
   int64_t blocks = (end - begin + kColumns - 1) / kColumns, size = tokens * kColumns;
   std::vector<float> sums(blocks * size), totals(blocks * size);
   const Chunks& chunks = terms.chunks;
-  const Element* z = terms.weights.data() + token * terms.stride;
+  const float* z = terms.weights.data() + token * terms.stride;
   Rows<T> rows = terms.of(p);
   Ahead<T> ahead(rows, begin, end);
   for (int64_t chunk = 0; chunk < chunks.count; chunk++) {
     std::fill(sums.begin(), sums.end(), 0.0f);
     for (int64_t i = chunks.begin(chunk), last = chunks.begin(chunk + 1), count; i < last; i += count) {
-      count = std::min(kDeep<T>, last - i);
+      count = std::min(kDeep, last - i);
       for (int64_t block = 0; block < blocks; block++) {
         int64_t column = begin + block * kColumns, width = std::min(kColumns, end - column);
         int64_t lines = count * width * int64_t(sizeof(T)) / kLine;
-        fill_panel(rows, i, i + count, column, width, panel);
+        for (int64_t r = 0; r < count; r++) unpack(Widened<T>::at(rows, i + r, column), width, panel + r * kColumns);
         for (int64_t m = 0; m < tokens; m += kTileTokens) {
           ahead.fetch(std::min(m + kTileTokens, tokens) * lines / tokens - m * lines / tokens);
-          add_tokens(panel, width, reads<T>(count), z + m * terms.stride + i / kTaken<T>, terms.stride, tokens - m,
-                     sums.data() + block * size + m * kColumns);
+          for_tokens(tokens - m, [&](auto M) __attribute__((always_inline)) {
+            add_panel<M>(panel, width, count, z + m * terms.stride + i, terms.stride,
+                         sums.data() + block * size + m * kColumns);
+          });
         }
       }
     }

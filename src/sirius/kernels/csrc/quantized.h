@@ -53,17 +53,21 @@ template <int bits>
 constexpr int kOffset = bits == 4 ? 8 : 128;
 #endif
 
-// Weight rows that are multiplied side by side. Fewer rows are read in fewer places at a time, which is faster as long as
-// memory bounds a product; more rows share what is read of the tokens, and have more sums to add to in turn.
+// Weight rows that are multiplied side by side, by what was faster. Fewer rows are read in fewer places at a time, which
+// helps where memory bounds a product. More rows share what is read of the tokens, and keep more sums going, which helps
+// where arithmetic does. With AVX2 two tokens times four rows of 4 bits have more sums than there are registers.
 template <int bits, int tokens>
-constexpr int kBeside =
+constexpr int rows_beside() {
 #if defined(__AVX512VNNI__)
-    bits == 8 ? (tokens <= 2 ? 1 : kFourRows) : (tokens == 1 ? 2 : kFourRows);
+  if (bits == 8) return tokens <= 2 ? 1 : kFourRows;
+  return tokens == 1 ? 2 : kFourRows;
 #elif defined(__AVX2__)
-    tokens == (bits == 8 ? 1 : 2) ? 1 : kFourRows;
+  if (bits == 8) return tokens == 1 ? 1 : kFourRows;
+  return tokens == 2 ? 1 : kFourRows;
 #else
-    kFourRows;
+  return kFourRows;
 #endif
+}
 
 // Adds to each total the products of a quad's four codes with four elements of a token.
 template <int bits>
@@ -229,8 +233,8 @@ struct QuantizedRow {
         base(weight.base[row]) {}
 };
 
-// The dot products of M tokens with R rows, of which `sums` has kFourRows for each token; the rows `ahead` are fetched
-// meanwhile.
+// The dot products of M tokens with R rows; the rows `ahead` are fetched meanwhile. sums [M, kFourRows], of which the
+// first R of each token are written.
 template <int bits, int M, int R>
 void dot_quantized(const Tokens& x, int64_t token, const QuantizedRow<bits>* row, const QuantizedRow<bits>* ahead,
                    QuadSums* sums) {
@@ -328,11 +332,11 @@ void multiply_share(const QuantizedProduct& p, const QuantizedWeight& weight, co
     for (int r = 0; r < R; r++) row[r] = row_at(first + r), ahead[r] = row_at(first + r + distance);
     for (int64_t token = 0; token < p.rows; token += kTileTokens)
       for_tokens(p.rows - token, [&](auto M) __attribute__((always_inline)) {
-        constexpr int beside = kBeside<bits, M>;
-        QuadSums sums[M][R];
+        constexpr int beside = rows_beside<bits, M>();
+        QuadSums sums[M * R];
         for (int r = 0; r < R; r += beside)
-          dot_quantized<bits, M, beside>(x, token, row + r, token ? nullptr : ahead + r, sums[0] + r);
-        for (int m = 0; m < M; m++) write_quantized<bits>(p, weight, row, sums[m], first, y + (token + m) * p.count);
+          dot_quantized<bits, M, beside>(x, token, row + r, token ? nullptr : ahead + r, sums + r);
+        for (int m = 0; m < M; m++) write_quantized<bits>(p, weight, row, sums + m * R, first, y + (token + m) * p.count);
       });
   }
 }

@@ -15,9 +15,9 @@ constexpr int64_t kStream = 8192;                       // the same where rows a
 
 // Tiles whose sums stay in registers (16, or 32 with AVX-512): tokens x weight rows (linear) or vectors (project).
 constexpr int kTileTokens = 4, kTile = kVector == 16 ? 6 : 3;
-constexpr int kStreamTokens = 8;  // most tokens that meet rows which are one stream
-constexpr int64_t kBatch = 16;  // tokens that share a panel
-constexpr int kFewRows = 4;     // weight rows at a time where tokens are few
+constexpr int kStreamTokens = 12;  // most tokens that meet rows which are one stream
+constexpr int64_t kBatch = 16;     // tokens that share a panel or strip
+constexpr int kFewRows = 4;        // weight rows at a time where tokens are few
 
 // Calls a function with the number of tokens that are left as a constant, at most `most`. Functions given here say
 // always_inline: where GCC is left to decide, some loops take up to 5% longer. each.h has a switch of its own: even with

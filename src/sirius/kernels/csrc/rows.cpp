@@ -3,7 +3,7 @@
 //
 // Compiled once for each instruction set (SIRIUS_ISA), with vectors of SIRIUS_WIDTH floats. Few tokens read rows where
 // they lie, some at a time, with what follows fetched ahead: rows that are short or skipped leave the hardware's
-// prefetcher behind. Many tokens share a panel of rows in the first-level cache. All sums are float.
+// prefetcher behind. Many tokens share a panel or strip of rows in the first-level cache. All sums are float.
 
 #include "rows.h"
 

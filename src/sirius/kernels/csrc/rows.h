@@ -15,7 +15,7 @@
 //              tiles    no index (2)     any      amx     InPlace          tiles are loaded from where rows lie
 //              tiles    others           any      amx     Copied           tiles are copied from 16 runs side by side
 //   project    any      any              1        few     project_one      rows are added up where they lie
-//              dots     any              2 -      strips  Strips           64 rows x 32 columns, once for 16 tokens
+//              dots     any              2 -      strips  Strips           64 rows x 32 columns are paired once for 16 tokens
 //              widened  any              2 -      panels  project_columns  rows are widened once for 16 tokens
 //              tiles    any              1        few     OneToken         the sums of tiles by other instructions
 //              tiles    any              2 -      amx     Prepared         128 rows at a time, by tiles
@@ -27,7 +27,7 @@
 //   each       any      index            any      few     each_of          4 tokens of a row at a time
 //              tiles    index            any      amx     TileSets         linear and project of all rows side by side
 //
-// (1) 4, or 8 if they fit into the first-level cache beside the stream.
+// (1) 4, or 12 if they fit into the first-level cache beside the stream.
 // (2) and the width a multiple of 32, the number of rows one of 16.
 //
 // finish also takes finish_many where there are fewer chunks (Chunks in project.h) than threads.
