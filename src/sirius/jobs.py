@@ -99,7 +99,11 @@ def read_text(path: Path) -> str:
     try:
         raw = sys.stdin.buffer.read() if path == STDIN else path.read_bytes()
         return raw.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
-    except (OSError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        byte = f"0x{error.object[error.start]:02x}"
+        raise FileError(f"cannot read {name_of(path)}: byte {byte} in line {line} is not UTF-8") from error
+    except OSError as error:
         raise FileError(f"cannot read {name_of(path)}: {_reason(error)}") from error
 
 

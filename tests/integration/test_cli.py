@@ -616,3 +616,12 @@ def test_threads_that_wait_sleep_soon_unless_a_user_says_how_they_wait(given, mo
         cli.main()
     wanted = given or {"GOMP_SPINCOUNT": "100"}
     assert {name: os.environ[name] for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT") if name in os.environ} == wanted
+
+
+def test_an_export_with_a_checkpoint_is_not_written_over_another_checkpoint(sirius, folder, tmp_path):
+    target = tmp_path / "exported"
+    for count in (0, 1):
+        printed = sirius("export", target, "--model", folder)
+        assert printed.code == (2 if count else 0), printed.err
+    assert "holds a checkpoint already; choose another folder" in " ".join(printed.err.split())
+    assert sirius("export", target, "--period", 4).code == 0

@@ -50,7 +50,6 @@ def captured(monkeypatch) -> list[int]:
         return capture_by_calling(call, buffers)
 
     monkeypatch.setattr(workspace, "attends", lambda device, dtype: True)
-    monkeypatch.setattr(workspace, "reused_on", lambda device: True)
     monkeypatch.setattr(workspace, "capture_of", lambda model: capture)
     return captures
 

@@ -43,12 +43,15 @@ def export(
     check_effect(command)
     with uncollected():
         quieten()
+        from sirius.errors import FileError
         from sirius.hf.export import export as write
         from sirius.model.loading import Source, load_model, load_tokenizer
         from sirius.settings import make_setting
 
     setting = make_setting(setting_of(command))
     source = None if model is None else Source(model, revision, trust_remote_code, None).found()
+    if source is not None and any(folder.glob("*.safetensors")):
+        raise FileError(f"{folder} holds a checkpoint already; choose another folder, or leave --model out to keep it")
     write(folder, setting)
     if source is not None:
         with err.status("writing the checkpoint"):

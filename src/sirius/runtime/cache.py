@@ -118,6 +118,11 @@ class SlotCache(Cache):
         """Filled slots of each row, [B] int64 on the host."""
         return self.table.lengths
 
+    @property
+    def nbytes(self) -> int:
+        """The bytes of all slots' keys and values."""
+        return sum(store.nbytes for layer in self.slot_layers for store in layer.stores)
+
     def reserve(self, rows: int, slots: int) -> None:
         """Make room for at least that many rows and slots; keys and values that are held remain."""
         table = self.table

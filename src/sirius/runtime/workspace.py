@@ -4,11 +4,9 @@ import logging
 import weakref
 from collections.abc import Hashable
 
-import torch
 from transformers import PreTrainedModel
 
 from sirius.errors import ConfigError
-from sirius.kernels import gpu
 from sirius.kernels.ops import attends
 from sirius.model.adopt import parts_of
 from sirius.model.attention import SlotAttention
@@ -18,9 +16,10 @@ from sirius.runtime.cache import SlotCache
 from sirius.runtime.capture import CapturedPasses, capture_of, state_of
 from sirius.runtime.neurons import Route, Tally, overwrite
 
-STEP = 1024  # slots are reserved in such steps where captured passes outlive a session, as each growth drops them
+STEPS = {"cuda": 1024, "cpu": 256}  # slots are reserved in such steps, as each growth drops captured passes
 IDLE = 4  # workspaces kept of a model; each has memory for keys and values
-GRAPHS, TAPES = 32, 6  # most captured passes: a graph keeps the scores of its shape, a tape all that a pass computes
+IDLE_BYTES = 256 << 20  # most of these that an idle workspace holds on a CPU
+MOST = {"cuda": 32, "cpu": 8}  # captured passes: a graph keeps the scores of its shape, a tape all that a pass computes
 
 
 class Workspace:
@@ -38,8 +37,8 @@ class Workspace:
         self.mlps = sum(1 for _ in parts_of(model, SparseMLP))
         self.prepared = prepared_of(model)
         self.attends, self.tried = attends_to(model), False
-        self.reused = self.attends and reused_on(model.device) and self.prepared.placed is None
-        self.passes = CapturedPasses(GRAPHS if self.reused else TAPES)
+        self.reused = self.attends and self.prepared.placed is None
+        self.passes = CapturedPasses(MOST.get(self.device.type, MOST["cpu"]))
         self.state: list[object] = []
         self.look_at(model)
         self.release()
@@ -71,7 +70,8 @@ class Workspace:
         if rows <= table.rows and slots <= table.slots:
             return
         self.passes.forget()
-        self.cache.reserve(rows, -(-slots // STEP) * STEP if self.reused else slots)
+        step = STEPS.get(self.device.type, 1) if self.reused else 1
+        self.cache.reserve(rows, -(-slots // step) * step)
         self.tally.reserve(table.rows)
 
     def renew(self, drafts: list[Route | None], rows: int) -> list[Route | None]:
@@ -101,11 +101,6 @@ def attends_to(model: PreTrainedModel) -> bool:
         return False
     narrower = getattr(config, "v_head_dim", None) is not None
     return not narrower and not any("sink" in name for name, _ in model.named_parameters())
-
-
-def reused_on(device: torch.device) -> bool:
-    """Tell whether captured passes are kept for the next session: on a GPU, where they take long to make."""
-    return gpu.runs_on(device)
 
 
 def check_compiles(model: PreTrainedModel) -> None:
@@ -141,7 +136,7 @@ def drop_idle(model: PreTrainedModel) -> None:
 
 def _give_back(kept: Prepared, key: Hashable, space: Workspace) -> None:
     """Keep a workspace; nothing is done to its tensors, as a finalizer may come in the midst of anything."""
-    if not space.cache.table.rows:
+    if not space.cache.table.rows or (space.device.type == "cpu" and space.cache.nbytes > IDLE_BYTES):
         return
     kept.idle[key] = space
     if len(kept.idle) > IDLE:
