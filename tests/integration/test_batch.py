@@ -17,6 +17,7 @@ from sirius.engine import Engine
 from sirius.errors import ConfigError, ModelError, RequestError
 from sirius.runtime import session
 from sirius.runtime.session import Session
+from sirius.runtime.workspace import drop_idle
 from sirius.sparsity.coarse import CoarseSparsity
 
 pytestmark = pytest.mark.integration
@@ -252,6 +253,7 @@ def test_the_pieces_of_a_stream_make_up_the_completion(engine, alone):
 
 @pytest.mark.parametrize("width", [1, 4, 8])
 def test_a_tree_takes_its_width_in_slots_for_each_level_and_no_more(engine, width):
+    drop_idle(engine.model)
     batch = open_batch(engine, correction=CorrectionConfig(period=6, accept="argmax", tree_width=width))
     for prompt in PROMPTS[:2]:
         batch.add(engine.text(prompt, max_new_tokens=NEW))

@@ -252,7 +252,7 @@ def test_inference_mode_may_end_between_two_texts(captured):
 
 def test_a_cache_that_grows_drops_captures_and_changes_no_text(captured, monkeypatch):
     monkeypatch.setattr("sirius.batch.GROWTH", 8)
-    monkeypatch.setattr(workspace, "STEP", 16)
+    monkeypatch.setattr(workspace, "step_on", lambda device: 16)
     engine, sizes = Engine(tiny_model(eos_token_id=None)), []
     batch = engine.batch(rows=2, correction=argmax(4))
     wanted = {batch.add(engine.text(prompt, max_new_tokens=70)): prompt for prompt in (PROMPT, OTHER)}

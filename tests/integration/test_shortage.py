@@ -15,6 +15,7 @@ from sirius.errors import OutOfMemoryError, RequestError
 from sirius.runtime import session
 from sirius.runtime.cache import SlotLayer
 from sirius.runtime.session import Session
+from sirius.runtime.workspace import drop_idle
 
 pytestmark = pytest.mark.integration
 
@@ -197,6 +198,7 @@ def test_a_cache_that_grows_changes_no_text(engine, rule, method, growth, monkey
     options = {"sparsity": SparsityConfig(method, 0.3), "correction": GROWING[rule]}
     want = [engine.generate(prompt, max_new_tokens=NEW, **options).token_ids for prompt in PROMPTS]
     monkeypatch.setattr("sirius.batch.GROWTH", growth)
+    drop_idle(engine.model)
     batch, sizes = open_batch(engine, rows=3, **options), []
     tickets = [batch.add(engine.text(prompt, max_new_tokens=NEW)) for prompt in PROMPTS[:4]]
     lost = batch.add(engine.text(PROMPTS[1], max_new_tokens=NEW))

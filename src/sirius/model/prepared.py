@@ -72,7 +72,7 @@ class Prepared:
         self.matrix: MakeMatrix = dense
         self.own_attention = False
         self.lock = RLock()
-        self.idle: dict[Hashable, Any] = {}
+        self.idle: dict[tuple[Hashable, Hashable, bool], Any] = {}
         self.spaces: weakref.WeakSet[Any] = weakref.WeakSet()
         self.twins: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
         self.last_twin: Any = None
@@ -91,6 +91,11 @@ class Prepared:
     def apart(self) -> AbstractContextManager[object]:
         """Return what a product outside of our passes runs in: the lock where its weights are in a shared buffer."""
         return self.lock if isinstance(self.matrix, Placed) else nullcontext()
+
+    def forget_drafts(self, but: object = None) -> None:
+        """Drop idle workspaces whose captured passes read rounded weights, other than those of `but`."""
+        for key in [key for key in self.idle if key[1] not in (None, but)]:
+            del self.idle[key]
 
     def now(self) -> Pass | None:
         """Return the pass that this thread runs on the model, None where the model is called by someone else."""

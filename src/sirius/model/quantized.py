@@ -298,8 +298,7 @@ def twin_of(model: PreTrainedModel, bits: int, advance: Callable[[float], None] 
         twin: Twin | None = kept.twins.get(bits)
         if twin is None or twin.state != _state_of(model):
             twin = kept.last_twin = None  # frees those that nobody holds before there are new ones
-            if kept.twins:
-                kept.idle.clear()  # a GPU's idle workspaces hold weights that their captured passes read
+            kept.forget_drafts()
             began = perf_counter()
             twin = kept.twins[bits] = Twin(model, bits, advance)
             logging.getLogger("sirius.drafts").log(
@@ -307,6 +306,7 @@ def twin_of(model: PreTrainedModel, bits: int, advance: Callable[[float], None] 
                 "the draft's weights at %d bits take %.0f%% more memory, %.0f MB; rounding them took %.1f s",
                 *(bits, 100 * extra_memory(model, bits), twin.nbytes / 1e6, perf_counter() - began),
             )
+        kept.forget_drafts(but=twin)
         kept.last_twin = twin
         return twin
 

@@ -4,9 +4,11 @@ import logging
 import weakref
 from collections.abc import Hashable
 
+import torch
 from transformers import PreTrainedModel
 
 from sirius.errors import ConfigError
+from sirius.kernels import gpu
 from sirius.kernels.ops import attends
 from sirius.model.adopt import parts_of
 from sirius.model.attention import SlotAttention
@@ -16,10 +18,12 @@ from sirius.runtime.cache import SlotCache
 from sirius.runtime.capture import CapturedPasses, capture_of, state_of
 from sirius.runtime.neurons import Route, Tally, overwrite
 
-STEPS = {"cuda": 1024, "cpu": 256}  # slots are reserved in such steps, as each growth drops captured passes
+STEP = 1024  # slots are reserved in such steps on a GPU
 IDLE = 4  # workspaces kept of a model; each has memory for keys and values
 IDLE_BYTES = 256 << 20  # most of these that an idle workspace holds on a CPU
 MOST = {"cuda": 32, "cpu": 8}  # captured passes: a graph keeps the scores of its shape, a tape all that a pass computes
+
+Key = tuple[Hashable, Hashable, bool]  # a method's configuration, a draft's own weights, passes are compiled
 
 
 class Workspace:
@@ -70,7 +74,7 @@ class Workspace:
         if rows <= table.rows and slots <= table.slots:
             return
         self.passes.forget()
-        step = STEPS.get(self.device.type, 1) if self.reused else 1
+        step = step_on(self.device) if self.reused else 1
         self.cache.reserve(rows, -(-slots // step) * step)
         self.tally.reserve(table.rows)
 
@@ -103,6 +107,11 @@ def attends_to(model: PreTrainedModel) -> bool:
     return not narrower and not any("sink" in name for name, _ in model.named_parameters())
 
 
+def step_on(device: torch.device) -> int:
+    """Return the steps in which slots are reserved: long ones where captures are dear, as a growth drops them."""
+    return STEP if gpu.runs_on(device) else 1
+
+
 def check_compiles(model: PreTrainedModel) -> None:
     """Raise ConfigError where no pass of a model is captured, and so none would be compiled."""
     if prepared_of(model).placed is not None:
@@ -114,11 +123,8 @@ def check_compiles(model: PreTrainedModel) -> None:
         )
 
 
-def borrow(session: object, model: PreTrainedModel, key: Hashable) -> Workspace:
-    """Return a workspace for a session, an idle one of the same key where there is one; it is idle again after it.
-
-    key  what decides the draft's routes and weights, and whether passes are compiled
-    """
+def borrow(session: object, model: PreTrainedModel, key: Key) -> Workspace:
+    """Return a workspace for a session, an idle one of the same key where there is one; it is idle again after it."""
     kept = prepared_of(model)
     space = kept.idle.pop(key, None)
     if space is None or space.state != state_of(model):
@@ -134,9 +140,14 @@ def drop_idle(model: PreTrainedModel) -> None:
     prepared_of(model).idle.clear()
 
 
-def _give_back(kept: Prepared, key: Hashable, space: Workspace) -> None:
-    """Keep a workspace; nothing is done to its tensors, as a finalizer may come in the midst of anything."""
-    if not space.cache.table.rows or (space.device.type == "cpu" and space.cache.nbytes > IDLE_BYTES):
+def _give_back(kept: Prepared, key: Key, space: Workspace) -> None:
+    """Keep a workspace; nothing is done to its tensors, as a finalizer may come in the midst of anything.
+
+    One with much memory on a CPU is not kept, nor one that reads rounded weights which are no longer the last ones.
+    """
+    _, draft, _ = key
+    large = space.device.type == "cpu" and space.cache.nbytes > IDLE_BYTES
+    if large or not space.cache.table.rows or (draft is not None and draft is not kept.last_twin):
         return
     kept.idle[key] = space
     if len(kept.idle) > IDLE:
