@@ -340,9 +340,9 @@ class Engine:
                 raise RequestError(f"a prompt's token ids are whole numbers from 0 to {vocabulary - 1}; got {token!r}")
         return tuple(int(token) for token in ids)
 
-    def _tokenized(self, text: str) -> list[int]:
+    def _tokenized(self, text: str, special: bool = True) -> list[int]:
         try:
-            return self._needed_tokenizer().encode(text)
+            return self._needed_tokenizer().encode(text, add_special_tokens=special)
         except (TypeError, UnicodeEncodeError) as error:  # half of a surrogate pair
             raise RequestError(f"the prompt is not text that can be encoded: {text!r:.60}") from error
 
@@ -356,7 +356,7 @@ class Engine:
             text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         except Exception as error:  # a template is a program that came with the checkpoint: it may raise anything
             raise RequestError(f"the model's chat template refuses these messages: {error!r}") from error
-        return tokenizer.encode(str(text), add_special_tokens=False)  # the template writes them itself
+        return self._tokenized(str(text), special=False)  # the template writes special tokens itself
 
     def _needed_tokenizer(self) -> PreTrainedTokenizerBase:
         if self.tokenizer is None:

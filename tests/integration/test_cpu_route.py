@@ -176,6 +176,34 @@ def test_texts_one_after_the_other_use_the_same_captured_passes(sparsity, monkey
     assert counts[0] > 0 and counts[1] == counts[2]
 
 
+def flatten_scores(model: PreTrainedModel) -> None:
+    for layer in model.model.layers:
+        layer.self_attn.scaling *= 0.1
+
+
+def widen_norms(model: PreTrainedModel) -> None:
+    for norm in norms(model).values():
+        norm.variance_epsilon = 0.5
+
+
+def turn_further(model: PreTrainedModel) -> None:
+    model.model.rotary_emb.attention_scaling = 1.7
+
+
+@pytest.mark.parametrize("alter", [flatten_scores, widen_norms, turn_further])
+@pytest.mark.parametrize("sparsity", ["none", "fine"])
+def test_numbers_that_were_altered_between_texts_are_those_of_the_next_text(alter, sparsity):
+    model = tiny_model(eos_token_id=None)
+    engine = Engine(model)
+    texts = []
+    for change in (lambda model: None, alter):
+        change(model)
+        done = engine.generate(PROMPT, max_new_tokens=40, sparsity=sparsity, correction=CorrectionConfig(5, "argmax"))
+        texts.append(list(done.token_ids))
+        assert texts[-1] == greedy(model, PROMPT, 40)
+    assert texts[0] != texts[1], "the change does not show"
+
+
 def test_hooks_see_every_pass():
     model, seen = tiny_model(eos_token_id=None), []
     engine = Engine(model)

@@ -59,6 +59,12 @@ def test_a_prompt_that_cannot_be_decoded_is_refused(engine, prompt, says):
         engine.generate(prompt)
 
 
+def test_a_chat_that_is_no_text_is_an_error_of_the_prompt(engine, monkeypatch):
+    monkeypatch.setattr(engine.tokenizer, "chat_template", "{{ messages[0].content }}")
+    with pytest.raises(RequestError, match="not text that can be encoded"):
+        engine.encode([{"role": "user", "content": "w5 \udcff"}])
+
+
 @pytest.mark.parametrize(
     ("template", "says"),
     [

@@ -25,6 +25,7 @@ WARM = 2  # passes of a shape in one session before the next is captured; a text
 TAPED = 16  # most tokens of a pass that is captured on a tape; more are bound by arithmetic
 PATIENCE = 64  # passes without a use of a captured one, before another takes its place
 COMPILER = "inductor"
+NUMBERS = int, float, complex, str, type(None)
 SHAPES = 64  # shapes that are compiled: a draft step, and checks of each size, for batches of each size
 
 Call = Callable[..., Tensor]
@@ -190,9 +191,9 @@ def hooked(model: nn.Module) -> bool:
 
 
 def state_of(model: nn.Module) -> list[object]:
-    """Return what the captured passes of a model depend on: its modules, their forwards, and where weights lie.
+    """Return what captured passes depend on: modules, their forwards and numbers, where weights lie, the configuration.
 
-    The list holds on to no module.
+    A captured pass holds numbers, such as a norm's epsilon, as they were. The list holds on to no module.
     """
     modules = list(model.modules())
     kinds = [(id(module), type(module), id(vars(module).get("forward"))) for module in modules]
@@ -201,8 +202,30 @@ def state_of(model: nn.Module) -> list[object]:
         prepared_of(model).matrix,
         hooked(model),
         kinds,
+        [_numbers(each) for each in (*modules, *_configurations(model))],
         [(_identity(each), each.dtype) for each in held if each is not None],
     ]
+
+
+def _configurations(model: nn.Module) -> list[object]:
+    config: Any = getattr(model, "config", None)
+    return [] if config is None else [config, config.get_text_config()]
+
+
+def _numbers(owner: object) -> list[tuple[str, object]]:
+    """Return an object's attributes as far as they are numbers, texts, containers of these, or functions."""
+    found = ((name, value, isinstance(value, NUMBERS)) for name, value in vars(owner).items())
+    return [(name, value if plain else _plain(value)) for name, value, plain in found if plain or name[0] != "_"]
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, NUMBERS):
+        return value
+    if isinstance(value, dict):
+        return [(key, _plain(each)) for key, each in value.items()]
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    return id(value) if callable(value) else type(value)
 
 
 def _identity(weight: Tensor) -> int:
