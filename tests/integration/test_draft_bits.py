@@ -176,10 +176,21 @@ def test_rounded_weights_of_other_bits_go_unless_an_open_batch_reads_them():
     assert set(prepared_of(model).twins) == {8}
 
 
+def test_a_batch_that_ends_leaves_no_rounded_weights_behind_that_were_replaced_meanwhile():
+    model = tiny_model(eos_token_id=None)
+    engine = Engine(model)
+    batch = engine.batch(rows=1, sparsity=rounded(4), correction=chain(4))
+    batch.add(engine.text(PROMPT, max_new_tokens=NEW))
+    batch.step()
+    engine.generate(PROMPT, max_new_tokens=NEW, sparsity=rounded(8), correction=chain(4))
+    del batch
+    assert set(prepared_of(model).twins) == {8}
+
+
 def test_no_second_kind_of_rounded_weights_is_in_memory_while_one_is_made(monkeypatch):
-    model, seen = tiny_model(), []
-    prepare(model)
-    twin_of(model, 4)
+    model, seen = tiny_model(eos_token_id=None), []
+    Engine(model).generate(PROMPT, max_new_tokens=NEW, sparsity=rounded(4), correction=chain(4))
+    assert set(prepared_of(model).twins) == {4}
     quantize = ops.quantize
     monkeypatch.setattr(ops, "quantize", lambda *args: seen.append(set(prepared_of(model).twins)) or quantize(*args))
     twin_of(model, 8)

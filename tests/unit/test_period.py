@@ -134,14 +134,15 @@ def test_a_draft_that_pays_reaches_nineteen_twentieths_of_the_best_fixed_period(
 
 
 @pytest.mark.parametrize("busy", [1.5, 3.0])
-def test_drafting_goes_on_when_a_machine_becomes_busy_and_when_it_is_quiet_again(busy):
+@pytest.mark.parametrize("texts", [2, 5])
+def test_drafting_goes_on_when_a_machine_becomes_busy_and_when_it_is_quiet_again(busy, texts):
     """Times of before, beside those of now, promise too much or too little."""
     quiet, while_busy, after = 0.0, 0.0, 0.0
     for seed in range(20):
         world, learnt = World(0.3, 0.02, 0.96, floor=0.28, noise=0.05, chance=random.Random(seed)), Learnt()
         times = []
-        for world.busy, texts in ((1.0, 10), (busy, 2), (1.0, 10)):
-            times.append(mean(world, lambda learnt=learnt: AutoPeriod(0.28, learnt, alike=False), texts))
+        for world.busy, count in ((1.0, 10), (busy, texts), (1.0, 10)):
+            times.append(mean(world, lambda learnt=learnt: AutoPeriod(0.28, learnt, alike=False), count))
         quiet, while_busy, after = quiet + times[0], while_busy + times[1], after + times[2]
     assert while_busy < 1.15 * busy * quiet
     assert after < 1.02 * quiet
@@ -243,6 +244,19 @@ def test_an_end_of_drafting_is_judged_once_more_by_new_plain_steps_and_then_wait
     draft_until_the_end(step=9.0, check=9.0)
     decode_plainly(60.0, 3 * TIMES_KEPT)
     assert period.choose(1) == 1
+
+
+def test_a_probe_judges_windows_by_the_least_of_their_latest_times():
+    """Those at which the machine was busy would keep drafting off, as no window is made that could correct them."""
+    period = AutoPeriod(0.3)
+    World(0.3, 0.02, 0.97, floor=0.3).text(period, tokens=400)
+    while (size := period.choose(1)) > 1:
+        period.learn(Measured(1, 2.0 * (size - 1), 4.0, size - 1, size - 1, 0))
+    for _ in range(3 * TIMES_KEPT):
+        period.learn(Measured(1, 0.0, 1.0, 0, 0, 0))
+    assert period.choose(1) == 1
+    period.learn_probe(Probed(1, 1.0, 16, 15, 16))
+    assert period.choose(1) > 1
 
 
 def test_of_times_that_contradict_each_other_the_older_gives_way():

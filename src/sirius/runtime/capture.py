@@ -25,8 +25,9 @@ WARM = 2  # passes of a shape in one session before the next is captured; a text
 TAPED = 16  # most tokens of a pass that is captured on a tape; more are bound by arithmetic
 PATIENCE = 64  # passes without a use of a captured one, before another takes its place
 COMPILER = "inductor"
-NUMBERS = int, float, complex, str, type(None)
 SHAPES = 64  # shapes that are compiled: a draft step, and checks of each size, for batches of each size
+NUMBERS = int, float, complex, str, type(None)
+OWN = vars(nn.Module()).keys() - {"training"}  # attributes of modules that are PyTorch's own
 
 Call = Callable[..., Tensor]
 Inputs = Mapping[str, Tensor]
@@ -190,7 +191,7 @@ def hooked(model: nn.Module) -> bool:
     return bool(everywhere) or any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
-def state_of(model: nn.Module) -> list[object]:
+def state_of(model: PreTrainedModel) -> list[object]:
     """Return what captured passes depend on: modules, their forwards and numbers, where weights lie, the configuration.
 
     A captured pass holds numbers, such as a norm's epsilon, as they were. The list holds on to no module.
@@ -202,23 +203,18 @@ def state_of(model: nn.Module) -> list[object]:
         prepared_of(model).matrix,
         hooked(model),
         kinds,
-        [_numbers(each) for each in (*modules, *_configurations(model))],
+        [_numbers(each) for each in (*modules, model.config, model.config.get_text_config())],
         [(_identity(each), each.dtype) for each in held if each is not None],
     ]
 
 
-def _configurations(model: nn.Module) -> list[object]:
-    config: Any = getattr(model, "config", None)
-    return [] if config is None else [config, config.get_text_config()]
-
-
 def _numbers(owner: object) -> list[tuple[str, object]]:
-    """Return an object's attributes as far as they are numbers, texts, containers of these, or functions."""
-    found = ((name, value, isinstance(value, NUMBERS)) for name, value in vars(owner).items())
-    return [(name, value if plain else _plain(value)) for name, value, plain in found if plain or name[0] != "_"]
+    """Return an object's attributes, as `_plain` has them."""
+    return [(name, _plain(value)) for name, value in vars(owner).items() if name not in OWN]
 
 
 def _plain(value: object) -> object:
+    """Return a number, a text, or a container of these; of anything else which function or what type it is."""
     if isinstance(value, NUMBERS):
         return value
     if isinstance(value, dict):

@@ -21,7 +21,7 @@ from sirius.runtime.neurons import Route, Tally, overwrite
 STEP = 1024  # slots are reserved in such steps on a GPU
 IDLE = 4  # workspaces kept of a model; each has memory for keys and values
 IDLE_BYTES = 256 << 20  # most of these that an idle workspace holds on a CPU
-MOST = {"cuda": 32, "cpu": 8}  # captured passes: a graph keeps the scores of its shape, a tape all that a pass computes
+GRAPHS, TAPES = 32, 8  # most captured passes: a graph keeps the scores of its shape, a tape all that a pass computes
 
 Key = tuple[Hashable, Hashable, bool]  # a method's configuration, a draft's own weights, passes are compiled
 
@@ -42,7 +42,7 @@ class Workspace:
         self.prepared = prepared_of(model)
         self.attends, self.tried = attends_to(model), False
         self.reused = self.attends and self.prepared.placed is None
-        self.passes = CapturedPasses(MOST.get(self.device.type, MOST["cpu"]))
+        self.passes = CapturedPasses(GRAPHS if self.reused and gpu.runs_on(self.device) else TAPES)
         self.state: list[object] = []
         self.look_at(model)
         self.release()

@@ -46,6 +46,9 @@ inline std::vector<int64_t> order_of(const Chunks& chunks) {
   return order;
 }
 
+// The place, in that order, of row i of `run` * kFewRows rows that are neighbours in memory.
+inline int64_t place_of(int64_t i, int64_t run) { return i % run * kFewRows + i / run; }
+
 // Sets the weight of the row at a place, which begins as zero.
 template <class T>
 void set_weight(typename SumRow<T>::Element* weights, int64_t place, T weight) {
@@ -209,7 +212,7 @@ struct Ahead {
 
   void turn() {
     int64_t within = next % kDeep, run = kDeep / kFewRows;
-    const T* row = rows[next - within + within % run * kFewRows + within / run];
+    const T* row = rows[next - within + place_of(within, run)];
     line = row + begin, stop = row + end, next++;
   }
 

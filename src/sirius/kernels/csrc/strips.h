@@ -27,12 +27,12 @@ struct Following {
   const BFloat16* rows[kStripRows];
   int64_t count, lines, row = 0, line = 0;
 
-  // Of the rows at places first .. end - 1, `lines` from a column on. This undoes order_of, to follow memory.
+  // Of the rows at places first .. end - 1, `lines` from a column on.
   Following(const Rows<BFloat16>& from, int64_t first, int64_t end, int64_t column, int64_t lines)
       : count(lines ? end - first : 0), lines(lines) {
     int64_t run = count / kFewRows;
     for (int64_t i = 0; i < count; i++)
-      rows[i] = from[first + (i < run * kFewRows ? i % run * kFewRows + i / run : i)] + column;
+      rows[i] = from[first + (i < run * kFewRows ? place_of(i, run) : i)] + column;
   }
 
   [[gnu::always_inline]] void fetch() {
